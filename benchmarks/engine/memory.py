@@ -1,0 +1,33 @@
+"""What resident sessions cost the process."""
+
+# ruff: noqa: D102 - the methods are documented once, in `Contender`
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.contender import Metrics, check
+from benchmarks.engine.opened import DURABILITY, Engine, every, fill, wrong_sessions
+from benchmarks.resident import resident_metrics, rss_bytes
+
+
+@dataclass
+class Resident(Engine):
+    """All sessions in memory; the budget is twice what they need."""
+
+    session_count: int
+    fresh_process: bool = True
+    durability: str = DURABILITY["never"]
+
+    async def open(self, directory: Path) -> None:
+        memory_bytes = self.session_count * 2000
+        await self.open_state(directory, memory_bytes=memory_bytes, fsync="never")
+
+    async def measure(self) -> Metrics:
+        before_bytes = rss_bytes()
+        await fill(self.state, self.session_count)
+        metrics = resident_metrics(before_bytes, self.session_count)
+        samples = every(self.session_count, 1000)
+        check(not await wrong_sessions(self.state, samples), "sessions are not as created")
+        return metrics

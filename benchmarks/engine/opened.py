@@ -1,0 +1,102 @@
+"""Opening the engine for a workload, and filling it."""
+
+# ruff: noqa: D102 - the methods are documented once, in `Contender`
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks import payloads
+from benchmarks.contender import PROCESS_CRASH, SYNCED, Contender
+from benchmarks.optional import load
+
+MIB = 2**20
+TASK_COUNT = 1000
+"""Concurrent tasks wherever a workload is not about their number."""
+
+DURABILITY = {"always": SYNCED, "never": PROCESS_CRASH}
+
+
+class Engine(Contender):
+    """A contender that is the engine. Subclasses say how it is configured and what is done.
+
+    `state` is the open manager. Everything not named in `options` is left at its default.
+    """
+
+    name = "persistence"
+    durability = SYNCED
+    state: Any = None
+
+    async def open_state(self, directory: Path, **options: Any) -> None:
+        """Open `state`; `options` as for `configuration`."""
+        manager = load("persistence").StateManager
+        self.state = await manager(None, configuration(directory, **options)).__aenter__()
+
+    async def close(self) -> None:
+        if self.state is not None:
+            await self.state.close()
+
+
+def configuration(
+    directory: Path, *, memory_bytes: int = 100 * MIB, fsync: str = "always", **disk: Any
+) -> Any:
+    """Build the engine's configuration: its defaults, but for what a workload sets."""
+    engine = load("persistence")
+    return engine.StateConfig(
+        memory=engine.MemoryConfig(max_bytes=memory_bytes),
+        disk=engine.DiskConfig(path=str(directory / "engine"), fsync=fsync, **disk),
+    )
+
+
+@asynccontextmanager
+async def opened(directory: Path, **options: Any) -> AsyncIterator[Any]:
+    """Open a manager for one `async with` block; `options` as for `configuration`."""
+    manager = load("persistence").StateManager
+    async with manager(None, configuration(directory, **options)) as state:
+        yield state
+
+
+async def in_tasks(
+    items: Iterable[Any], act: Callable[[Any], Awaitable[object]], task_count: int = TASK_COUNT
+) -> None:
+    """Do `act` for every item, by `task_count` tasks that each take the next one when free."""
+    remaining = iter(items)
+    await asyncio.gather(*(_take(remaining, act) for _ in range(task_count)))
+
+
+async def _take(remaining: Iterator[Any], act: Callable[[Any], Awaitable[object]]) -> None:
+    for item in remaining:
+        await act(item)
+
+
+async def fill(state: Any, session_count: int) -> None:
+    """Create sessions 0 to `session_count` - 1 and flush."""
+
+    async def create(index: int) -> None:
+        await state.create_session(
+            session_id=payloads.session_id(index), data=payloads.session(index)
+        )
+
+    await in_tasks(range(session_count), create)
+    await state.flush()
+
+
+async def wrong_sessions(state: Any, indexes: Iterable[int]) -> int:
+    """Count those of `indexes` whose session is missing or is not as it was created."""
+    wrong = 0
+    for index in indexes:
+        session = await state.get_session(payloads.session_id(index))
+        if session is None or dict(session.data) != payloads.session(index):
+            wrong += 1
+    return wrong
+
+
+def every(session_count: int, sample_count: int) -> Iterable[int]:
+    """Return `sample_count` indexes spread evenly over `session_count` sessions."""
+    step = max(1, session_count // sample_count)
+    return islice(range(0, session_count, step), sample_count)

@@ -1,0 +1,70 @@
+"""Durable updates: by many tasks at once, and by one alone."""
+
+# ruff: noqa: D102 - the methods are documented once, in `Contender`
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import payloads
+from benchmarks.contender import Metrics, Stopwatch, check
+from benchmarks.engine.opened import MIB, TASK_COUNT, Engine, fill, in_tasks
+from benchmarks.peers.bare import latency_metrics
+
+
+@dataclass
+class ConcurrentUpdate(Engine):
+    """`update_session(id, count_visit)` of random sessions by `task_count` tasks."""
+
+    session_count: int
+    update_count: int
+    task_count: int = TASK_COUNT
+
+    async def open(self, directory: Path) -> None:
+        await self.open_state(directory)
+        await fill(self.state, self.session_count)
+        self._random = random.Random(2)
+        self._visit_count = await self._count_visits()
+
+    async def measure(self) -> Metrics:
+        indexes = self._random.choices(range(self.session_count), k=self.update_count)
+        ids = [payloads.session_id(index) for index in indexes]
+        with Stopwatch() as watch:
+            await in_tasks(ids, self._update, self.task_count)
+        self._visit_count += len(ids)
+        check(await self._count_visits() == self._visit_count, "updates were lost or doubled")
+        return watch.rate(len(ids))
+
+    async def _update(self, session_id: str) -> None:
+        await self.state.update_session(session_id, payloads.count_visit)
+
+    async def _count_visits(self) -> int:
+        get_session = self.state.get_session
+        ids = map(payloads.session_id, range(self.session_count))
+        return sum([(await get_session(each))["prefs"]["visits"] for each in ids])
+
+
+@dataclass
+class LoneUpdate(Engine):
+    """`update_session(id, count_visit)` one after the other, each waited for, each synced."""
+
+    update_count: int
+    session_count: int = 1000
+
+    async def open(self, directory: Path) -> None:
+        await self.open_state(directory, memory_bytes=100 * MIB)
+        await fill(self.state, self.session_count)
+        self._next = 0
+
+    async def measure(self) -> Metrics:
+        return latency_metrics([await self._update() for _ in range(self.update_count)])
+
+    async def _update(self) -> float:
+        self._next = (self._next + 1) % self.session_count
+        session_id = payloads.session_id(self._next)
+        start = time.perf_counter()
+        await self.state.update_session(session_id, payloads.count_visit)
+        return time.perf_counter() - start

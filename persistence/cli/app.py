@@ -1,0 +1,111 @@
+"""The commands put together, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated, Final
+
+import typer
+
+from persistence.cli import demo, export, import_, inspect, replay, screen, verify
+from persistence.cli.failure import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from persistence.cli.running import interruptible
+from persistence.errors import PersistenceError
+
+_PROGRAM: Final = "persistence"
+_DISTRIBUTION: Final = "persistence-engine"
+_TRACEBACK: Final = "--traceback"
+
+app = typer.Typer(
+    name=_PROGRAM,
+    help="Session state that is as fast as memory and survives kill -9.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for name, module in (
+    ("replay", replay),
+    ("demo", demo),
+    ("inspect", inspect),
+    ("verify", verify),
+    ("export", export),
+    ("import", import_),
+):
+    app.command(name)(module.command)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        screen.say(f"{_PROGRAM} {_version()}")
+        raise typer.Exit
+
+
+def _version() -> str:
+    try:
+        return metadata.version(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option(_TRACEBACK, help="Show where an error comes from.")
+    ] = False,
+) -> None:
+    """Session state that is as fast as memory and survives kill -9."""
+
+
+def run_command(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors are printed as one line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with interruptible():
+            code = app(words, standalone_mode=False, prog_name=_PROGRAM)
+            sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:  # how typer passes on a KeyboardInterrupt; or as Abort
+            _complain("interrupted")
+        return code if isinstance(code, int) else EXIT_OK
+    except BrokenPipeError:
+        # Whoever read our output (``| head``) has seen enough. The interpreter flushes stdout
+        # once more at its end; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 (the last resort: a line instead of a traceback)
+        if _TRACEBACK in words:
+            traceback.print_exc()
+        _complain(_message(error))
+        code = getattr(error, "exit_code", EXIT_FAILED)
+        return code if isinstance(code, int) and code else EXIT_FAILED
+
+
+def _message(error: Exception) -> str:
+    """Return what the user is told about `error`."""
+    if hasattr(error, "format_message"):  # a wrong command line
+        return f"{error.format_message()}; see '{_PROGRAM} --help'"
+    if isinstance(error, PersistenceError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return reason if error.filename is None else f"{error.filename}: {reason}"
+    return f"internal error: {type(error).__name__}: {error} ({_TRACEBACK} shows where)"
+
+
+def _complain(message: str) -> None:
+    """Print one line, whatever names from outside it may contain."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    screen.note(f"{_PROGRAM}: {line}")

@@ -1,0 +1,111 @@
+"""``persistence export``: the sessions of a directory as JSON Lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from persistence import (
+    DiskConfig,
+    Session,
+    SessionConfig,
+    ShutdownConfig,
+    StateConfig,
+    StateManager,
+)
+from persistence.cli import screen
+from persistence.cli.directory import require_directory
+from persistence.cli.failure import EXIT_OK
+from persistence.cli.jsonl import encode
+from persistence.cli.options import DirectoryArgument, deep_values
+from persistence.cli.running import run
+
+
+def command(
+    directory: DirectoryArgument,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write to; else stdout.")
+    ] = None,
+) -> int:
+    """Write every live session as one line of JSON, with its values as what they are.
+
+    The directory must not be open elsewhere. Sessions are neither changed nor renewed.
+    """
+    require_directory(directory)
+    with _opened(output) as file, deep_values():
+        count = run(_export(directory, file))
+    screen.note(f"{count:,} sessions exported")
+    return EXIT_OK
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[IO[bytes]]:
+    """Open the output; a file appears under its name only when it is complete."""
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(output)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+async def _export(directory: Path, file: IO[bytes]) -> int:
+    count = 0
+    # Closed here and now, so that the engine is, when the output takes no more.
+    async with aclosing(sessions_in(directory)) as sessions:
+        async for session in sessions:
+            file.write(encode(line_fields(session)))
+            count += 1
+    return count
+
+
+async def sessions_in(directory: Path) -> AsyncGenerator[Session, None]:
+    """Yield the live sessions of `directory`, without renewing them."""
+    config = StateConfig(
+        session=SessionConfig(cleanup_interval_seconds=0),
+        disk=DiskConfig(path=str(directory)),
+        shutdown=ShutdownConfig(checkpoint=False),
+    )
+    async with StateManager(config=config) as state:
+        async for sid in state.iter_sessions():
+            session = await state.get_session(sid)
+            if session is not None:  # it may have expired since it was listed
+                yield session
+
+
+def line_fields(session: Session) -> dict[str, Any]:
+    """Return what the line of `session` says."""
+    metadata = session.metadata
+    known = {
+        "client_ip": metadata.client_ip,
+        "user_agent": metadata.user_agent,
+        "source": metadata.source,
+        "attributes": metadata.attributes or None,
+    }
+    return {
+        "id": session.id,
+        "user_id": session.user_id,
+        "metadata": {name: value for name, value in known.items() if value is not None},
+        "ttl_seconds": session.ttl_seconds,
+        "auto_renew": session.auto_renew,
+        "max_requests": session.max_requests,
+        "version": session.version,
+        "created_at": session.created_at,
+        "last_accessed": session.last_accessed,
+        "expires_at": session.expires_at,
+        "data": session.data,
+    }

@@ -1,0 +1,458 @@
+"""The group-commit queue: many updates, one write, one sync.
+
+While one batch is being written and synced in the writer thread, the next one gathers. When the
+sync returns, the batch is acknowledged in order: the index and the memory tier learn of it, then
+the waiters are woken, in slices, because waking a thousand tasks at once is a stall of its own.
+
+Invariants:
+- The memory tier and the index hold acknowledged versions only. Versions in flight form a chain
+  per session; `tails` names the newest, and the next update of the session builds on that one.
+- Acknowledgements come in the order of submission. When a commit fails, every commit of the same
+  session behind it fails with it: they were built on it.
+- A caller that is cancelled only stops waiting. What was submitted is decided here.
+
+=============== ===================== ===================== =====================
+``disk.fsync``  acknowledged          survives ``kill -9``  survives power loss
+=============== ===================== ===================== =====================
+``always``      after fdatasync       yes                   yes
+``interval``    after write           yes                   all but the last interval
+``never``       after write           yes                   what the kernel wrote
+=============== ===================== ===================== =====================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from persistence.clock import Clock
+from persistence.config import DiskConfig
+from persistence.disk.format import FRAME_OVERHEAD_BYTES, PUT, TOUCH
+from persistence.disk.tier import DiskTier
+from persistence.errors import DiskFull, ManagerClosed, PersistenceError, WriteOutcomeUnknown
+from persistence.slices import Slices
+
+_log = logging.getLogger("persistence.commit")
+
+_MAX_BATCH_BYTES: Final = 2 * 2**20
+_THREAD_ENCODE_BYTES: Final = 128 * 1024
+_PIECE_COMMITS: Final = 32
+_LATENCIES_KEPT: Final = 1024
+
+
+class Commit:
+    """One frame on its way into the log; see `disk.writer.Write` for what the writer reads.
+
+    Attributes:
+        session_id: whose.
+        record: the new record; None for a tombstone or a touch.
+        life: the session's life once this is acknowledged (see `memory.tier`).
+        nbytes: about how many bytes the frame takes, before compression.
+        spills: drop the session from memory when this is in the log.
+        done: resolved when acknowledged; None when nobody waits.
+    """
+
+    row: bytes
+    segment: int
+    length: int
+
+    __slots__ = (
+        "accessed",
+        "base",
+        "commit",
+        "deadline",
+        "done",
+        "fingerprint",
+        "incarnation",
+        "key",
+        "kind",
+        "length",
+        "life",
+        "nbytes",
+        "payload",
+        "record",
+        "row",
+        "segment",
+        "session_id",
+        "spills",
+        "user",
+    )
+
+    def __init__(
+        self,
+        kind: int,
+        session_id: str,
+        key: bytes,
+        fingerprint: bytes,
+        payload: bytes,
+        record: bytes | None,
+        incarnation: bytes,
+        commit: bytes,
+        base: bytes,
+        accessed: float,
+        deadline: float,
+        life: float,
+        user: int,
+    ) -> None:
+        self.kind = kind
+        self.session_id = session_id
+        self.key = key
+        self.fingerprint = fingerprint
+        self.payload = payload
+        self.record = record
+        self.incarnation = incarnation
+        self.commit = commit
+        self.base = base
+        self.accessed = accessed
+        self.deadline = deadline
+        self.life = life
+        self.user = user
+        self.nbytes = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
+        self.spills = False
+        self.done: asyncio.Future[None] | None = None
+        # The writer fills in where the frame lies: `row`, `segment`, `length`.
+
+
+class CommitQueue:
+    """Owns the task that commits. Every method runs on the event loop.
+
+    Args:
+        disk: where frames go.
+        config: ``fsync``, ``flush_interval_seconds``, ``queue_bytes``, ``segment_bytes``.
+        clock: time.
+        acknowledged: called with commits, in order, once the index knows them, before their
+            waiters wake.
+        failed: called for each commit that failed.
+    """
+
+    def __init__(
+        self,
+        disk: DiskTier,
+        config: DiskConfig,
+        clock: Clock,
+        *,
+        acknowledged: Callable[[Sequence[Commit]], None],
+        failed: Callable[[Commit], None],
+    ) -> None:
+        self.tails: dict[str, Commit] = {}
+        self.pending_bytes = 0
+        self.committed = 0
+        self.batches = 0
+        self.latencies_seconds: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._disk = disk
+        self._sync_each_batch = config.fsync == "always"
+        self._sync_later_seconds = (
+            config.flush_interval_seconds if config.fsync == "interval" else None
+        )
+        self._max_pending_bytes = config.queue_bytes
+        self._max_batch_bytes = min(_MAX_BATCH_BYTES, config.segment_bytes // 2)
+        self._monotonic = clock.monotonic
+        self._acknowledged = acknowledged
+        self._failed = failed
+        self._queue: deque[Commit] = deque()
+        self._work = asyncio.Event()
+        self._closing = False
+        self._submitted = 0
+        self._settled = 0
+        self._admissions: deque[asyncio.Future[None]] = deque()
+        self._flushes: list[tuple[int, asyncio.Future[None]]] = []
+        self._sync_timer: asyncio.TimerHandle | None = None
+        self._sync_due = False
+        self._task: asyncio.Task[None] | None = None
+
+    # --- what callers do ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the committing task."""
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._run(), name="persistence-commit")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a caller should wait in `admission` before it builds an update."""
+        return self.pending_bytes >= self._max_pending_bytes
+
+    async def admission(self) -> None:
+        """Wait while more than ``disk.queue_bytes`` are in flight: the back-pressure.
+
+        Woken one after the other: each wakes the next once it has got through, and by then has
+        usually submitted, so that a thousand waiters do not overshoot the bound together.
+        """
+        while self.is_full:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._admissions.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._admit()
+                raise
+        self._admit()
+
+    def submit(self, commit: Commit, *, wait: bool = True) -> None:
+        """Queue `commit`; with `wait`, its ``done`` resolves or fails once it is decided.
+
+        A put or a tombstone becomes the tail of its session's chain. No await may lie between
+        looking at the chain and this call.
+        """
+        if self._closing:
+            raise ManagerClosed("the manager is closing and takes no more updates")
+        if wait:
+            commit.done = asyncio.Future(loop=self._loop)
+        if commit.kind != TOUCH:
+            self.tails[commit.session_id] = commit
+        self.pending_bytes += commit.nbytes
+        self._submitted += 1
+        self._queue.append(commit)
+        self._work.set()
+
+    async def flush(self) -> None:
+        """Wait until everything submitted so far is decided and synced, in every mode.
+
+        Raises:
+            WriteOutcomeUnknown: a sync failed.
+        """
+        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._flushes.append((self._submitted, flushed))
+        self._work.set()
+        await flushed
+
+    async def close(self) -> None:
+        """Decide what is queued, sync, and end the task."""
+        self._closing = True
+        self._work.set()
+        if self._sync_timer is not None:
+            self._sync_timer.cancel()
+        if self._task is not None:
+            await self._task
+            self._task = None
+
+    # --- the committing task ------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await self._commit_until_closed()
+        except Exception as error:
+            _log.exception("the commit queue failed; no more updates are taken")
+            self._disk.writer.poisoned = f"internal error: {error!r}"
+            self._closing = True
+            unknown = WriteOutcomeUnknown(
+                f"an internal error stopped the commit queue ({error!r}); the update may or may "
+                "not be durable; open the directory again"
+            )
+            waiting = {id(commit): commit for commit in (*self._queue, *self.tails.values())}
+            self._queue.clear()
+            self._fail(list(waiting.values()), unknown)
+            self._resolve_flushes(unknown)
+
+    async def _commit_until_closed(self) -> None:
+        """Write batch n + 1 in the thread while batch n is being acknowledged on the loop."""
+        written: list[Commit] = []
+        while True:
+            if not written and not self._queue and not self._flushes and not self._sync_due:
+                if self._closing:
+                    break
+                await self._work.wait()
+            self._work.clear()
+            batch = self._take()
+            writing = await self._start(batch) if batch else None
+            if written:
+                await self._acknowledge(written)
+                written = []
+            if writing is not None:
+                written = await self._finish(*writing)
+            elif self._sync_due or self._flushes:
+                await self._sync()
+        if self._disk.writer.poisoned is None:
+            await self._sync()
+
+    def _take(self) -> list[Commit]:
+        """Take the next batch: as much as fits, at least one."""
+        batch: list[Commit] = []
+        nbytes = 0
+        queue = self._queue
+        while queue:
+            nbytes += queue[0].nbytes
+            if batch and nbytes > self._max_batch_bytes:
+                break
+            batch.append(queue.popleft())
+        return batch
+
+    async def _start(
+        self, batch: list[Commit]
+    ) -> tuple[list[Commit], asyncio.Future[None], float] | None:
+        """Encode a batch and hand it to the writer thread."""
+        started = self._monotonic()
+        batch = await self._with_room(batch)
+        if not batch:
+            return None
+        chunks = await self._encode(batch)
+        writing = self._disk.threads.write(
+            self._disk.writer.append,
+            chunks,
+            len(batch),
+            sync=self._sync_each_batch,
+        )
+        return batch, writing, started
+
+    async def _with_room(self, batch: list[Commit]) -> list[Commit]:
+        """Make room in the log for `batch`; return what of it there is room for.
+
+        When the disk is full, tombstones and touches are still tried: they free space.
+        """
+        try:
+            nbytes = sum(commit.nbytes for commit in batch)
+            grows = any(commit.kind == PUT for commit in batch)
+            await self._disk.make_room(nbytes, grows=grows)
+            return batch
+        except DiskFull as error:
+            self._fail([commit for commit in batch if commit.kind == PUT], error)
+            rest = [commit for commit in batch if commit.kind != PUT]
+            rest = [commit for commit in rest if not (commit.done and commit.done.done())]
+            if len(rest) == len(batch):
+                self._fail(rest, error)
+                return []
+            return await self._with_room(rest) if rest else []
+        except PersistenceError as error:
+            self._fail(batch, error)
+            return []
+
+    async def _encode(self, batch: list[Commit]) -> list[bytes]:
+        """Encode the frames of a batch, in slices, into a few larger chunks."""
+        encode = self._disk.writer.encode
+        chunks: list[bytes] = []
+        slices = Slices(self._monotonic)
+        for some in _pieces(batch):
+            if some[0].nbytes >= _THREAD_ENCODE_BYTES:
+                # Compressing and checksumming this much would be a stall; both let go of the lock.
+                chunks.append(await self._disk.threads.write(encode, some))
+            else:
+                chunks.append(encode(some))
+            if slices.due():
+                await slices.give_way()
+        return chunks
+
+    async def _finish(
+        self, batch: list[Commit], writing: asyncio.Future[None], started: float
+    ) -> list[Commit]:
+        """Wait for the writer thread; return the commits that are now to be acknowledged."""
+        try:
+            await writing
+        except PersistenceError as error:
+            self._fail(batch, error)
+            return []
+        # Before anything else can run: until `apply`, these frames must not look dead.
+        self._disk.segments[batch[0].segment].unapplied += len(batch)
+        self.latencies_seconds.append(self._monotonic() - started)
+        self.batches += 1
+        if self._sync_later_seconds is not None and self._sync_timer is None:
+            loop = asyncio.get_running_loop()
+            self._sync_timer = loop.call_later(self._sync_later_seconds, self._want_sync)
+        return batch
+
+    async def _acknowledge(self, batch: list[Commit]) -> None:
+        """Let index, memory and waiters know, in order, in slices."""
+        slices = Slices(self._monotonic)
+        tails = self.tails
+        for start in range(0, len(batch), _PIECE_COMMITS):
+            some = batch[start : start + _PIECE_COMMITS]
+            self._disk.apply(some)
+            nbytes = 0
+            for commit in some:
+                if tails.get(commit.session_id) is commit:
+                    del tails[commit.session_id]
+                nbytes += commit.nbytes
+            self._acknowledged(some)
+            self._settled += len(some)
+            self.pending_bytes -= nbytes
+            for commit in some:
+                done = commit.done
+                if done is not None and not done.done():
+                    done.set_result(None)
+            if self._admissions:
+                self._admit()
+            if slices.due():
+                await slices.give_way()
+        self.committed += len(batch)
+
+    def _settle(self, commit: Commit) -> None:
+        self._settled += 1
+        self.pending_bytes -= commit.nbytes
+        if self._admissions:
+            self._admit()
+
+    def _admit(self) -> None:
+        """Wake whoever has waited longest for admission, if there is room."""
+        while self._admissions and not self.is_full:
+            turn = self._admissions.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+
+    def _fail(self, commits: list[Commit], error: PersistenceError) -> None:
+        """Fail `commits` and everything in the queue that was built on one of them."""
+        sessions = {commit.session_id for commit in commits if commit.kind != TOUCH}
+        built_on_them = [commit for commit in self._queue if commit.session_id in sessions]
+        if built_on_them:
+            self._queue = deque(
+                commit for commit in self._queue if commit.session_id not in sessions
+            )
+        for commit in [*commits, *built_on_them]:
+            if commit.kind != TOUCH:
+                self.tails.pop(commit.session_id, None)
+            self._settle(commit)
+            self._failed(commit)
+            if commit.done is not None and not commit.done.done():
+                commit.done.set_exception(type(error)(str(error)))
+
+    # --- syncing ------------------------------------------------------------------------------------
+
+    def _want_sync(self) -> None:
+        self._sync_timer = None
+        self._sync_due = True
+        self._work.set()
+
+    async def _sync(self) -> None:
+        """Sync what was written, then resolve the flushes that waited for it."""
+        self._sync_due = False
+        try:
+            await self._disk.threads.write(self._disk.writer.sync)
+        except PersistenceError as error:
+            self._resolve_flushes(error)
+        else:
+            self._resolve_flushes(None)
+
+    def _resolve_flushes(self, error: PersistenceError | None) -> None:
+        waiting = []
+        for target, flushed in self._flushes:
+            if error is None and self._settled < target:
+                waiting.append((target, flushed))
+            elif not flushed.done():
+                if error is None:
+                    flushed.set_result(None)
+                else:
+                    flushed.set_exception(type(error)(str(error)))
+        self._flushes = waiting
+
+
+def _pieces(batch: list[Commit]) -> Iterator[list[Commit]]:
+    """Split a batch into pieces that are encoded at once; a large commit is one of its own."""
+    piece: list[Commit] = []
+    nbytes = 0
+    for commit in batch:
+        if commit.nbytes >= _THREAD_ENCODE_BYTES:
+            if piece:
+                yield piece
+            yield [commit]
+            piece, nbytes = [], 0
+            continue
+        piece.append(commit)
+        nbytes += commit.nbytes
+        if len(piece) == _PIECE_COMMITS or nbytes >= _THREAD_ENCODE_BYTES:
+            yield piece
+            piece, nbytes = [], 0
+    if piece:
+        yield piece

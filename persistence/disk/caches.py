@@ -1,0 +1,113 @@
+"""Hints (one per sealed segment) and the index snapshot (one, at a clean close).
+
+Both are caches: a checksum, the directory's id, and a digest of the segments they cover. When anything does not fit, they are ignored and the log is scanned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from struct import Struct
+from struct import error as StructError  # noqa: N812 - the module's name for it is `error`
+
+from persistence.disk.filenames import INDEX_SNAPSHOT, hint_name, temporary_name
+from persistence.disk.files import Files, read_all, replace_file
+from persistence.disk.format import INDEX_ROW_BYTES, decode_cache, encode_cache
+from persistence.disk.index import SHARDS, Index
+from persistence.disk.segments import Segment
+
+_COVERED = Struct("<QQI")
+_MAX_SNAPSHOT_SKEW_SECONDS = 1.0
+_SNAPSHOT_HEADER = Struct("<QQ")  # last sequence, number of segments
+_SNAPSHOT_SEGMENT = Struct("<QQ")  # live bytes, tombstone bytes; in the segments' order
+
+
+def covers(segments: Iterable[Segment]) -> bytes:
+    """Return the digest of what is covered: each segment's number, length and salt.
+
+    The salt tells a segment from an older one that had the same number and length.
+    """
+    covered = sorted((item.number, item.length, item.salt_checksum) for item in segments)
+    return hashlib.sha256(b"".join(_COVERED.pack(*item) for item in covered)).digest()
+
+
+def write_hint(
+    files: Files,
+    directory: str,
+    directory_id: bytes,
+    *,
+    segment: Segment,
+    skew: float,
+    rows: bytes,
+) -> None:
+    """Write the hint of a sealed segment, durably replacing an older one."""
+    name = hint_name(segment.number)
+    data = encode_cache(directory_id, covers([segment]), skew, rows)
+    replace_file(files, directory, name, temporary_name(name), data)
+
+
+def read_hint(
+    files: Files, directory: str, directory_id: bytes, segment: Segment
+) -> tuple[float, memoryview] | None:
+    """Return (skew, rows) of a segment's hint if it is intact and covers the whole segment."""
+    try:
+        data = read_all(files, f"{directory}/{hint_name(segment.number)}")
+    except OSError:
+        return None
+    decoded = decode_cache(data, directory_id, covers([segment]))
+    if decoded is None or len(decoded[1]) % INDEX_ROW_BYTES:
+        return None
+    return decoded
+
+
+def write_snapshot(
+    files: Files,
+    directory: str,
+    directory_id: bytes,
+    *,
+    index: Index,
+    segments: Iterable[Segment],
+    last_sequence: int,
+    skew: float,
+) -> None:
+    """Write the snapshot of the whole index."""
+    ordered = sorted(segments, key=lambda item: item.number)
+    counts = [_SNAPSHOT_SEGMENT.pack(item.live_bytes, item.tombstone_bytes) for item in ordered]
+    start = _SNAPSHOT_HEADER.pack(last_sequence, len(ordered))
+    body = b"".join((start, *counts, *index.images()))
+    data = encode_cache(directory_id, covers(ordered), skew, body)
+    replace_file(files, directory, INDEX_SNAPSHOT, temporary_name(INDEX_SNAPSHOT), data)
+
+
+def read_snapshot(
+    files: Files, directory: str, directory_id: bytes, segments: Iterable[Segment]
+) -> tuple[Index, int, list[tuple[int, int]]] | None:
+    """Return the index, the last sequence and each segment's (live, tombstone) bytes.
+
+    None unless the snapshot is intact and covers exactly `segments`. One that was taken while the
+    wall clock had been set is ignored too: its times would need converting one by one, which is
+    what hints are for.
+    """
+    try:
+        data = read_all(files, f"{directory}/{INDEX_SNAPSHOT}")
+    except OSError:
+        return None
+    decoded = decode_cache(data, directory_id, covers(segments))
+    if decoded is None or abs(decoded[0]) > _MAX_SNAPSHOT_SKEW_SECONDS:
+        return None
+    try:
+        return _decode_snapshot(decoded[1])
+    except (ValueError, StructError):
+        return None
+
+
+def _decode_snapshot(body: memoryview) -> tuple[Index, int, list[tuple[int, int]]] | None:
+    last_sequence, count = _SNAPSHOT_HEADER.unpack_from(body, 0)
+    at = _SNAPSHOT_HEADER.size
+    behind = at + count * _SNAPSHOT_SEGMENT.size
+    counts = list(_SNAPSHOT_SEGMENT.iter_unpack(body[at:behind]))
+    at = behind
+    index = Index()
+    for shard in range(SHARDS):
+        at = index.load_image(shard, body, at)
+    return (index, last_sequence, counts) if at == len(body) else None

@@ -1,0 +1,263 @@
+"""Compaction: copies the live frames of some segments into new ones and drops the old ones.
+
+What is live:
+- a put that the index points to, at exactly this place;
+- a touch that is newer than its session's put (only the newest one);
+- a tombstone, unless every segment that may hold an older frame of the session is part of this
+  merge: then there is nothing left that it has to hide.
+
+The order: write the outputs under temporary names, footer, fsync, rename, fsync the directory;
+then the manifest names the outputs and drops the inputs, in one atomic replacement: the single
+moment of truth; then the index moves; then the inputs are unlinked. A crash before the manifest
+leaves inputs and perhaps outputs, which say the same things under the same sequence numbers; a
+crash after it leaves files that the manifest has dropped.
+
+It works on the loop in slices and reads, writes and syncs in threads; it is limited to
+``disk.compaction_bytes_per_second``, so that it does not take the disk away from commits.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from persistence.disk.filenames import segment_name, temporary_name
+from persistence.disk.files import Files, write_exactly
+from persistence.disk.format import (
+    INDEX_ROW,
+    ROW_IS_DELETE,
+    ROW_IS_TOUCH,
+    SALT_BYTES,
+    SEGMENT_HEADER_BYTES,
+    TOUCH_PAYLOAD,
+    Frame,
+    FrameType,
+    SegmentHeader,
+    SegmentKind,
+    encode_segment_header,
+)
+from persistence.disk.index import Fingerprints, Index
+from persistence.disk.segments import Segment
+from persistence.disk.writer import encode_footer
+
+_MIN_DEAD_FRACTION: Final = 0.4
+_SMALL_FRACTION: Final = 1 / 8
+_MIN_SMALL_SEGMENTS: Final = 8
+_MAX_TOMBSTONE_FRACTION: Final = 1 / 8
+_MAX_INPUTS: Final = 16
+
+
+def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
+    """Return the segments to merge next, or none. Pure.
+
+    In this order: segments with nothing live; segments that are dead to `_MIN_DEAD_FRACTION`, the
+    deadest first, as many as fill one output; the oldest segments, when tombstones have piled up
+    (only together with everything older can they go); many small ones.
+    """
+    usable = [
+        item for item in segments if item.sealed and not item.damaged and not item.unapplied
+    ]
+    empty = [item for item in usable if not item.live_bytes and not item.tombstone_bytes]
+    if empty:
+        return empty[:_MAX_INPUTS]
+    dead = sorted(
+        (item for item in usable if item.dead_bytes >= _MIN_DEAD_FRACTION * item.length),
+        key=lambda item: item.dead_bytes / item.length,
+        reverse=True,
+    )
+    if dead:
+        return _as_many_as_fit(dead, segment_bytes)
+    buried = _oldest_with_tombstones(usable)
+    if buried:
+        return buried
+    small = [item for item in usable if item.length < segment_bytes * _SMALL_FRACTION]
+    return _as_many_as_fit(small, segment_bytes) if len(small) >= _MIN_SMALL_SEGMENTS else []
+
+
+def _as_many_as_fit(segments: list[Segment], segment_bytes: int) -> list[Segment]:
+    chosen: list[Segment] = []
+    nbytes = 0
+    for item in segments[:_MAX_INPUTS]:
+        nbytes += item.live_bytes + item.tombstone_bytes
+        if chosen and nbytes > segment_bytes:
+            break
+        chosen.append(item)
+    return chosen
+
+
+def _oldest_with_tombstones(usable: list[Segment]) -> list[Segment]:
+    """Return the oldest segments up to the first with tombstones that can go, if it pays."""
+    total = sum(item.length for item in usable)
+    buried = sum(item.tombstone_bytes for item in usable)
+    if buried <= _MAX_TOMBSTONE_FRACTION * total:
+        return []
+    ordered = sorted(usable, key=lambda item: item.lowest_sequence)
+    worth = [place for place, item in enumerate(ordered) if item.tombstone_bytes * 8 > item.length]
+    return ordered[: worth[0] + 1] if worth else []
+
+
+def lowest_outside(segments: Iterable[Segment], inputs: Iterable[Segment]) -> int:
+    """Return the lowest sequence number that any segment outside the merge may hold."""
+    merged = {item.number for item in inputs}
+    return min(
+        (item.lowest_sequence for item in segments if item.number not in merged),
+        default=2**64 - 1,
+    )
+
+
+@dataclass(slots=True)
+class Output:
+    """A segment that a merge writes.
+
+    `moved` lists, for each put in it, (fingerprint, old place, new place).
+    """
+
+    segment: Segment
+    path: str
+    fd: int
+    buffer: list[bytes] = field(default_factory=list)
+    buffered_bytes: int = 0
+    written: int = SEGMENT_HEADER_BYTES
+    frames: int = 0
+    highest_sequence: int = 0
+    rows: bytearray = field(default_factory=bytearray)
+    moved: list[tuple[bytes, tuple[int, int], tuple[int, int], int]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Where the next frame goes."""
+        return self.written + self.buffered_bytes
+
+
+class Merge:
+    """Decides frame by frame what is copied, and encodes the outputs. No awaiting in here.
+
+    Args:
+        index: what is live.
+        fingerprints: for keys.
+        lowest_outside: see the function of that name.
+    """
+
+    def __init__(self, index: Index, fingerprints: Fingerprints, lowest_outside: int) -> None:
+        self._index = index
+        self._fingerprints = fingerprints
+        self._lowest_outside = lowest_outside
+        self.touches: dict[bytes, tuple[int, bytes, int, Frame]] = {}
+        self.dropped_tombstones = 0
+
+    def wanted(self, frame: Frame, segment: int, offset: int) -> bytes | None:
+        """Return the fingerprint of a frame's key if the frame is to be copied now."""
+        if frame.type == FrameType.FOOTER:
+            return None
+        fingerprint = self._fingerprints.of(frame.key)
+        if frame.type == FrameType.DELETE:
+            if frame.sequence < self._lowest_outside:
+                self.dropped_tombstones += 1
+                return None
+            return fingerprint
+        row = self._index.get(fingerprint)
+        if row is None or frame.type == FrameType.TOUCH:
+            return None
+        return fingerprint if (row.segment, row.offset) == (segment, offset) else None
+
+    def keep_touch(self, frame: Frame, raw: bytes, salt_checksum: int) -> None:
+        """Remember a touch if it is its session's newest; it is written at the end."""
+        fingerprint = self._fingerprints.of(frame.key)
+        row = self._index.get(fingerprint)
+        if row is None or row.sequence > frame.sequence:
+            return
+        if frame.sequence > self.touches.get(fingerprint, (0,))[0]:
+            self.touches[fingerprint] = (frame.sequence, raw, salt_checksum, frame)
+
+    def add(
+        self,
+        output: Output,
+        frame: Frame,
+        stamped: bytes,
+        fingerprint: bytes,
+        source: Segment,
+        offset: int,
+    ) -> None:
+        """Append a copied frame to `output`."""
+        new_offset = output.end
+        number = output.segment.number
+        accessed = deadline = 0.0
+        user = 0
+        length = len(stamped)
+        if frame.type == FrameType.PUT:
+            row = self._index.get(fingerprint)
+            assert row is not None, "asked for just before, without awaiting"
+            accessed, deadline, user = row.accessed, row.deadline, row.user
+            place = (source.number, offset)
+            output.moved.append((fingerprint, place, (number, new_offset), length))
+        elif frame.type == FrameType.DELETE:
+            length = ROW_IS_DELETE
+            output.segment.tombstone_bytes += len(stamped)
+        else:
+            accessed, deadline = TOUCH_PAYLOAD.unpack(frame.payload)
+            length = ROW_IS_TOUCH
+        output.rows += INDEX_ROW.pack(
+            fingerprint, frame.sequence, accessed, deadline, number, new_offset, length, user
+        )
+        output.buffer.append(stamped)
+        output.buffered_bytes += len(stamped)
+        output.frames += 1
+        output.highest_sequence = max(output.highest_sequence, frame.sequence)
+
+
+def create_output(
+    files: Files, directory: str, directory_id: bytes, number: int, lowest_sequence: int
+) -> Output:
+    """Create an output under its temporary name. `lowest_sequence` bounds what will be in it."""
+    header = SegmentHeader(
+        SegmentKind.MERGED,
+        number,
+        max(0, lowest_sequence - 1),
+        directory_id,
+        secrets.token_bytes(SALT_BYTES),
+    )
+    path = f"{directory}/{temporary_name(segment_name(number))}"
+    files.remove(path)
+    fd = files.create(path)
+    try:
+        write_exactly(files, fd, encode_segment_header(header), 0)
+    except OSError:
+        files.close(fd)
+        files.remove(path)
+        raise
+    return Output(Segment.of(header), path, fd)
+
+
+def flush_output(files: Files, output: Output, chunk: bytes) -> None:
+    """Write `chunk` behind what has been written."""
+    write_exactly(files, output.fd, chunk, output.written)
+
+
+def finish_output(files: Files, directory: str, output: Output) -> None:
+    """Footer, fsync, rename, fsync the directory."""
+    assert not output.buffer, "flushed before"
+    footer = encode_footer(
+        output.segment.salt_checksum,
+        output.frames,
+        output.segment.lowest_sequence,
+        output.highest_sequence,
+    )
+    write_exactly(files, output.fd, footer, output.written)
+    files.sync(output.fd)
+    files.close(output.fd)
+    output.fd = -1
+    output.segment.length = output.written + len(footer)
+    output.segment.sealed = True
+    files.rename(output.path, f"{directory}/{segment_name(output.segment.number)}")
+    files.sync_directory(directory)
+
+
+def abandon_output(files: Files, output: Output) -> None:
+    """Remove an output that will not be used."""
+    if output.fd >= 0:
+        files.close(output.fd)
+        output.fd = -1
+    files.remove(output.path)
+

@@ -1,0 +1,194 @@
+"""The only module that touches the operating system's files: the seam for fault injection.
+
+`Files` is a thin layer of one method per system call. What must be done about a short count, a
+full disk or a failed sync is decided by the callers, so that a test that replaces this class
+exercises exactly those decisions.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import Final, NamedTuple
+
+_NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
+_NO_NOWAIT: Final = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+DIRECTORY_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+
+
+class Space(NamedTuple):
+    """Free space of a file system."""
+
+    free_bytes: int
+    free_inodes: int
+
+
+class Files:
+    """System calls on files. Every method raises OSError as the call does."""
+
+    def make_directory(self, path: str) -> None:
+        """Create `path` and its parents, private to the user; fine if it exists."""
+        os.makedirs(path, mode=DIRECTORY_MODE, exist_ok=True)
+
+    def list_directory(self, path: str) -> list[str]:
+        """Return the names in `path`, sorted."""
+        return sorted(os.listdir(path))
+
+    def open_read(self, path: str) -> int:
+        """Open `path` for reading."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def open_write(self, path: str) -> int:
+        """Open the existing file `path` for reading and writing."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def create(self, path: str) -> int:
+        """Create `path`, which must not exist, for reading and writing."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return os.open(path, flags, FILE_MODE)
+
+    def open_lock(self, path: str) -> int:
+        """Open or create the lock file `path`."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+
+    def lock(self, fd: int) -> None:
+        """Take the exclusive lock of `fd`; BlockingIOError when another holds it."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self, fd: int) -> None:
+        """Close `fd`."""
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        """Return the size of the open file, bytes."""
+        return os.fstat(fd).st_size
+
+    def exists(self, path: str) -> bool:
+        """Whether `path` exists."""
+        return os.path.lexists(path)
+
+    def read_at(self, fd: int, size: int, offset: int) -> bytes:
+        """Read at most `size` bytes at `offset`; fewer at the end of the file."""
+        return os.pread(fd, size, offset)
+
+    def read_cached(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Read into `buffer` what needs no waiting; BlockingIOError when nothing does.
+
+        Raises:
+            BlockingIOError: the bytes are not in the page cache.
+            NotImplementedError: the file system cannot tell (``RWF_NOWAIT`` is missing).
+        """
+        if not _NOWAIT:
+            raise NotImplementedError
+        try:
+            return os.preadv(fd, [buffer], offset, _NOWAIT)
+        except OSError as error:
+            if error.errno in _NO_NOWAIT:
+                raise NotImplementedError from error
+            raise
+
+    def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        """Write at `offset`; return how many bytes were taken, possibly fewer."""
+        return os.pwrite(fd, data, offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut the file to `size` bytes."""
+        os.ftruncate(fd, size)
+
+    def sync_data(self, fd: int) -> None:
+        """Make the file's data durable (fdatasync)."""
+        os.fdatasync(fd)
+
+    def sync(self, fd: int) -> None:
+        """Make the file durable (fsync)."""
+        os.fsync(fd)
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in directory `path` durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename `source` to `target`, replacing it atomically."""
+        os.replace(source, target)
+
+    def remove(self, path: str) -> None:
+        """Unlink `path`; fine when it is gone already."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+
+    def space(self, path: str) -> Space:
+        """Return the free space of the file system that holds `path`."""
+        stats = os.statvfs(path)
+        return Space(stats.f_bavail * stats.f_frsize, stats.f_favail)
+
+
+def read_all(files: Files, path: str) -> bytes:
+    """Read the whole file `path`."""
+    fd = files.open_read(path)
+    try:
+        return read_exactly(files, fd, files.size(fd), 0)
+    finally:
+        files.close(fd)
+
+
+def read_exactly(files: Files, fd: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes at `offset`, going on after short reads; less only at the file's end."""
+    data = files.read_at(fd, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]
+    got = len(data)
+    while got < size:
+        data = files.read_at(fd, size - got, offset + got)
+        if not data:
+            break
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+def write_exactly(files: Files, fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`, going on after short writes and interruptions."""
+    view = memoryview(data)
+    while view:
+        try:
+            taken = files.write_at(fd, view, offset)
+        except InterruptedError:
+            continue
+        if taken == 0:
+            raise OSError(errno.ENOSPC, "the file system takes no more bytes")
+        view = view[taken:]
+        offset += taken
+
+
+def replace_file(files: Files, directory: str, name: str, temporary: str, data: bytes) -> None:
+    """Replace the file `name` atomically and durably.
+
+    The order is what makes it so: a temporary in the same directory, write, fsync, rename, fsync
+    of the directory. Only after this returns may anything that `name` supersedes be unlinked.
+    """
+    target = f"{directory}/{name}"
+    source = f"{directory}/{temporary}"
+    files.remove(source)
+    fd = files.create(source)
+    try:
+        try:
+            write_exactly(files, fd, data, 0)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        files.rename(source, target)
+        files.sync_directory(directory)
+    except OSError:
+        files.remove(source)
+        raise

@@ -1,0 +1,422 @@
+"""THE disk format: constants and pure encoders and decoders. No IO, no clock, no asyncio.
+
+All numbers are little-endian, nothing is padded. ``docs/format.md`` is checked against the tables
+`SEGMENT_HEADER_FIELDS`, `FRAME_HEADER_FIELDS`, `INDEX_ROW_FIELDS` and the constants here.
+
+A *segment* is a header followed by frames. A *frame* is header, header checksum, key, payload,
+checksum. Both checksums are CRC-32C (Castagnoli; RFC 3720, appendix B.4) that start from the
+segment's random *salt*, so that a stale frame of another file, or a frame inside a payload, never
+passes for one of this segment. The header checksum covers header and key: a reader knows whose
+frame it is, and how long, even when the payload is damaged.
+
+What a reader does with what it does not know: a segment or manifest of a newer format version is
+refused as a whole; a frame of an unknown type with valid checksums is corruption (nothing of this
+version writes one); a hint or index snapshot it does not know is ignored, and the log is scanned.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from struct import Struct
+from typing import Final, NamedTuple
+
+import lz4.block
+from crc32c import crc32c
+
+FORMAT_VERSION: Final = 1
+
+# --- segment header ---------------------------------------------------------------------------
+
+SEGMENT_MAGIC: Final = b"PERSSEG\x01"
+SEGMENT_HEADER_FIELDS: Final = (
+    ("magic", "8s", "`PERSSEG` and the byte 0x01"),
+    ("format_version", "I", "1; a newer one is refused"),
+    ("kind", "I", "1: log segment, 2: output of a compaction"),
+    ("number", "Q", "the number in the file's name"),
+    ("base_sequence", "Q", "every frame of a log segment has a higher sequence number"),
+    ("directory_id", "16s", "the random id of the directory it belongs to"),
+    ("salt", "12s", "random; both checksums of every frame start from it"),
+    ("checksum", "I", "CRC-32C of everything before"),
+)
+_SEGMENT_HEADER: Final = Struct("<8sIIQQ16s12s")
+SEGMENT_HEADER_BYTES: Final = _SEGMENT_HEADER.size + 4
+SALT_BYTES: Final = 12
+NO_ID: Final = bytes(16)
+
+
+class SegmentKind(IntEnum):
+    """What a segment was written by."""
+
+    LOG = 1
+    MERGED = 2
+
+
+class SegmentHeader(NamedTuple):
+    """The decoded header of a segment."""
+
+    kind: SegmentKind
+    number: int
+    base_sequence: int
+    directory_id: bytes
+    salt: bytes
+
+    @property
+    def salt_checksum(self) -> int:
+        """The CRC-32C from which every checksum of the segment's frames goes on."""
+        return crc32c(self.salt)
+
+
+class NewerFormat(ValueError):
+    """The bytes are of a format version that this code does not know."""
+
+
+def encode_segment_header(header: SegmentHeader) -> bytes:
+    """Encode the header of a segment: `SEGMENT_HEADER_BYTES` bytes."""
+    body = _SEGMENT_HEADER.pack(
+        SEGMENT_MAGIC,
+        FORMAT_VERSION,
+        header.kind,
+        header.number,
+        header.base_sequence,
+        header.directory_id,
+        header.salt,
+    )
+    return body + _CHECKSUM.pack(crc32c(body))
+
+
+def decode_segment_header(data: bytes) -> SegmentHeader | None:
+    """Decode the start of a segment; None when it is torn or damaged.
+
+    Raises:
+        NewerFormat: intact, and of a newer format version.
+    """
+    if len(data) < SEGMENT_HEADER_BYTES:
+        return None
+    body = data[: _SEGMENT_HEADER.size]
+    (checksum,) = _CHECKSUM.unpack_from(data, _SEGMENT_HEADER.size)
+    magic, version, kind, number, base, directory_id, salt = _SEGMENT_HEADER.unpack(body)
+    if magic != SEGMENT_MAGIC or checksum != crc32c(body):
+        return None
+    if version > FORMAT_VERSION:
+        raise NewerFormat(f"format version {version}; this library reads up to {FORMAT_VERSION}")
+    if kind not in (SegmentKind.LOG, SegmentKind.MERGED):
+        return None
+    return SegmentHeader(SegmentKind(kind), number, base, directory_id, salt)
+
+
+# --- frames -----------------------------------------------------------------------------------
+
+# Not zero, because crc32c(b"") == 0 would let an all-zero header pass, and not UTF-8 text.
+FRAME_MAGIC: Final = b"\xf5PF\xa1"
+FRAME_HEADER_FIELDS: Final = (
+    ("magic", "4s", "0xF5 `PF` 0xA1"),
+    ("type", "B", "see the frame types"),
+    ("flags", "B", "bit 0: the payload is an LZ4 block"),
+    ("key_bytes", "H", "length of the key: the session id as UTF-8, 1 to 512; 0 in a footer"),
+    ("payload_bytes", "I", "length of the payload as stored"),
+    ("raw_bytes", "I", "length of the payload once decompressed"),
+    ("sequence", "Q", "order of all frames of a directory; never used twice"),
+    ("durable_sequence", "Q", "everything up to here had been synced when this was written"),
+    ("incarnation", "16s", "incarnation id of the session"),
+    ("commit", "16s", "id of this commit"),
+    ("base", "16s", "id of the commit it was built on; zeros at a creation"),
+    ("header_checksum", "I", "CRC-32C of salt, header and key"),
+)
+_FRAME_HEADER: Final = Struct("<4sBBHIIQQ16s16s16s")
+_CHECKSUM: Final = Struct("<I")
+_pack_header = _FRAME_HEADER.pack
+_pack_checksum = _CHECKSUM.pack
+_unpack_header = _FRAME_HEADER.unpack_from
+_unpack_checksum = _CHECKSUM.unpack_from
+
+FRAME_HEADER_BYTES: Final = _FRAME_HEADER.size + 4  # with the header checksum
+FRAME_OVERHEAD_BYTES: Final = FRAME_HEADER_BYTES + 4
+MAX_KEY_BYTES: Final = 512
+MAX_PAYLOAD_BYTES: Final = 2**31
+_HEADER_SIZE: Final = _FRAME_HEADER.size
+
+
+class FrameType(IntEnum):
+    """Frame types. An unknown type with valid checksums is corruption."""
+
+    PUT = 1  # a whole record without its two leading ids, which are in the header
+    DELETE = 2  # a tombstone; payload: DELETE_PAYLOAD
+    TOUCH = 3  # a renewal; payload: TOUCH_PAYLOAD
+    PATCH = 4  # reserved: changed fields only
+    FOOTER = 5  # the last frame of a sealed segment; payload: FOOTER_PAYLOAD
+
+
+# The same as plain ints, for the paths where an enum member's look-up is felt.
+PUT: Final = int(FrameType.PUT)
+DELETE: Final = int(FrameType.DELETE)
+TOUCH: Final = int(FrameType.TOUCH)
+
+COMPRESSED: Final = 1
+COMPRESSION_MIN_BYTES: Final = 1024
+_RECORD_IDS_BYTES: Final = 32
+
+TOUCH_PAYLOAD: Final = Struct("<dd")  # last accessed, deadline: wall seconds
+DELETE_PAYLOAD: Final = Struct("<d")  # when: wall seconds
+FOOTER_PAYLOAD: Final = Struct("<QQQ")  # frames, lowest sequence, highest sequence
+
+
+class Frame(NamedTuple):
+    """One decoded frame; `payload` is as stored (compressed if `flags` says so)."""
+
+    type: FrameType
+    flags: int
+    key: bytes
+    payload: bytes
+    raw_bytes: int
+    sequence: int
+    durable_sequence: int
+    incarnation: bytes
+    commit: bytes
+    base: bytes
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole frame on disk."""
+        return FRAME_OVERHEAD_BYTES + len(self.key) + len(self.payload)
+
+
+class Torn(NamedTuple):
+    """The bytes end before the frame does: wait for more, or a torn tail."""
+
+    needed_bytes: int
+
+
+class Corrupt(NamedTuple):
+    """The bytes are not a frame of this segment.
+
+    `key` and `length` are known when the header and the key are intact.
+    """
+
+    reason: str
+    key: bytes | None = None
+    length: int | None = None
+    sequence: int | None = None
+    type: FrameType | None = None
+
+
+def encode_frame(
+    salt_checksum: int,
+    frame_type: int,
+    key: bytes,
+    payload: bytes | memoryview,
+    sequence: int,
+    durable_sequence: int,
+    incarnation: bytes,
+    commit: bytes,
+    base: bytes,
+    flags: int = 0,
+    raw_bytes: int | None = None,
+) -> bytes:
+    """Encode one frame. `payload` is as it is to be stored (see `compress`)."""
+    header = _pack_header(
+        FRAME_MAGIC,
+        frame_type,
+        flags,
+        len(key),
+        len(payload),
+        len(payload) if raw_bytes is None else raw_bytes,
+        sequence,
+        durable_sequence,
+        incarnation,
+        commit,
+        base,
+    )
+    header_checksum = _pack_checksum(crc32c(key, crc32c(header, salt_checksum)))
+    body = b"".join((header, header_checksum, key, payload))
+    return body + _pack_checksum(crc32c(body, salt_checksum))
+
+
+def decode_frame(
+    data: bytes | bytearray | memoryview, offset: int, salt_checksum: int
+) -> Frame | Torn | Corrupt:
+    """Decode the frame at `offset`, checking both checksums.
+
+    Never raises for any input, and never needs more memory than the frame itself.
+    """
+    here = len(data) - offset
+    if here < FRAME_HEADER_BYTES:
+        return Torn(FRAME_HEADER_BYTES)
+    (magic, kind, flags, key_bytes, payload_bytes, raw_bytes, sequence, durable, *ids) = (
+        _unpack_header(data, offset)
+    )
+    if magic != FRAME_MAGIC:
+        return Corrupt("no frame starts here")
+    if key_bytes > MAX_KEY_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
+        return Corrupt("the frame header is damaged")
+    key_end = offset + FRAME_HEADER_BYTES + key_bytes
+    if len(data) < key_end:
+        return Torn(FRAME_HEADER_BYTES + key_bytes)
+    view = memoryview(data)
+    key = bytes(view[offset + FRAME_HEADER_BYTES : key_end])
+    header = view[offset : offset + _HEADER_SIZE]
+    if _unpack_checksum(data, offset + _HEADER_SIZE)[0] != crc32c(
+        key, crc32c(header, salt_checksum)
+    ):
+        return Corrupt("the frame header is damaged")
+    length = FRAME_OVERHEAD_BYTES + key_bytes + payload_bytes
+    if here < length:
+        return Torn(length)
+    if kind not in _KNOWN_TYPES or flags & ~COMPRESSED:
+        return Corrupt(f"frame type {kind} with flags {flags} is not known", key, length)
+    end = offset + length - 4
+    if _unpack_checksum(data, end)[0] != crc32c(view[offset:end], salt_checksum):
+        return Corrupt("the payload is damaged", key, length, sequence, FrameType(kind))
+    payload = bytes(view[key_end:end])
+    return Frame(FrameType(kind), flags, key, payload, raw_bytes, sequence, durable, *ids)
+
+
+_KNOWN_TYPES: Final = frozenset({FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER})
+
+
+def restamp(
+    data: bytes | memoryview, old_salt_checksum: int, new_salt_checksum: int
+) -> bytes | None:
+    """Move one frame to a segment with another salt; None when its checksum is wrong."""
+    view = memoryview(data)
+    end = len(view) - 4
+    if _unpack_checksum(view, end)[0] != crc32c(view[:end], old_salt_checksum):
+        return None
+    key_bytes = int.from_bytes(view[6:8], "little")
+    key = view[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + key_bytes]
+    header = view[:_HEADER_SIZE]
+    header_checksum = _pack_checksum(crc32c(key, crc32c(header, new_salt_checksum)))
+    body = b"".join((header, header_checksum, view[FRAME_HEADER_BYTES:end]))
+    return body + _pack_checksum(crc32c(body, new_salt_checksum))
+
+
+def compress(payload: bytes) -> tuple[int, bytes]:
+    """Return (flags, payload as stored): LZ4 when that saves at least an eighth."""
+    if len(payload) < COMPRESSION_MIN_BYTES:
+        return 0, payload
+    packed: bytes = lz4.block.compress(payload, store_size=False)
+    if len(packed) > len(payload) - len(payload) // 8:
+        return 0, payload
+    return COMPRESSED, packed
+
+
+def decompress(flags: int, payload: bytes, raw_bytes: int) -> bytes | None:
+    """Undo `compress`; None when the block does not expand to exactly `raw_bytes`.
+
+    Memory is bounded by `raw_bytes`, which the header's checksum vouches for; LZ4 expands at most
+    255 times, which bounds it once more.
+    """
+    if not flags & COMPRESSED:
+        return payload if len(payload) == raw_bytes else None
+    if raw_bytes > 255 * len(payload) + 64:
+        return None
+    try:
+        raw: bytes = lz4.block.decompress(payload, uncompressed_size=raw_bytes)
+    except lz4.block.LZ4BlockError:
+        return None
+    return raw if len(raw) == raw_bytes else None
+
+
+def put_payload(record: bytes) -> bytes:
+    """Return what a put frame stores of `record`: all but its two leading ids."""
+    return record[_RECORD_IDS_BYTES:]
+
+
+def record_of(frame: Frame) -> bytes | None:
+    """Return the record of a put frame; None when its payload does not decompress."""
+    raw = decompress(frame.flags, frame.payload, frame.raw_bytes)
+    return None if raw is None else b"".join((frame.incarnation, frame.commit, raw))
+
+
+_FLAGS_AT: Final = 5
+_RAW_BYTES_AT: Final = 12
+_IDS_AT: Final = 32
+_PUT_START: Final = Struct("<4sB").pack(FRAME_MAGIC, FrameType.PUT)
+
+
+def read_put(frame: memoryview, key: bytes, salt_checksum: int) -> bytes | None:
+    """Return the record of a put frame of `key`, the short way: `frame` is exactly the frame.
+
+    None when anything is not as it should be; `decode_frame` then says what.
+    """
+    end = len(frame) - 4
+    start = FRAME_HEADER_BYTES + len(key)
+    if (
+        end < start
+        or _unpack_checksum(frame, end)[0] != crc32c(frame[:end], salt_checksum)
+        or frame[:_FLAGS_AT] != _PUT_START
+        or frame[FRAME_HEADER_BYTES:start] != key
+    ):
+        return None
+    if not frame[_FLAGS_AT]:
+        return b"".join((frame[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES], frame[start:end]))
+    raw_bytes = _unpack_checksum(frame, _RAW_BYTES_AT)[0]
+    raw = decompress(frame[_FLAGS_AT], bytes(frame[start:end]), raw_bytes)
+    if raw is None:
+        return None
+    return b"".join((frame[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES], raw))
+
+
+# --- index rows: entries of the in-memory index, of hints and of index snapshots -------------------
+
+INDEX_ROW_FIELDS: Final = (
+    ("fingerprint", "16s", "keyed BLAKE2b-128 of the session id"),
+    ("sequence", "Q", "sequence number of the frame"),
+    ("accessed", "d", "last accessed, seconds"),
+    ("deadline", "d", "deadline, seconds; infinity: never expires"),
+    ("segment", "I", "number of the segment"),
+    ("offset", "I", "where the frame starts in it"),
+    ("length", "I", "bytes of the frame; in hints 0 marks a tombstone, 1 a touch"),
+    ("user", "I", "bits 0-30: CRC-32C of the user id, 0: none; bit 31: an access renews"),
+)
+INDEX_ROW: Final = Struct("<16sQddIIII")
+INDEX_ROW_BYTES: Final = INDEX_ROW.size
+USER_BITS: Final = (1 << 31) - 1
+ROW_RENEWS: Final = 1 << 31
+ROW_IS_DELETE: Final = 0
+ROW_IS_TOUCH: Final = 1
+
+
+def user_tag(user_id: str | None) -> int:
+    """Return the 31 bits under which a user's sessions are found; 0: no user."""
+    if not user_id:
+        return 0
+    return crc32c(user_id.encode("utf-8", "surrogatepass")) & USER_BITS or 1
+
+
+CACHE_MAGIC: Final = b"PERSCACH"
+CACHE_HEADER_FIELDS: Final = (
+    ("magic", "8s", "`PERSCACH`"),
+    ("format_version", "I", "1; any other is ignored"),
+    ("body_checksum", "I", "CRC-32C of the body"),
+    ("directory_id", "16s", "the directory it belongs to"),
+    ("skew", "d", "seconds to add to the rows' times to get wall time"),
+    ("body_bytes", "Q", "length of the body"),
+    ("covers", "32s", "SHA-256 of number, length and salt of the segments it describes"),
+    ("checksum", "I", "CRC-32C of everything before"),
+)
+_CACHE_HEADER: Final = Struct("<8sII16sdQ32s")
+CACHE_HEADER_BYTES: Final = _CACHE_HEADER.size + 4
+
+
+def encode_cache(directory_id: bytes, covers: bytes, skew: float, body: bytes) -> bytes:
+    """Encode a hint or an index snapshot (both are caches: when in doubt, scan)."""
+    header = _CACHE_HEADER.pack(
+        CACHE_MAGIC, FORMAT_VERSION, crc32c(body), directory_id, skew, len(body), covers
+    )
+    return b"".join((header, _pack_checksum(crc32c(header)), body))
+
+
+def decode_cache(data: bytes, directory_id: bytes, covers: bytes) -> tuple[float, memoryview] | None:
+    """Return (skew, body) of a cache that is intact and covers what is there; else None."""
+    if len(data) < CACHE_HEADER_BYTES:
+        return None
+    header = data[: _CACHE_HEADER.size]
+    magic, version, body_checksum, owner, skew, body_bytes, covered = _CACHE_HEADER.unpack(header)
+    if magic != CACHE_MAGIC or version != FORMAT_VERSION:
+        return None
+    if _unpack_checksum(data, _CACHE_HEADER.size)[0] != crc32c(header):
+        return None
+    body = memoryview(data)[CACHE_HEADER_BYTES:]
+    if owner != directory_id or covered != covers or len(body) != body_bytes:
+        return None
+    return (skew, body) if crc32c(body) == body_checksum else None

@@ -1,0 +1,287 @@
+"""The in-memory index of the log: where the newest frame of each session is.
+
+It keeps no session ids. Each session is a row of 56 bytes (`format.INDEX_ROW`) under a keyed
+128-bit BLAKE2b fingerprint (Aumasson, Neves, Wilcox-O'Hearn, Winnerlein 2013) of its id. The key
+is random per directory, so nobody can choose ids that collide, and by chance two of ten million
+sessions collide with probability 2^-82. The id in the frame is compared on every read all the same.
+
+Rows lie in small bytearrays, the *buckets*, found by the fingerprint's low bits; inside a bucket
+the C search of `bytearray.find` does the probing. A bucket holds about 8 rows. 1,024 shards
+double their buckets independently, so that no growth step moves more than one shard.
+The garbage collector tracks one list per shard and nothing per session; a session costs about
+80 bytes of memory.
+
+Invariants: a fingerprint is in at most one row; a row lies in the bucket of its fingerprint.
+Times are engine seconds (see `clock.EngineTime`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from struct import Struct
+from typing import Final, NamedTuple
+
+from persistence.disk.format import INDEX_ROW, INDEX_ROW_BYTES, ROW_RENEWS, USER_BITS
+
+SHARDS: Final = 1024
+_SHARD_BITS: Final = 10
+_SHARD_MASK: Final = SHARDS - 1
+_ROWS_PER_BUCKET: Final = 16
+_FINGERPRINT_BYTES: Final = 16
+
+_pack = INDEX_ROW.pack
+_unpack = INDEX_ROW.unpack_from
+_TIMES: Final = Struct("<dd")
+_SEQUENCE: Final = Struct("<Q")
+_SEQUENCE_AT: Final = 16
+_TIMES_AT: Final = 24
+_PLACE: Final = Struct("<III")
+_unpack_place = _PLACE.unpack_from
+_PLACE_AT: Final = 40
+_USER_TOP_AT: Final = 55
+_RENEWS_TOP: Final = ROW_RENEWS >> 24
+_NEVER: Final = float("inf")
+
+assert INDEX_ROW_BYTES == 56
+assert 1 << _SHARD_BITS == SHARDS
+
+
+class Row(NamedTuple):
+    """One session's entry. `accessed` and `deadline` are engine seconds."""
+
+    fingerprint: bytes
+    sequence: int
+    accessed: float
+    deadline: float
+    segment: int
+    offset: int
+    length: int
+    user: int
+
+
+class Fingerprints:
+    """Turns session ids into fingerprints, with the directory's secret key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._copy = hashlib.blake2b(digest_size=_FINGERPRINT_BYTES, key=key).copy
+
+    def of(self, key: bytes) -> bytes:
+        """Return the fingerprint of a session id, given as UTF-8."""
+        state = self._copy()
+        state.update(key)
+        return state.digest()
+
+
+class Index:
+    """Fingerprint -> `Row`. Synchronous, never blocks, never moves more than one shard at once."""
+
+    def __init__(self) -> None:
+        self._shards: list[list[bytearray]] = [[bytearray()] for _ in range(SHARDS)]
+        self._counts = [0] * SHARDS
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _bucket(self, fingerprint: bytes) -> bytearray:
+        bits = int.from_bytes(fingerprint[:6], "little")
+        shard = self._shards[bits & _SHARD_MASK]
+        return shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
+
+    def get(self, fingerprint: bytes) -> Row | None:
+        """Return the row of `fingerprint`, or None."""
+        bucket = self._bucket(fingerprint)
+        at = _find(bucket, fingerprint)
+        return None if at < 0 else Row._make(_unpack(bucket, at))
+
+    def put(self, rows: Iterable[bytes]) -> dict[int, int]:
+        """Set rows, each given as `INDEX_ROW` packs it, whatever was there.
+
+        Returns:
+            How many bytes of frames they replaced, by segment.
+        """
+        replaced: dict[int, int] = {}
+        shards = self._shards
+        from_bytes = int.from_bytes
+        for row in rows:
+            fingerprint = row[:_FINGERPRINT_BYTES]
+            bits = from_bytes(row[:6], "little")
+            shard = shards[bits & _SHARD_MASK]
+            bucket = shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
+            at = bucket.find(fingerprint)
+            if at % INDEX_ROW_BYTES:  # also for -1
+                at = _find(bucket, fingerprint)
+            if at < 0:
+                bucket += row
+                self._grew(bits & _SHARD_MASK)
+            else:
+                segment, _, length = _unpack_place(bucket, at + _PLACE_AT)
+                bucket[at : at + INDEX_ROW_BYTES] = row
+                replaced[segment] = replaced.get(segment, 0) + length
+        return replaced
+
+    def put_newer(self, row: tuple[bytes, int, float, float, int, int, int, int]) -> None:
+        """Set a row unless one with a higher sequence is there; for recovery."""
+        fingerprint = row[0]
+        bits = int.from_bytes(fingerprint[:6], "little")
+        number = bits & _SHARD_MASK
+        shard = self._shards[number]
+        bucket = shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
+        at = _find(bucket, fingerprint)
+        if at < 0:
+            bucket += _pack(*row)
+            self._grew(number)
+        elif _SEQUENCE.unpack_from(bucket, at + _SEQUENCE_AT)[0] < row[1]:
+            bucket[at : at + INDEX_ROW_BYTES] = _pack(*row)
+
+    def _grew(self, number: int) -> None:
+        """Count a new row of a shard; double its buckets when they are full."""
+        self._count += 1
+        self._counts[number] += 1
+        shard = self._shards[number]
+        if self._counts[number] > _ROWS_PER_BUCKET * len(shard):
+            self._shards[number] = _doubled(shard)
+
+    def touch(self, fingerprint: bytes, accessed: float, deadline: float) -> float | None:
+        """Set the times of a row; return its last access before, None when there is no row."""
+        bucket = self._bucket(fingerprint)
+        at = _find(bucket, fingerprint)
+        if at < 0:
+            return None
+        before: float = _TIMES.unpack_from(bucket, at + _TIMES_AT)[0]
+        _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
+        return before
+
+    def move(
+        self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int]
+    ) -> bool:
+        """Let a row that points to `source` (segment, offset) point to `target`."""
+        bucket = self._bucket(fingerprint)
+        at = _find(bucket, fingerprint)
+        if at < 0:
+            return False
+        segment, offset, length = _PLACE.unpack_from(bucket, at + _PLACE_AT)
+        if (segment, offset) != source:
+            return False
+        _PLACE.pack_into(bucket, at + _PLACE_AT, *target, length)
+        return True
+
+    def remove(self, fingerprint: bytes) -> Row | None:
+        """Remove the row of `fingerprint` and return it."""
+        bits = int.from_bytes(fingerprint[:6], "little")
+        number = bits & _SHARD_MASK
+        shard = self._shards[number]
+        bucket = shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
+        at = _find(bucket, fingerprint)
+        if at < 0:
+            return None
+        row = Row._make(_unpack(bucket, at))
+        del bucket[at : at + INDEX_ROW_BYTES]
+        self._count -= 1
+        self._counts[number] -= 1
+        return row
+
+    def rows_of_shard(self, number: int) -> list[Row]:
+        """Return all rows of one shard. A session never changes its shard.
+
+        Going through the shards 0 to `SHARDS` - 1 therefore meets each session that exists all
+        the while exactly once, whatever is written in between.
+        """
+        return [
+            Row._make(values)
+            for bucket in self._shards[number]
+            for values in INDEX_ROW.iter_unpack(bucket)
+        ]
+
+    def expired_in_shard(self, number: int, now: float, idle_since: float) -> list[Row]:
+        """Return the rows of one shard that are past their deadline or long not accessed.
+
+        Args:
+            number: the shard.
+            now: rows whose deadline is not after this.
+            idle_since: rows that were last accessed before this; -infinity: none.
+        """
+        times = _TIMES.unpack_from
+        found = []
+        for bucket in self._shards[number]:
+            for at in range(0, len(bucket), INDEX_ROW_BYTES):
+                accessed, deadline = times(bucket, at + _TIMES_AT)
+                if deadline <= now or accessed < idle_since:
+                    found.append(Row._make(_unpack(bucket, at)))
+        return found
+
+    def user_in_shard(self, number: int, user: int) -> list[Row]:
+        """Return the rows of one shard that carry this user tag (31 bits: verify the user)."""
+        return [row for row in self.rows_of_shard(number) if row.user & USER_BITS == user]
+
+    def add_live_bytes(self, number: int, into: dict[int, int]) -> None:
+        """Add up, by segment, the lengths of the frames that the rows of one shard point to."""
+        place = _PLACE.unpack_from
+        for bucket in self._shards[number]:
+            for at in range(_PLACE_AT, len(bucket), INDEX_ROW_BYTES):
+                segment, _, length = place(bucket, at)
+                into[segment] = into.get(segment, 0) + length
+
+    def grant_renewals(self, number: int, divisor: int) -> None:
+        """Move the deadlines that accesses renew by a `divisor`-th of their distance."""
+        for bucket in self._shards[number]:
+            for at in range(0, len(bucket), INDEX_ROW_BYTES):
+                accessed, deadline = _TIMES.unpack_from(bucket, at + _TIMES_AT)
+                if deadline != _NEVER and bucket[at + _USER_TOP_AT] & _RENEWS_TOP:
+                    grant = max(0.0, deadline - accessed) / divisor
+                    _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline + grant)
+
+    # --- snapshots ----------------------------------------------------------------------------
+
+    def images(self) -> Iterator[bytes]:
+        """Yield one image per shard: bucket count, the buckets' lengths, the buckets."""
+        for shard in self._shards:
+            lengths = [len(shard), *map(len, shard)]
+            yield b"".join((Struct(f"<{len(lengths)}I").pack(*lengths), *shard))
+
+    def load_image(self, number: int, image: memoryview, at: int) -> int:
+        """Take shard `number` from `image` at `at`; return the offset behind it.
+
+        Raises:
+            ValueError: the image is not one (its checksum was right, so this is a defect of ours).
+        """
+        (count,) = Struct("<I").unpack_from(image, at)
+        lengths = Struct(f"<{count}I").unpack_from(image, at + 4)
+        at += 4 + 4 * count
+        buckets = []
+        for length in lengths:
+            buckets.append(bytearray(image[at : at + length]))
+            at += length
+        total = sum(lengths)
+        if not count or count & (count - 1) or total % INDEX_ROW_BYTES or at > len(image):
+            raise ValueError(f"the image of shard {number} is not one")
+        self._count += total // INDEX_ROW_BYTES - self._counts[number]
+        self._counts[number] = total // INDEX_ROW_BYTES
+        self._shards[number] = buckets
+        return at
+
+
+def _find(bucket: bytearray, fingerprint: bytes) -> int:
+    """Return the offset of the row of `fingerprint` in `bucket`, or -1.
+
+    The bytes of a fingerprint may by chance also lie across two columns, so a hit that is not at
+    the start of a row is passed over.
+    """
+    at = bucket.find(fingerprint)
+    while at >= 0 and at % INDEX_ROW_BYTES:
+        at = bucket.find(fingerprint, at + 1)
+    return at
+
+
+def _doubled(shard: list[bytearray]) -> list[bytearray]:
+    """Return the rows of `shard` in twice as many buckets."""
+    count = 2 * len(shard)
+    buckets = [bytearray() for _ in range(count)]
+    mask = count - 1
+    for bucket in shard:
+        for at in range(0, len(bucket), INDEX_ROW_BYTES):
+            row = bucket[at : at + INDEX_ROW_BYTES]
+            bits = int.from_bytes(row[:6], "little")
+            buckets[(bits >> _SHARD_BITS) & mask] += row
+    return buckets

@@ -1,0 +1,94 @@
+"""The manifest: which directory this is, and which segments belong to it.
+
+A small JSON file (readable in an emergency) in one line, followed by its CRC-32C in a second.
+It is replaced as a whole: after each rotation, and by a compaction as its single moment of truth.
+
+Live segments are: the sealed ones it names, and every segment with a number that it does not know
+yet (``>= next_number``: rotated in, or merged, after it was written). A segment in ``dropped`` is
+dead even if its file is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from typing import Final
+
+from crc32c import crc32c
+
+from persistence.disk.format import FORMAT_VERSION, NewerFormat
+
+MAGIC: Final = "persistence directory"
+
+
+class MalformedManifest(ValueError):
+    """The manifest's checksum or content is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The decoded manifest.
+
+    Attributes:
+        directory_id: 16 random bytes, repeated in each segment's header.
+        fingerprint_key: the secret key of the index' fingerprints, 16 bytes.
+        sealed: numbers of the sealed segments.
+        dropped: numbers of the segments that a compaction replaced.
+        next_number: the lowest segment number that this manifest knows nothing of.
+    """
+
+    directory_id: bytes
+    fingerprint_key: bytes
+    sealed: frozenset[int] = field(default_factory=frozenset)
+    dropped: frozenset[int] = field(default_factory=frozenset)
+    next_number: int = 1
+
+    @staticmethod
+    def fresh() -> Manifest:
+        """Return the manifest of a new directory."""
+        return Manifest(secrets.token_bytes(16), secrets.token_bytes(16))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Encode `manifest`."""
+    body = json.dumps(
+        {
+            "what": MAGIC,
+            "format_version": FORMAT_VERSION,
+            "directory_id": manifest.directory_id.hex(),
+            "fingerprint_key": manifest.fingerprint_key.hex(),
+            "sealed": sorted(manifest.sealed),
+            "dropped": sorted(manifest.dropped),
+            "next_number": manifest.next_number,
+        }
+    ).encode()
+    return body + b"\n%08x\n" % crc32c(body)
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Decode a manifest.
+
+    Raises:
+        MalformedManifest: it is damaged, or no manifest.
+        NewerFormat: it is of a newer format version.
+    """
+    body, _, rest = data.partition(b"\n")
+    if rest != b"%08x\n" % crc32c(body):
+        raise MalformedManifest("its checksum is wrong")
+    try:
+        entries = json.loads(body)
+        version = int(entries["format_version"])
+        if entries["what"] != MAGIC:
+            raise MalformedManifest("it is not one of this library")
+        if version > FORMAT_VERSION:
+            raise NewerFormat(f"format version {version}; this library reads up to {FORMAT_VERSION}")
+        return Manifest(
+            directory_id=bytes.fromhex(entries["directory_id"]),
+            fingerprint_key=bytes.fromhex(entries["fingerprint_key"]),
+            sealed=frozenset(map(int, entries["sealed"])),
+            dropped=frozenset(map(int, entries["dropped"])),
+            next_number=int(entries["next_number"]),
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise MalformedManifest(f"its content is wrong ({error})") from error

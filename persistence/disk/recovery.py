@@ -1,0 +1,554 @@
+"""Recovery: from the files of a directory to the index, whatever happened before.
+
+Order within it: sealed segments first (from their hints, else scanned to their footer), then the
+last log segment, which a crash may have torn. What is newest is decided by sequence numbers, never
+by the order of the segments, because a compaction puts old frames into segments with high numbers.
+
+The last segment, at its first bad frame: when a later intact frame says (by its durable sequence)
+that more than what lies before the bad one had been synced, acknowledged data is damaged: it is
+reported and the segment is kept as it is. Otherwise it is a torn tail: nobody was told that what
+it holds is durable, and it is cut, the cut bytes kept in the quarantine directory. Then, in this
+order: truncate, fsync, footer, fsync; the next segment is created only after that.
+
+Recovering twice equals recovering once, at every crash point of recovery itself: each step leaves
+a directory that the same rules read the same way.
+
+It runs in a thread in short steps (it is a generator), so that the event loop keeps turning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from struct import error as StructError  # noqa: N812 - the module calls it `error`
+from typing import Final
+
+from persistence.disk.caches import read_hint, read_snapshot, write_hint
+from persistence.disk.filenames import (
+    MAX_SEGMENT_NUMBER,
+    QUARANTINE,
+    TEMPORARY_SUFFIX,
+    hint_name,
+    is_ours,
+    parse_hint,
+    parse_segment,
+    quarantine_name,
+    segment_name,
+)
+from persistence.disk.files import NO_SPACE, Files, read_exactly, replace_file, write_exactly
+from persistence.disk.format import (
+    DELETE_PAYLOAD,
+    FOOTER_PAYLOAD,
+    INDEX_ROW,
+    ROW_IS_DELETE,
+    ROW_IS_TOUCH,
+    ROW_RENEWS,
+    SEGMENT_HEADER_BYTES,
+    TOUCH_PAYLOAD,
+    Frame,
+    FrameType,
+    NewerFormat,
+    SegmentHeader,
+    SegmentKind,
+    Torn,
+    decode_segment_header,
+    record_of,
+)
+from persistence.disk.index import SHARDS, Fingerprints, Index
+from persistence.disk.manifest import Manifest
+from persistence.disk.reader import scan_frames
+from persistence.disk.segments import Damage, Segment
+from persistence.disk.writer import encode_footer
+from persistence.errors import DirectoryNotUsable
+from persistence.record import RENEWS, flags_of, times_of, user_of
+
+_log = logging.getLogger("persistence.recovery")
+
+_ROWS_PER_STEP: Final = 2_000
+_FRAMES_PER_STEP: Final = 200
+_GRANT: Final = 8
+_TOMBSTONE_BYTES: Final = 128  # about; a hint does not tell the length
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What recovery found.
+
+    Attributes:
+        index: the newest frame of every session; times are wall seconds, which at opening are
+            engine seconds.
+        segments: by number; all sealed.
+        last_sequence: the highest sequence number in use.
+        last_number: the highest segment number that was ever used.
+        damages: defects; sessions that they do not concern stay readable.
+        clean: whether the directory had been closed cleanly.
+        cut_bytes: length of the torn tail.
+    """
+
+    index: Index = field(default_factory=Index)
+    segments: dict[int, Segment] = field(default_factory=dict)
+    last_sequence: int = 0
+    last_number: int = 0
+    damages: list[Damage] = field(default_factory=list)
+    clean: bool = False
+    cut_bytes: int = 0
+
+
+class Recovery:
+    """One recovery. Call `steps` and exhaust it, in a thread; then `result` holds the outcome."""
+
+    def __init__(
+        self, files: Files, directory: str, manifest: Manifest, fingerprints: Fingerprints
+    ) -> None:
+        self._files = files
+        self._directory = directory
+        self._manifest = manifest
+        self._fingerprints = fingerprints
+        self._touches: dict[bytes, tuple[int, float, float]] = {}
+        self._deletes: dict[bytes, int] = {}
+        self.result = Recovered()
+
+    def steps(self) -> Iterator[None]:
+        """Recover; yields often, so that the caller can let others run."""
+        result = self.result
+        headers = self._live_segments()
+        last_log = max(
+            (number for number, header in headers.items() if header.kind == SegmentKind.LOG),
+            default=0,
+        )
+        self._open_sealed(headers, last_log)
+        yield
+        if self._take_snapshot(last_log):
+            return
+        for number in sorted(headers):
+            if number != last_log:
+                yield from self._load_sealed(headers[number])
+        if last_log:
+            yield from self._load_last(headers[last_log])
+        yield from self._settle()
+        yield from self._count_live_bytes()
+        assert all(segment.sealed for segment in result.segments.values()), "all must be sealed"
+
+    # --- which segments there are ---------------------------------------------------------------
+
+    def _path(self, number: int) -> str:
+        return f"{self._directory}/{segment_name(number)}"
+
+    def _live_segments(self) -> dict[int, SegmentHeader]:
+        """Remove what is dead, read the headers of what is live."""
+        manifest = self._manifest
+        names = self._files.list_directory(self._directory)
+        numbers = {number for name in names if (number := parse_segment(name)) is not None}
+        live = {
+            number
+            for number in numbers - manifest.dropped
+            if number in manifest.sealed or number >= manifest.next_number
+        }
+        self.result.last_number = max(
+            [manifest.next_number - 1, *numbers, *manifest.sealed, *manifest.dropped]
+        )
+        if self.result.last_number >= MAX_SEGMENT_NUMBER:
+            raise DirectoryNotUsable(f"{self._directory} has used up all segment numbers")
+        headers = self._read_headers(sorted(live))
+        for missing in sorted(manifest.sealed - numbers):
+            self._damage(missing, 0, None, "the segment is missing")
+        self._remove_dead(names, live)
+        return headers
+
+    def _read_headers(self, numbers: list[int]) -> dict[int, SegmentHeader]:
+        headers = {}
+        for number in numbers:
+            fd = self._files.open_read(self._path(number))
+            try:
+                data = read_exactly(self._files, fd, SEGMENT_HEADER_BYTES, 0)
+            finally:
+                self._files.close(fd)
+            try:
+                header = decode_segment_header(data)
+            except NewerFormat as error:
+                raise DirectoryNotUsable(
+                    f"{self._path(number)}: {error}; nothing was changed; "
+                    "use a newer version of the library"
+                ) from None
+            if header is not None and header.number == number:
+                if header.directory_id != self._manifest.directory_id:
+                    raise DirectoryNotUsable(
+                        f"{self._path(number)} belongs to another directory; nothing was changed; "
+                        "move it away"
+                    )
+                headers[number] = header
+            elif number == max(numbers) and number not in self._manifest.sealed:
+                self._remove_torn_creation(number, data)
+            else:
+                self._damage(number, 0, None, "the segment's header is damaged")
+        return headers
+
+    def _remove_torn_creation(self, number: int, data: bytes) -> None:
+        """A crash while the newest segment was being created: nothing was acknowledged into it."""
+        path = self._path(number)
+        fd = self._files.open_read(path)
+        try:
+            size = self._files.size(fd)
+        finally:
+            self._files.close(fd)
+        if size > SEGMENT_HEADER_BYTES:
+            # More than a header: not a torn creation, whatever it is. It stays.
+            self._damage(number, 0, None, "the segment's header is damaged")
+            return
+        if data.strip(b"\0"):
+            self._quarantine(number, 0, data)
+        self._files.remove(path)
+        self._files.sync_directory(self._directory)
+
+    def _remove_dead(self, names: list[str], live: set[int]) -> None:
+        """Unlink what a crash left behind: temporaries, replaced segments, hints of neither."""
+        known = live | self._manifest.sealed
+        for name in names:
+            number = parse_segment(name)
+            hint = parse_hint(name)
+            dead = (
+                (name.endswith(TEMPORARY_SUFFIX) and is_ours(name))
+                or (number is not None and number not in known)
+                or (hint is not None and hint not in known)
+            )
+            if dead:
+                self._files.remove(f"{self._directory}/{name}")
+
+    def _open_sealed(self, headers: dict[int, SegmentHeader], last_log: int) -> None:
+        for number, header in headers.items():
+            segment = self.result.segments[number] = Segment.of(header)
+            fd = self._files.open_read(self._path(number))
+            try:
+                segment.length = self._files.size(fd)
+            finally:
+                self._files.close(fd)
+            segment.sealed = number != last_log
+
+    # --- the caches -----------------------------------------------------------------------------
+
+    def _take_snapshot(self, last_log: int) -> bool:
+        """Use the snapshot of a clean close if it describes exactly the segments that are here."""
+        result = self.result
+        if result.damages:
+            return False
+        found = read_snapshot(
+            self._files, self._directory, self._manifest.directory_id, result.segments.values()
+        )
+        if found is None:
+            return False
+        result.index, result.last_sequence, counts = found
+        for segment, (live_bytes, tombstone_bytes) in zip(
+            sorted(result.segments.values(), key=lambda item: item.number), counts, strict=True
+        ):
+            segment.live_bytes, segment.tombstone_bytes = live_bytes, tombstone_bytes
+        result.clean = True
+        if last_log:
+            result.segments[last_log].sealed = True  # a clean close seals before the snapshot
+        return True
+
+    def _load_sealed(self, header: SegmentHeader) -> Iterator[None]:
+        segment = self.result.segments[header.number]
+        hint = read_hint(self._files, self._directory, self._manifest.directory_id, segment)
+        if hint is not None:
+            skew, rows = hint
+            yield from self._apply_rows(rows, skew, segment)
+            return
+        rows_found = bytearray()
+        yield from self._scan_sealed(segment, rows_found)
+        yield from self._apply_rows(memoryview(rows_found), 0.0, segment)
+        if not segment.damaged:
+            self._write_hint(segment, bytes(rows_found))
+
+    def _scan_sealed(self, segment: Segment, rows: bytearray) -> Iterator[None]:
+        """Scan a segment that must verify to its footer; any defect in it is corruption."""
+        footer_seen = False
+        fd = self._files.open_read(self._path(segment.number))
+        try:
+            scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
+            for count, (offset, found) in enumerate(scan):
+                if isinstance(found, Frame):
+                    footer_seen = found.type == FrameType.FOOTER
+                    self._add_row(rows, segment, offset, found)
+                else:
+                    self._report(segment, offset, found, rows)
+                if count % _FRAMES_PER_STEP == 0:
+                    yield
+        finally:
+            self._files.close(fd)
+        if not footer_seen:
+            self._damage(segment.number, segment.length, None, "the sealed segment has no footer")
+
+    def _load_last(self, header: SegmentHeader) -> Iterator[None]:
+        """The last log segment: sealed if it has a hint, else whatever a crash made of it."""
+        segment = self.result.segments[header.number]
+        if read_hint(self._files, self._directory, self._manifest.directory_id, segment):
+            segment.sealed = True
+            yield from self._load_sealed(header)
+        else:
+            yield from self._recover_last(header)
+
+    # --- the last segment -------------------------------------------------------------------------
+
+    def _recover_last(self, header: SegmentHeader) -> Iterator[None]:
+        segment = self.result.segments[header.number]
+        path = self._path(header.number)
+        size = segment.length
+        rows = bytearray()
+        good_end = SEGMENT_HEADER_BYTES
+        last_sequence = header.base_sequence
+        frames = 0
+        sealed = False
+        fd = self._files.open_write(path)
+        try:
+            scan = scan_frames(self._files, fd, size, segment.salt_checksum)
+            for count, (offset, found) in enumerate(scan):
+                if count % _FRAMES_PER_STEP == 0:
+                    yield
+                if not isinstance(found, Frame):
+                    if not self._acknowledged_behind(fd, segment, offset, last_sequence):
+                        break
+                    self._report(segment, offset, found, rows)
+                    continue
+                sealed = found.type == FrameType.FOOTER
+                self._add_row(rows, segment, offset, found)
+                good_end = offset + found.length
+                last_sequence = max(last_sequence, found.sequence)
+                frames += 1
+            yield from self._apply_rows(memoryview(rows), 0.0, segment)
+            self._cut(fd, segment, good_end, size)
+            if not sealed:
+                self._seal(fd, segment, good_end, frames, last_sequence)
+        finally:
+            self._files.close(fd)
+        segment.sealed = True
+        if not segment.damaged:
+            self._write_hint(segment, bytes(rows))
+
+    def _acknowledged_behind(
+        self, fd: int, segment: Segment, offset: int, last_sequence: int
+    ) -> bool:
+        """Whether a frame behind the defect at `offset` proves that synced data was there.
+
+        Its durable sequence is higher than that of the last good frame before the defect: then
+        something in between had been synced, hence acknowledged.
+        """
+        scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum, offset)
+        return any(
+            isinstance(found, Frame) and found.durable_sequence > last_sequence
+            for _, found in scan
+        )
+
+    def _cut(self, fd: int, segment: Segment, good_end: int, size: int) -> None:
+        if good_end < size:
+            tail = read_exactly(self._files, fd, size - good_end, good_end)
+            if tail.strip(b"\0"):
+                self._quarantine(segment.number, good_end, tail)
+            self.result.cut_bytes = size - good_end
+            _log.warning(
+                "%s: cut a torn tail of %d bytes at offset %d",
+                self._path(segment.number),
+                size - good_end,
+                good_end,
+            )
+            self._files.truncate(fd, good_end)
+            self._files.sync(fd)
+        segment.length = good_end
+
+    def _seal(
+        self, fd: int, segment: Segment, end: int, frames: int, last_sequence: int
+    ) -> None:
+        footer = encode_footer(
+            segment.salt_checksum, frames, segment.lowest_sequence, last_sequence
+        )
+        write_exactly(self._files, fd, footer, end)
+        self._files.sync(fd)
+        segment.length = end + len(footer)
+
+    def _quarantine(self, number: int, offset: int, data: bytes) -> None:
+        """Keep bytes that recovery takes out of the log. A full disk must not stop recovery."""
+        directory = f"{self._directory}/{QUARANTINE}"
+        name = quarantine_name(number, offset, len(data))
+        try:
+            self._files.make_directory(directory)
+            replace_file(self._files, directory, name, name + TEMPORARY_SUFFIX, data)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            _log.warning("%s/%s: no space to keep the cut bytes", directory, name)
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _add_row(self, rows: bytearray, segment: Segment, offset: int, frame: Frame) -> None:
+        """Add the index row of a frame that was scanned."""
+        self.result.last_sequence = max(self.result.last_sequence, frame.sequence)
+        user = 0
+        length = frame.length
+        if frame.type == FrameType.PUT:
+            row = self._put_times(frame)
+            if row is None:
+                self._damage(segment.number, offset, _text(frame.key), "the record is malformed")
+                row = (0.0, float("inf"), 0)
+            accessed, deadline, user = row
+        elif frame.type == FrameType.TOUCH and len(frame.payload) == TOUCH_PAYLOAD.size:
+            accessed, deadline = TOUCH_PAYLOAD.unpack(frame.payload)
+            length = ROW_IS_TOUCH
+        elif frame.type == FrameType.DELETE and len(frame.payload) == DELETE_PAYLOAD.size:
+            accessed = deadline = 0.0
+            length = ROW_IS_DELETE
+        elif frame.type == FrameType.FOOTER and len(frame.payload) == FOOTER_PAYLOAD.size:
+            return
+        else:
+            self._damage(segment.number, offset, _text(frame.key), "the payload has a wrong size")
+            return
+        rows += INDEX_ROW.pack(
+            self._fingerprints.of(frame.key),
+            frame.sequence,
+            accessed,
+            deadline,
+            segment.number,
+            offset,
+            length,
+            user,
+        )
+
+    @staticmethod
+    def _put_times(frame: Frame) -> tuple[float, float, int] | None:
+        record = record_of(frame)
+        if record is None:
+            return None
+        try:
+            _, accessed, deadline, _ = times_of(record)
+            user = user_of(record)
+            renews = ROW_RENEWS if flags_of(record) & RENEWS else 0
+        except (StructError, IndexError):
+            return None
+        return accessed, deadline, user | renews
+
+    def _report(self, segment: Segment, offset: int, found: object, rows: bytearray) -> None:
+        """Report a defect. Where the key is intact, let reads of that session meet the damage.
+
+        Its older versions must not come back: that would be a wrong value.
+        """
+        if isinstance(found, Torn):
+            self._damage(segment.number, offset, None, "the frame is cut off")
+            return
+        key = getattr(found, "key", None)
+        reason = getattr(found, "reason", "damaged")
+        self._damage(segment.number, offset, None if key is None else _text(key), reason)
+        sequence = getattr(found, "sequence", None)
+        if key and sequence is not None and getattr(found, "type", None) == FrameType.PUT:
+            self.result.last_sequence = max(self.result.last_sequence, sequence)
+            length = getattr(found, "length", None) or 0
+            rows += INDEX_ROW.pack(
+                self._fingerprints.of(key),
+                sequence,
+                0.0,
+                float("inf"),
+                segment.number,
+                offset,
+                length,
+                0,
+            )
+
+    def _damage(self, number: int, offset: int, session_id: str | None, reason: str) -> None:
+        damage = Damage(self._path(number), offset, session_id, reason)
+        self.result.damages.append(damage)
+        if number in self.result.segments:
+            self.result.segments[number].damaged = True
+        _log.error(
+            "%s at offset %d, session %s: %s",
+            damage.path,
+            offset,
+            "unknown" if session_id is None else ascii(session_id),
+            reason,
+        )
+
+    def _apply_rows(self, rows: memoryview, skew: float, segment: Segment) -> Iterator[None]:
+        """Merge a segment's rows into the index; what is newest is decided by sequence."""
+        put_newer = self.result.index.put_newer
+        highest = self.result.last_sequence
+        for count, row in enumerate(INDEX_ROW.iter_unpack(rows)):
+            if count % _ROWS_PER_STEP == 0:
+                yield
+            fingerprint, sequence, accessed, deadline, _, offset, length, user = row
+            highest = max(highest, sequence)
+            if length > ROW_IS_TOUCH:
+                if skew:
+                    row = (  # noqa: PLW2901 - the row with its times as wall time
+                        fingerprint,
+                        sequence,
+                        accessed + skew,
+                        deadline + skew,
+                        segment.number,
+                        offset,
+                        length,
+                        user,
+                    )
+                put_newer(row)
+            elif length == ROW_IS_DELETE:
+                segment.tombstone_bytes += _TOMBSTONE_BYTES
+                if sequence > self._deletes.get(fingerprint, 0):
+                    self._deletes[fingerprint] = sequence
+            elif sequence > self._touches.get(fingerprint, (0,))[0]:
+                self._touches[fingerprint] = (sequence, accessed + skew, deadline + skew)
+        self.result.last_sequence = highest
+
+    def _settle(self) -> Iterator[None]:
+        """Apply tombstones and renewals, and grant the renewals that nobody recorded."""
+        index = self.result.index
+        for count, (fingerprint, sequence) in enumerate(self._deletes.items()):
+            row = index.get(fingerprint)
+            if row is not None and row.sequence < sequence:
+                index.remove(fingerprint)
+            if count % _ROWS_PER_STEP == 0:
+                yield
+        for count, (fingerprint, (sequence, accessed, deadline)) in enumerate(
+            self._touches.items()
+        ):
+            row = index.get(fingerprint)
+            if row is not None and row.sequence < sequence:
+                index.touch(fingerprint, accessed, deadline)
+            if count % _ROWS_PER_STEP == 0:
+                yield
+        yield from self._grant()
+
+    def _grant(self) -> Iterator[None]:
+        """Move each sliding deadline by an eighth of its TTL.
+
+        Renewals are recorded once an eighth of the TTL is unrecorded, so after a crash a session
+        may have been renewed by that much without a trace. Too long is better than too short.
+        """
+        for shard in range(SHARDS):
+            self.result.index.grant_renewals(shard, _GRANT)
+            if shard % 16 == 0:
+                yield
+
+    def _count_live_bytes(self) -> Iterator[None]:
+        live: dict[int, int] = {}
+        for shard in range(SHARDS):
+            self.result.index.add_live_bytes(shard, live)
+            if shard % 16 == 0:
+                yield
+        for number, segment in self.result.segments.items():
+            segment.live_bytes = live.get(number, 0)
+
+    def _write_hint(self, segment: Segment, rows: bytes) -> None:
+        """Write the hint of a segment that had none; it is only a cache, so failing is fine."""
+        try:
+            write_hint(
+                self._files,
+                self._directory,
+                self._manifest.directory_id,
+                segment=segment,
+                skew=0.0,
+                rows=rows,
+            )
+        except OSError as error:
+            _log.warning(
+                "%s/%s: not written: %s", self._directory, hint_name(segment.number), error.strerror
+            )
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")

@@ -1,0 +1,139 @@
+"""What is known of each segment, and the open files that reads go through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from persistence.disk.filenames import segment_name
+from persistence.disk.files import Files
+from persistence.disk.format import SEGMENT_HEADER_BYTES, SegmentHeader, SegmentKind
+
+
+@dataclass(slots=True)
+class Segment:
+    """One segment of the directory.
+
+    Attributes:
+        number: as in its file name.
+        kind: log or merged.
+        salt_checksum: where its frames' checksums start.
+        length: bytes up to the end of the last good frame.
+        live_bytes: bytes of frames that the index points to.
+        tombstone_bytes: bytes of delete frames.
+        lowest_sequence: no frame in it has a lower sequence number.
+        unapplied: frames that are in the file but not in the index yet; while there are any, a
+            compaction would take them for dead.
+        sealed: it has its footer, nothing is appended any more.
+        damaged: it has a defect: it stays as it is, and compaction leaves it alone.
+    """
+
+    number: int
+    kind: SegmentKind
+    salt_checksum: int
+    length: int = SEGMENT_HEADER_BYTES
+    live_bytes: int = 0
+    tombstone_bytes: int = 0
+    lowest_sequence: int = 0
+    unapplied: int = 0
+    sealed: bool = False
+    damaged: bool = False
+
+    @staticmethod
+    def of(header: SegmentHeader) -> Segment:
+        """Return the entry of a segment with this header."""
+        return Segment(
+            header.number,
+            header.kind,
+            header.salt_checksum,
+            lowest_sequence=header.base_sequence + 1,
+        )
+
+    @property
+    def dead_bytes(self) -> int:
+        """Bytes that a compaction would free for certain (tombstones are not counted)."""
+        return self.length - SEGMENT_HEADER_BYTES - self.live_bytes - self.tombstone_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A defect that was found.
+
+    Attributes:
+        path: the file.
+        offset: where in it.
+        session_id: whose frame, where that is known.
+        reason: what is wrong.
+    """
+
+    path: str
+    offset: int
+    session_id: str | None
+    reason: str
+
+
+class _OpenFile:
+    __slots__ = ("closing", "fd", "pins")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.pins = 0
+        self.closing = False
+
+
+class OpenSegments:
+    """Open files of segments, least recently opened closed first, never while one is being read.
+
+    Args:
+        files: the system calls.
+        directory: where the segments are.
+        max_open: how many files are kept open.
+    """
+
+    def __init__(self, files: Files, directory: str, max_open: int = 128) -> None:
+        self._files = files
+        self._directory = directory
+        self._max_open = max_open
+        self._open: dict[int, _OpenFile] = {}
+
+    def fd(self, number: int) -> int:
+        """Return an open file of segment `number`, for use before the next await."""
+        return self._file(number).fd
+
+    def _file(self, number: int) -> _OpenFile:
+        file = self._open.get(number)
+        if file is None:
+            path = f"{self._directory}/{segment_name(number)}"
+            file = self._open[number] = _OpenFile(self._files.open_read(path))
+            if len(self._open) > self._max_open:
+                self.forget(next(iter(self._open)))
+        return file
+
+    @contextmanager
+    def pinned(self, number: int) -> Iterator[int]:
+        """Keep segment `number` open for a read in a thread."""
+        file = self._file(number)
+        file.pins += 1
+        try:
+            yield file.fd
+        finally:
+            file.pins -= 1
+            self._close_if_unused(file)
+
+    def forget(self, number: int) -> None:
+        """Close segment `number`, once nobody reads it any more."""
+        file = self._open.pop(number, None)
+        if file is not None:
+            file.closing = True
+            self._close_if_unused(file)
+
+    def _close_if_unused(self, file: _OpenFile) -> None:
+        if file.closing and not file.pins and file.fd >= 0:
+            self._files.close(file.fd)
+            file.fd = -1
+
+    def close(self) -> None:
+        """Close all."""
+        for number in list(self._open):
+            self.forget(number)

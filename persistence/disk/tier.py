@@ -1,0 +1,474 @@
+"""The disk tier: what the rest of the engine sees of the log."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from persistence.clock import EngineTime
+from persistence.config import DiskConfig
+from persistence.disk.caches import write_hint, write_snapshot
+from persistence.disk.compactor import Compactor, Surroundings, remove_segments
+from persistence.disk.directory import DirectoryLock, not_usable, open_manifest, write_manifest
+from persistence.disk.filenames import segment_name
+from persistence.disk.files import Files
+from persistence.disk.format import (
+    DELETE,
+    FRAME_HEADER_BYTES,
+    MAX_KEY_BYTES,
+    PUT,
+    read_put,
+)
+from persistence.disk.index import Fingerprints, Index, Row
+from persistence.disk.manifest import Manifest
+from persistence.disk.reader import FrameReader
+from persistence.disk.recovery import Recovered, Recovery
+from persistence.disk.segments import Damage, OpenSegments, Segment
+from persistence.disk.threads import Threads
+from persistence.disk.writer import ActiveSegment, LogWriter, Write
+from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
+
+_log = logging.getLogger("persistence.disk")
+
+_STEPS_PER_HOP: Final = 4
+_COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after which to look again
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStats:
+    """What is on disk; sizes in bytes."""
+
+    sessions: int
+    segments: int
+    total_bytes: int
+    live_bytes: int
+    tombstone_bytes: int
+    bytes_written: int
+    syncs: int
+    compactions: int
+    compaction_bytes_written: int
+    cached_reads: int
+    thread_reads: int
+    damages: int
+
+
+class DiskTier:
+    """The log of one directory: open it with `open`, end it with `close`.
+
+    Every method runs on the event loop. What would block runs in the tier's own threads.
+    """
+
+    def __init__(
+        self,
+        config: DiskConfig,
+        time: EngineTime,
+        files: Files,
+        lock: DirectoryLock,
+        manifest: Manifest,
+        threads: Threads,
+        fingerprints: Fingerprints,
+        recovered: Recovered,
+    ) -> None:
+        self.directory = os.fspath(config.path)
+        self._config = config
+        self._time = time
+        self._files = files
+        self._lock = lock
+        self._manifest = manifest
+        self._manifest_lock = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self.threads = threads
+        self.fingerprint = fingerprints.of
+        self.index: Index = recovered.index
+        self.segments: dict[int, Segment] = recovered.segments
+        self.damages: list[Damage] = recovered.damages
+        self.opened_clean = recovered.clean
+        self._last_number = recovered.last_number
+        self._dead_since_check = 0
+        self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
+        self._open_segments = OpenSegments(files, self.directory)
+        self.reader = FrameReader(files, self._open_segments, threads)
+        self.writer = LogWriter(
+            files,
+            self.directory,
+            directory_id=manifest.directory_id,
+            segment_bytes=config.segment_bytes,
+            compression=config.compression == "lz4",
+            next_number=self._next_number,
+            last_sequence=recovered.last_sequence,
+        )
+        self.compactor = Compactor(
+            Surroundings(
+                files=files,
+                directory=self.directory,
+                directory_id=manifest.directory_id,
+                threads=threads,
+                index=self.index,
+                fingerprints=fingerprints,
+                segments=self.segments,
+                open_segments=self._open_segments,
+                next_number=self._next_number,
+                publish=self._publish,
+                forget=self._forget,
+                damage=self._note_damage,
+                monotonic=time.now,
+                skew=time.skew,
+            ),
+            config.segment_bytes,
+            config.compaction_bytes_per_second,
+        )
+
+    # --- opening and closing ----------------------------------------------------------------------
+
+    @classmethod
+    async def open(
+        cls, config: DiskConfig, time: EngineTime, files: Files | None = None
+    ) -> DiskTier:
+        """Lock the directory, recover it, and start compacting.
+
+        Raises:
+            DirectoryLocked: another process or manager holds it.
+            DirectoryNotUsable: newer format, foreign, read-only, not a directory.
+            DiskFull: there is no space to create or repair it.
+        """
+        files = files or Files()
+        threads = Threads()
+        directory = os.fspath(config.path)
+        lock: DirectoryLock | None = None
+        try:
+            lock, manifest = await threads.write(_lock_and_read, files, directory)
+            fingerprints = Fingerprints(manifest.fingerprint_key)
+            recovery = Recovery(files, directory, manifest, fingerprints)
+            steps = recovery.steps()
+            while await threads.write(_some_steps, steps):
+                pass
+            tier = cls(
+                config, time, files, lock, manifest, threads, fingerprints, recovery.result
+            )
+            # The manifest knows all that recovery sealed; dropped segments are gone.
+            await tier._write_manifest(frozenset())
+        except BaseException as error:
+            if lock is not None:
+                lock.release()
+            threads.close()
+            if isinstance(error, OSError):
+                raise not_usable(directory, error) from error
+            raise
+        tier.compactor.start()
+        tier.compactor.wake()
+        return tier
+
+    async def close(self) -> None:
+        """Seal the log, write the index snapshot, release the directory.
+
+        The snapshot is only a cache: when it cannot be written, the next opening takes longer.
+        """
+        await self.compactor.stop()
+        try:
+            await self._seal_at_close()
+        finally:
+            while self._background:
+                await asyncio.gather(*self._background, return_exceptions=True)
+            await self.threads.write(self.writer.close)
+            self._open_segments.close()
+            self._lock.release()
+            self.threads.close()
+
+    async def _seal_at_close(self) -> None:
+        if self.writer.poisoned is not None:
+            return
+        try:
+            active = await self.threads.write(self.writer.seal)
+            if active is not None:
+                await self._sealed(active)
+            await self._write_manifest(self._manifest.dropped)
+            await self.threads.write(
+                write_snapshot,
+                self._files,
+                self.directory,
+                self._manifest.directory_id,
+                index=self.index,
+                segments=list(self.segments.values()),
+                last_sequence=self.writer.sequence,
+                skew=self._time.skew(),
+            )
+        except (OSError, DiskFull) as error:
+            _log.warning("%s: no index snapshot at close: %s", self.directory, error)
+
+    def abandon(self) -> None:
+        """Let go of everything without a word to the disk: after a fork, in the child."""
+        self._lock.release()
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def read_now(self, row: Row, key: bytes) -> bytes | None:
+        """Return the record that `row` points to if that needs no waiting, else None."""
+        frame = self.reader.cached(row.segment, row.offset, row.length)
+        if frame is None:
+            return None
+        segment = self.segments.get(row.segment)
+        return None if segment is None else read_put(frame, key, segment.salt_checksum)
+
+    async def read(self, fingerprint: bytes, key: bytes) -> tuple[bytes, Row] | None:
+        """Return the newest record of a session and its row, reading in a thread.
+
+        Must not be cancelled while it reads (run it in a task of its own and shield that).
+
+        Raises:
+            CorruptionError: the stored bytes fail their checksum, or are gone.
+            DirectoryNotUsable: the process may open no more files.
+        """
+        while (row := self.index.get(fingerprint)) is not None:
+            segment = self.segments.get(row.segment)
+            record = None
+            reason = "the segment is missing"
+            if segment is not None:
+                try:
+                    data = await self.reader.waiting(row.segment, row.offset, row.length)
+                    record = read_put(memoryview(data), key, segment.salt_checksum)
+                    reason = "the stored bytes fail their checksum"
+                except OSError as error:
+                    reason = _unreadable(error)
+            now = self.index.get(fingerprint)
+            if now is None or (now.segment, now.offset) != (row.segment, row.offset):
+                continue  # it was updated, or compaction moved it, while we read
+            if record is None:
+                path = f"{self.directory}/{segment_name(row.segment)}"
+                raise CorruptionError(path, row.offset, key.decode(), reason)
+            return record, now
+        return None
+
+    async def read_keys(self, rows: list[Row]) -> list[tuple[bytes, Row]]:
+        """Return the session ids of `rows` that are still current, for listings.
+
+        Damaged ones are passed over; they are reported when they are read.
+        """
+        places = [(row, self.segments.get(row.segment)) for row in rows]
+        found = []
+        for row, segment in places:
+            if segment is None:
+                continue
+            frame: memoryview | bytes | None
+            size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
+            frame = self.reader.cached(row.segment, row.offset, size)
+            if frame is None:
+                try:
+                    frame = await self.reader.waiting(row.segment, row.offset, size)
+                except OSError:
+                    continue
+            key = key_of(memoryview(frame))
+            if key is not None and self.fingerprint(key) == row.fingerprint:
+                found.append((key, row))
+        return found
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    async def make_room(self, nbytes: int, *, grows: bool) -> None:
+        """Make the active segment ready for about `nbytes` of frames.
+
+        Args:
+            nbytes: how much is to be written.
+            grows: False for tombstones and touches, which may exceed ``disk.max_bytes``: they are
+                how space is freed.
+
+        Raises:
+            DiskFull: ``disk.max_bytes`` is reached, or there is no room for a new segment.
+            WriteOutcomeUnknown: an earlier sync failed.
+        """
+        limit = self._config.max_bytes
+        if limit and grows and self.total_bytes + nbytes > limit:
+            self.compactor.wake(urgent=True)
+            raise DiskFull(
+                f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is {limit}: "
+                "no new writes; reads and memory go on; terminate sessions or raise the limit, "
+                "writes then resume by themselves"
+            )
+        self.writer.check_usable()
+        if self.writer.active is not None:
+            self.writer.begin()
+            if self.writer.has_room(nbytes):
+                return
+        await self._rotate()
+
+    async def _rotate(self) -> None:
+        try:
+            sealed = await self.threads.write(self.writer.seal)
+            if sealed is not None:
+                self._run_in_background(self._sealed(sealed))
+            segment = await self.threads.write(self.writer.create)
+        except DiskFull:
+            self.compactor.wake(urgent=True)
+            raise
+        self.segments[segment.number] = segment
+        self.writer.begin()
+
+    def _run_in_background(self, work: object) -> None:
+        task = asyncio.create_task(work, name="persistence-rotation")  # type: ignore[arg-type]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _sealed(self, active: ActiveSegment) -> None:
+        """After a rotation: the hint, and the manifest. Both may fail; recovery copes."""
+        try:
+            await self.threads.read(
+                write_hint,
+                self._files,
+                self.directory,
+                self._manifest.directory_id,
+                segment=active.segment,
+                skew=self._time.skew(),
+                rows=bytes(active.rows),
+            )
+            await self._write_manifest(self._manifest.dropped)
+        except OSError as error:
+            _log.warning("%s: after sealing a segment: %s", self.directory, error.strerror)
+        self.compactor.wake()
+
+    def apply(self, writes: Sequence[Write]) -> None:
+        """Let the index know frames of one segment that have been written, in order."""
+        segment = self.segments[writes[0].segment]
+        segment.unapplied -= len(writes)
+        start = 0
+        for at, write in enumerate(writes):
+            if write.kind != PUT:
+                self._apply_puts(segment, writes[start:at])
+                self._apply_other(segment, write)
+                start = at + 1
+        self._apply_puts(segment, writes[start:] if start else writes)
+
+    def _apply_puts(self, segment: Segment, writes: Sequence[Write]) -> None:
+        segment.live_bytes += sum([write.length for write in writes])
+        for number, length in self.index.put([write.row for write in writes]).items():
+            self._died(number, length)
+
+    def _apply_other(self, segment: Segment, write: Write) -> None:
+        if write.kind == DELETE:
+            segment.tombstone_bytes += write.length
+            row = self.index.remove(write.fingerprint)
+            if row is not None:
+                self._died(row.segment, row.length)
+
+    def _died(self, number: int, length: int) -> None:
+        """Count dead bytes; look for something to compact when enough have come together."""
+        segment = self.segments.get(number)
+        if segment is None:
+            return
+        segment.live_bytes -= length
+        assert segment.live_bytes >= 0, (number, segment.live_bytes)
+        self._dead_since_check += length
+        if self._dead_since_check > self._compaction_check_bytes:
+            self._dead_since_check = 0
+            self.compactor.wake()
+
+    # --- the manifest and compaction --------------------------------------------------------------
+
+    def _next_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
+    async def _write_manifest(self, dropped: frozenset[int]) -> None:
+        async with self._manifest_lock:
+            active = self.writer.active
+            manifest = Manifest(
+                self._manifest.directory_id,
+                self._manifest.fingerprint_key,
+                frozenset(item.number for item in self.segments.values() if item.sealed) - dropped,
+                dropped,
+                active.segment.number if active is not None else self._last_number + 1,
+            )
+            await self.threads.read(write_manifest, self._files, self.directory, manifest)
+            self._manifest = manifest
+
+    async def _publish(self, outputs: list[Segment], inputs: list[Segment]) -> None:
+        """The moment of truth of a merge: the manifest names the outputs and drops the inputs."""
+        for segment in outputs:
+            self.segments[segment.number] = segment
+        numbers = frozenset(item.number for item in inputs)
+        # If this fails, inputs and outputs both stay; they say the same, and the outputs, to
+        # which nothing points, are merged away later.
+        await self._write_manifest(self._manifest.dropped | numbers)
+
+    async def _forget(self, inputs: list[Segment]) -> None:
+        """Drop merged segments: from the table, from the open files, from the directory."""
+        numbers = [item.number for item in inputs]
+        for item in inputs:
+            assert item.live_bytes == 0, item
+            del self.segments[item.number]
+            self._open_segments.forget(item.number)
+        await self.threads.read(remove_segments, self._files, self.directory, numbers)
+        await self._write_manifest(self._manifest.dropped - frozenset(numbers))
+
+    def _note_damage(self, segment: Segment, offset: int, reason: str) -> None:
+        segment.damaged = True
+        path = f"{self.directory}/{segment_name(segment.number)}"
+        self.damages.append(Damage(path, offset, None, reason))
+        _log.error("%s at offset %d: %s", path, offset, reason)
+
+    # --- numbers ------------------------------------------------------------------------------------
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(item.length for item in self.segments.values())
+
+    def stats(self) -> DiskStats:
+        """Return what is on disk."""
+        segments = self.segments.values()
+        return DiskStats(
+            sessions=len(self.index),
+            segments=len(self.segments),
+            total_bytes=self.total_bytes,
+            live_bytes=sum(item.live_bytes for item in segments),
+            tombstone_bytes=sum(item.tombstone_bytes for item in segments),
+            bytes_written=self.writer.bytes_written,
+            syncs=self.writer.syncs,
+            compactions=self.compactor.stats.merges,
+            compaction_bytes_written=self.compactor.stats.bytes_written,
+            cached_reads=self.reader.cached_reads,
+            thread_reads=self.reader.thread_reads,
+            damages=len(self.damages),
+        )
+
+
+def key_of(frame: memoryview) -> bytes | None:
+    """Return the key of a frame whose header is intact enough to hold one."""
+    if len(frame) < FRAME_HEADER_BYTES:
+        return None
+    size = int.from_bytes(frame[6:8], "little")
+    key = bytes(frame[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + size])
+    return key if len(key) == size else None
+
+
+def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest]:
+    files.make_directory(directory)
+    lock = DirectoryLock(files, directory)
+    try:
+        return lock, open_manifest(files, directory)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _some_steps(steps: object) -> bool:
+    """Take a few steps of a recovery; return whether there are more."""
+    advance = partial(next, steps, _DONE)  # type: ignore[call-overload]
+    return all(advance() is not _DONE for _ in range(_STEPS_PER_HOP))
+
+
+_DONE: Final = object()
+
+
+def _unreadable(error: OSError) -> str:
+    if error.errno == errno.EMFILE:
+        raise DirectoryNotUsable(
+            "too many open files in this process: raise RLIMIT_NOFILE, nothing is lost"
+        ) from error
+    if error.errno == errno.ENOENT:
+        return "the segment is missing"
+    return f"it cannot be read ({error.strerror})"

@@ -1,0 +1,371 @@
+"""The append side of the log: encode on the event loop, write and sync in the writer thread.
+
+Order of an append: encode the frames of a batch for the active segment; write them all behind the
+last good frame, going on after short writes; on a full disk cut the file back to the last good
+frame; take the end *before* the sync; sync; only then advance the end, which is what acknowledges.
+
+Order of a rotation: footer and fdatasync the old segment; create the new one (O_EXCL), write its
+header, fsync it, fsync the directory; only then encode a frame for it.
+
+A sync that failed is never tried again on that file, and nothing read back from it is trusted: the
+kernel may have dropped the dirty pages and report success next time (Rebello et al., "Can
+Applications Recover from fsync Failures?", USENIX ATC 2020). The writer is *poisoned*: no more
+writes until the directory is opened anew; reads go on.
+
+Invariants: every frame of the active segment lies before `end` or is not acknowledged; sequence
+numbers grow with every frame and are never used twice, not even those of a failed batch.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from persistence.disk.filenames import segment_name
+from persistence.disk.files import NO_SPACE, Files, write_exactly
+from persistence.disk.format import (
+    COMPRESSION_MIN_BYTES,
+    DELETE,
+    FOOTER_PAYLOAD,
+    FRAME_OVERHEAD_BYTES,
+    INDEX_ROW,
+    NO_ID,
+    PUT,
+    ROW_IS_DELETE,
+    ROW_IS_TOUCH,
+    SALT_BYTES,
+    SEGMENT_HEADER_BYTES,
+    TOUCH,
+    FrameType,
+    SegmentHeader,
+    SegmentKind,
+    compress,
+    encode_frame,
+    encode_segment_header,
+)
+from persistence.disk.segments import Segment
+from persistence.errors import DiskFull, WriteOutcomeUnknown
+
+_pack_row = INDEX_ROW.pack
+_ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
+FOOTER_BYTES: Final = FRAME_OVERHEAD_BYTES + FOOTER_PAYLOAD.size
+
+
+class Write(Protocol):
+    """One frame to be written, as the commit queue hands it over.
+
+    `payload` is what the frame stores, before compression. The index row and what follows are
+    filled in when it has been encoded.
+    """
+
+    kind: int
+    key: bytes
+    fingerprint: bytes
+    payload: bytes
+    incarnation: bytes
+    commit: bytes
+    base: bytes
+    accessed: float
+    deadline: float
+    user: int
+    row: bytes
+    segment: int
+    length: int
+
+
+@dataclass(slots=True)
+class ActiveSegment:
+    """The segment that is open for append."""
+
+    segment: Segment
+    path: str
+    fd: int
+    end: int
+    frames: int = 0
+    rows: bytearray = field(default_factory=bytearray)
+    lowest_sequence: int = 0
+    highest_sequence: int = 0
+
+
+class LogWriter:
+    """Appends frames to the log. Encoding is called on the loop, the rest in the writer thread.
+
+    Args:
+        files: the system calls.
+        directory: where the segments are.
+        directory_id: its id, for segment headers.
+        segment_bytes: when a segment has reached this it is sealed.
+        compression: whether payloads may be compressed.
+        next_number: asked for the number of each new segment.
+        last_sequence: the highest sequence number that was ever used.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        directory: str,
+        *,
+        directory_id: bytes,
+        segment_bytes: int,
+        compression: bool,
+        next_number: Callable[[], int],
+        last_sequence: int,
+    ) -> None:
+        self._files = files
+        self._directory = directory
+        self._directory_id = directory_id
+        self._segment_bytes = segment_bytes
+        self._compression = compression
+        self._next_number = next_number
+        self.sequence = last_sequence
+        self.durable_sequence = last_sequence
+        self.active: ActiveSegment | None = None
+        self.poisoned: str | None = None
+        self._pending_end = 0
+        self._pending_rows = bytearray()  # for the hint; kept once the batch is in the log
+        self.bytes_written = 0
+        self.syncs = 0
+
+    # --- on the event loop --------------------------------------------------------------------
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether frames of about `nbytes` may still go into the active segment.
+
+        A frame larger than a whole segment gets a segment of its own.
+        """
+        active = self.active
+        if active is None:
+            return False
+        empty = self._pending_end == SEGMENT_HEADER_BYTES
+        return empty or self._pending_end + nbytes <= self._segment_bytes
+
+    def begin(self) -> None:
+        """Start encoding a batch behind the last good frame."""
+        assert self.active is not None
+        self._pending_end = self.active.end
+        self._pending_rows.clear()
+
+    def encode(self, writes: Sequence[Write]) -> bytes:
+        """Encode frames of the batch, one behind the other, and note in each where it will be."""
+        active = self.active
+        assert active is not None, "make room first"
+        salt_checksum = active.segment.salt_checksum
+        number = active.segment.number
+        durable_sequence = self.durable_sequence
+        sequence = self.sequence
+        end = self._pending_end
+        rows = self._pending_rows
+        frames = []
+        for write in writes:
+            kind = write.kind
+            payload = write.payload
+            raw_bytes = len(payload)
+            flags = 0
+            if raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
+                flags, payload = compress(payload)
+            sequence += 1
+            frame = encode_frame(
+                salt_checksum,
+                kind,
+                write.key,
+                payload,
+                sequence,
+                durable_sequence,
+                write.incarnation,
+                write.commit,
+                write.base,
+                flags,
+                raw_bytes,
+            )
+            write.segment = number
+            write.length = length = len(frame)
+            write.row = row = _pack_row(
+                write.fingerprint,
+                sequence,
+                write.accessed,
+                write.deadline,
+                number,
+                end,
+                length if kind == PUT else _ROW_MARKS[kind],
+                write.user,
+            )
+            rows += row
+            frames.append(frame)
+            end += length
+        self.sequence = sequence
+        self._pending_end = end
+        return b"".join(frames)
+
+    # --- in the writer thread -------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        """Raise WriteOutcomeUnknown once the writer is poisoned."""
+        if self.poisoned is not None:
+            raise WriteOutcomeUnknown(
+                f"{self._directory} takes no more writes because an earlier one failed "
+                f"({self.poisoned}); reads go on; check the disk, then open the directory again"
+            )
+
+    def append(self, chunks: list[bytes], frames: int, *, sync: bool) -> None:
+        """Write the batch behind the last good frame and, if asked, sync it.
+
+        Raises:
+            DiskFull: nothing of the batch is in the log.
+            WriteOutcomeUnknown: the sync failed, or the write did for another reason.
+        """
+        self.check_usable()
+        active = self.active
+        assert active is not None, "make room first"
+        # Nothing is encoded while a batch is being written, so this is the batch's last one.
+        last_sequence = self.sequence
+        end = active.end
+        try:
+            for chunk in chunks:
+                write_exactly(self._files, active.fd, chunk, end)
+                end += len(chunk)
+        except OSError as error:
+            self._cut_back(active, error)
+        if sync:
+            self._sync(active.fd, active.path)
+        self.bytes_written += end - active.end
+        active.end = active.segment.length = end
+        active.rows += self._pending_rows
+        self._pending_rows.clear()
+        active.frames += frames
+        active.highest_sequence = last_sequence
+        if sync:
+            self.durable_sequence = last_sequence
+
+    def _cut_back(self, active: ActiveSegment, error: OSError) -> None:
+        """Restore the segment to its last good frame after a failed write; always raises."""
+        try:
+            self._files.truncate(active.fd, active.end)
+        except OSError as second:
+            self._poison(active.path, second)
+        if error.errno not in NO_SPACE:
+            self._poison(active.path, error)
+        raise DiskFull(
+            f"{active.path}: no space left for new writes ({error.strerror}); reads and memory "
+            "go on; free some space, writes then resume by themselves"
+        ) from error
+
+    def _sync(self, fd: int, path: str) -> None:
+        try:
+            self._files.sync_data(fd)
+        except OSError as error:
+            self._poison(path, error)
+        self.syncs += 1
+
+    def _poison(self, path: str, error: OSError) -> None:
+        self.poisoned = f"{path}: {error.strerror}"
+        raise WriteOutcomeUnknown(
+            f"{path}: {error.strerror}: the update may or may not be durable; no more writes are "
+            "taken, reads go on; check the disk, then open the directory again"
+        ) from error
+
+    def sync(self) -> None:
+        """Sync what has been appended since the last sync."""
+        self.check_usable()
+        active = self.active
+        if active is None or self.durable_sequence >= active.highest_sequence:
+            return
+        highest = active.highest_sequence
+        self._sync(active.fd, active.path)
+        self.durable_sequence = highest
+
+    def seal(self) -> ActiveSegment | None:
+        """Write the footer of the active segment and sync it; return it, for its hint.
+
+        Raises:
+            DiskFull: there is no room for the footer; the segment stays active.
+        """
+        self.check_usable()
+        active = self.active
+        if active is None:
+            return None
+        footer = encode_footer(
+            active.segment.salt_checksum, active.frames, active.lowest_sequence, self.sequence
+        )
+        self.append([footer], 0, sync=True)
+        self._files.close(active.fd)
+        active.segment.sealed = True
+        self.active = None
+        return active
+
+    def create(self) -> Segment:
+        """Create the next segment and make it the active one.
+
+        Raises:
+            DiskFull: there is no room for it; nothing is left behind.
+        """
+        self.check_usable()
+        number = self._next_number()
+        header = SegmentHeader(
+            SegmentKind.LOG,
+            number,
+            self.sequence,
+            self._directory_id,
+            secrets.token_bytes(SALT_BYTES),
+        )
+        path = f"{self._directory}/{segment_name(number)}"
+        fd = create_segment(self._files, self._directory, path, header)
+        segment = Segment.of(header)
+        self.active = ActiveSegment(
+            segment,
+            path,
+            fd,
+            SEGMENT_HEADER_BYTES,
+            lowest_sequence=self.sequence + 1,
+            highest_sequence=self.sequence,
+        )
+        self._pending_end = SEGMENT_HEADER_BYTES
+        return segment
+
+    def close(self) -> None:
+        """Close the active segment's file."""
+        if self.active is not None:
+            self._files.close(self.active.fd)
+            self.active = None
+
+
+def encode_footer(salt_checksum: int, frames: int, lowest: int, highest: int) -> bytes:
+    """Encode the last frame of a sealed segment."""
+    return encode_frame(
+        salt_checksum,
+        FrameType.FOOTER,
+        b"",
+        FOOTER_PAYLOAD.pack(frames, lowest, highest),
+        sequence=highest,
+        durable_sequence=highest,
+        incarnation=NO_ID,
+        commit=NO_ID,
+        base=NO_ID,
+    )
+
+
+def create_segment(files: Files, directory: str, path: str, header: SegmentHeader) -> int:
+    """Create a segment durably and return its descriptor; on failure leave nothing behind.
+
+    Raises:
+        DiskFull: no room, or no inodes.
+        WriteOutcomeUnknown: it may or may not be there after a crash; recovery copes with both.
+    """
+    fd = -1
+    try:
+        fd = files.create(path)
+        write_exactly(files, fd, encode_segment_header(header), 0)
+        files.sync(fd)
+        files.sync_directory(directory)
+    except OSError as error:
+        if fd >= 0:
+            files.close(fd)
+            files.remove(path)
+        if error.errno in NO_SPACE:
+            raise DiskFull(
+                f"{path}: no space left for a new segment ({error.strerror}); reads and memory "
+                "go on; free some space, writes then resume by themselves"
+            ) from error
+        raise WriteOutcomeUnknown(f"{path}: cannot be created: {error.strerror}") from error
+    return fd

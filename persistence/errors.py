@@ -1,0 +1,164 @@
+"""The whole error tree of the engine. This module imports nothing of the project.
+
+::
+
+    PersistenceError
+    ├── caller's fault
+    │   ├── ConfigError             a configuration field is wrong
+    │   ├── InvalidSessionId        not a non-empty string of at most 512 bytes of UTF-8
+    │   ├── ValueNotSerializable    a value cannot be stored as what it is
+    │   ├── ValueTooLarge           a session would exceed ``session.max_bytes``
+    │   ├── SessionNotFound         missing, expired or terminated
+    │   ├── SessionExists           the id belongs to a live session
+    │   ├── SessionLimitReached     ``session.max_sessions`` are alive
+    │   ├── RequestLimitReached     the session used up its ``max_requests``
+    │   ├── ConflictError           another commit came first
+    │   ├── TokenInvalid            a token is not valid (never says why)
+    │   ├── CheckpointNotFound      no checkpoint has that id
+    │   └── ManagerClosed           the manager is closed, or was opened by another process
+    └── the world's fault
+        ├── CorruptionError         stored bytes fail their checksum
+        ├── CheckpointDamaged       a checkpoint's chunk or manifest fails its checksum
+        ├── DirectoryLocked         another process owns the directory
+        ├── DirectoryNotUsable      newer format, foreign, read-only, not a directory
+        ├── DiskFull                no space left, or ``disk.max_bytes`` reached
+        ├── WriteOutcomeUnknown     a sync failed: the update may or may not be durable
+        └── RemoteUnavailable       the shared tier cannot be reached
+
+Every message says what happened, to which session, file and offset or key, and what to do.
+Session ids come from outside: messages carry them through `printable`, which escapes them.
+"""
+
+from __future__ import annotations
+
+_MAX_PRINTED_ID_CHARS = 80
+
+
+def printable(session_id: object) -> str:
+    """Return `session_id` quoted, escaped to ASCII and shortened, fit for one log line."""
+    text = ascii(session_id)
+    if len(text) <= _MAX_PRINTED_ID_CHARS:
+        return text
+    return f"{text[:_MAX_PRINTED_ID_CHARS]}…({len(text)} characters)"
+
+
+class PersistenceError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(PersistenceError, ValueError):
+    """A configuration field is wrong; the message names field, value and what is allowed."""
+
+
+class InvalidSessionId(PersistenceError, ValueError):
+    """A session id is not a non-empty string of at most 512 bytes of UTF-8."""
+
+
+class ValueNotSerializable(PersistenceError, TypeError):
+    """A value cannot be stored as what it is; the message names the field and the type.
+
+    Nothing was written.
+    """
+
+
+class ValueTooLarge(PersistenceError, ValueError):
+    """The session would exceed ``session.max_bytes``; nothing was written."""
+
+
+class SessionNotFound(PersistenceError, KeyError):
+    """The session is missing, expired or terminated."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        super().__init__(
+            f"session {printable(session_id)} does not exist, has expired or was terminated; "
+            "create it with create_session() or get_or_create_session()"
+        )
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0])
+
+
+class SessionExists(PersistenceError):
+    """`create_session` was given the id of a live session; that session is unchanged."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        super().__init__(
+            f"session {printable(session_id)} exists already and was left unchanged; "
+            "use get_or_create_session() or another id"
+        )
+
+
+class SessionLimitReached(PersistenceError):
+    """As many sessions as ``session.max_sessions`` allows are alive."""
+
+
+class RequestLimitReached(PersistenceError):
+    """The session has used up its ``max_requests``."""
+
+
+class ConflictError(PersistenceError):
+    """Another commit came first, or a task wrote to a session whose edit it holds itself."""
+
+
+class TokenInvalid(PersistenceError):
+    """A token is not valid. Deliberately uniform: it never says why."""
+
+
+class CheckpointNotFound(PersistenceError, KeyError):
+    """No checkpoint has that id."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class ManagerClosed(PersistenceError):
+    """The manager is not open: not opened yet, closed, or inherited through a fork."""
+
+
+class CorruptionError(PersistenceError):
+    """Stored bytes fail their checksum. They are never returned as a value.
+
+    Attributes:
+        path: the file.
+        offset: byte offset of the damaged frame in it.
+        session_id: the session, where it is known.
+    """
+
+    def __init__(
+        self, path: str, offset: int, session_id: str | None = None, reason: str = "damaged"
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.session_id = session_id
+        self.reason = reason
+        whose = f", session {printable(session_id)}" if session_id is not None else ""
+        super().__init__(
+            f"{path} at offset {offset}{whose}: {reason}; other sessions stay readable, "
+            "run 'persistence verify' on the directory for the full list"
+        )
+
+
+class CheckpointDamaged(PersistenceError):
+    """A checkpoint's chunk or manifest fails its checksum."""
+
+
+class DirectoryLocked(PersistenceError):
+    """Another process (or another manager of this one) owns the directory."""
+
+
+class DirectoryNotUsable(PersistenceError):
+    """The directory is foreign, read-only, of a newer format, or not a directory."""
+
+
+class DiskFull(PersistenceError):
+    """No space for new writes. Reads and memory go on; writes resume when there is space."""
+
+
+class WriteOutcomeUnknown(PersistenceError):
+    """A sync to disk failed: the update may or may not survive. Nothing more is written."""
+
+
+class RemoteUnavailable(PersistenceError):
+    """The shared tier cannot be reached."""

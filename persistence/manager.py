@@ -1,0 +1,974 @@
+"""`StateManager`: decides, delegates, and is the only module that knows all tiers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
+
+from persistence import record as rec
+from persistence.clock import Clock, EngineTime, SystemClock
+from persistence.commit import Commit, CommitQueue
+from persistence.config import StateConfig
+from persistence.disk.files import Files
+from persistence.disk.format import PUT, user_tag
+from persistence.disk.index import SHARDS, Row
+from persistence.disk.tier import DiskTier
+from persistence.errors import (
+    ConfigError,
+    ManagerClosed,
+    PersistenceError,
+    SessionExists,
+    SessionLimitReached,
+    SessionNotFound,
+    ValueTooLarge,
+    printable,
+)
+from persistence.expiry import deadline_after, life_of
+from persistence.ids import CommitIds, check_session_id, new_session_id
+from persistence.locks import SessionLocks
+from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
+from persistence.memory.tier import MemoryTier, deadline_of
+from persistence.record import ID_BYTES, NEVER, NO_ID, RENEWS
+from persistence.residency import Base, Residency
+from persistence.session import (
+    MAX_REQUESTS,
+    USER_ID,
+    Session,
+    SessionDraft,
+    SessionMetadata,
+)
+from persistence.slices import Slices
+from persistence.stats import Latencies, Stats
+
+_log = logging.getLogger("persistence")
+
+_UNSET: Final[Any] = object()
+_open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
+
+
+class StateManager:
+    """Keeps sessions: hot ones in memory, every update in a crash-safe log, cold ones on disk.
+
+    ::
+
+        async with StateManager(config=StateConfig.load("config/worker.toml")) as state:
+            sid = await state.create_session(user_id="ada", data={"cart": {"items": []}})
+            await state.update_session(sid, lambda data: data["cart"]["items"].append(1))
+            session = await state.get_session(sid)
+
+    All methods are coroutines of the event loop that opened the manager. What an awaited update
+    survives is fixed by ``disk.fsync`` (see `commit`). A cancelled call only stops waiting: an
+    update that was submitted is decided all the same.
+
+    Args:
+        url: URL of the shared tier; it overrides ``redis.url``.
+        config: the configuration; default: all defaults. No environment is read.
+        clock: where time comes from; default: the machine's clocks.
+        files: system calls on files; default: the system's. A seam for fault injection.
+
+    Raises:
+        ConfigError: a shared tier is configured, which this version does not have.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        config: StateConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        files: Files | None = None,
+    ) -> None:
+        self.config = config or StateConfig()
+        if url is not None or self.config.redis.url is not None:
+            raise ConfigError(
+                "redis.url is set, but this version has no shared tier: leave it out"
+            )
+        self._clock: Clock = clock or SystemClock()
+        self._files = files
+        self._commit_ids = CommitIds()
+        self._locks = SessionLocks()
+        self._max_payload_bytes = self.config.session.max_bytes
+        self._creating = 0
+        self._misses = 0
+        self._rss_bytes = 0
+        self._memory_reader = MemoryReader()
+        self._background: list[asyncio.Task[None]] = []
+        self._is_open = False
+        self._closing: asyncio.Task[None] | None = None
+        self._why_closed = "the manager is not open; use it with 'async with' or await open()"
+        self._resident: Callable[[str], Session | None] = self._refuse
+
+    # --- opening and closing ------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Lock and recover the directory and start the background work.
+
+        Raises:
+            DirectoryLocked: another process or manager holds the directory.
+            DirectoryNotUsable: newer format, foreign, damaged, read-only, not a directory.
+            DiskFull: there is no space to create or repair it.
+            ManagerClosed: it was opened before.
+        """
+        if self._is_open or self._closing is not None:
+            raise ManagerClosed("a manager is opened once; make another one")
+        config = self.config
+        self._time = EngineTime(self._clock, config.session.max_lifetime_seconds)
+        ttl_seconds = config.session.ttl_seconds
+        default_life = life_of(ttl_seconds, config.session.auto_renew, ttl_seconds)
+        self._memory = MemoryTier(
+            config.memory.max_bytes,
+            self._clock,
+            self._time,
+            default_life if default_life > 0 else NEVER,
+        )
+        self._disk = await DiskTier.open(config.disk, self._time, self._files)
+        self._residency = Residency(
+            config.memory, self._memory, self._disk, self._clock, self._time
+        )
+        self._commits = CommitQueue(
+            self._disk,
+            config.disk,
+            self._clock,
+            acknowledged=self._residency.acknowledged,
+            failed=self._residency.failed,
+        )
+        self._residency.attach(self._commits)
+        self._commits.start()
+        self._start_background()
+        self._resident = self._memory.access
+        self._is_open = True
+        _open_managers.add(self)
+
+    def _start_background(self) -> None:
+        every: list[tuple[str, Callable[[], Awaitable[None]]]] = [("renewals", self._sweep)]
+        if self.config.session.cleanup_interval_seconds:
+            every.append(("cleanup", self._clean_up))
+        if self.config.memory.check_interval_seconds:
+            every.append(("memory", self._watch_memory))
+        self._background = [
+            asyncio.create_task(_forever(name, step), name=f"persistence-{name}")
+            for name, step in every
+        ]
+
+    async def close(self) -> None:
+        """Refuse new work, let running edits finish, decide what is in flight, sync, seal.
+
+        Running edits get at most ``shutdown.grace_seconds``. Idempotent; concurrent calls wait for
+        the same end, and cancelling one does not cut the closing short.
+        """
+        if self._closing is None:
+            if not self._is_open:
+                return
+            self._closing = asyncio.create_task(self._close(), name="persistence-close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._is_open = False
+        self._why_closed = "the manager is closed"
+        self._resident = self._refuse
+        _open_managers.discard(self)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        try:
+            async with asyncio.timeout(self.config.shutdown.grace_seconds):
+                await self._locks.all_free()
+        except TimeoutError:
+            _log.warning("closing although %d edits are still running", len(self._locks))
+        try:
+            await self._residency.log_unlogged()
+            await self._residency.record_renewals()
+            await self._commits.close()
+            await self._residency.close()
+        finally:
+            await self._disk.close()
+            self._memory.clear()
+
+    def _refuse(self, session_id: object = None) -> Any:
+        raise ManagerClosed(self._why_closed)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            self._refuse()
+
+    def _forked(self) -> None:
+        """In the child of a fork: this manager belongs to the parent."""
+        self._is_open = False
+        self._resident = self._refuse
+        self._why_closed = (
+            "this manager was opened by another process; after a fork, open one of your own "
+            "with its own disk.path"
+        )
+        self._disk.abandon()
+
+    # --- creating -----------------------------------------------------------------------------------
+
+    async def create_session(
+        self,
+        user_id: str | None = None,
+        metadata: SessionMetadata | None = None,
+        ttl_seconds: float | None = None,
+        data: Mapping[str, Any] | None = None,
+        session_id: str | None = None,
+        *,
+        max_requests: int | None = None,
+        auto_renew: bool | None = None,
+    ) -> str:
+        """Create a session; return its id once that is as durable as ``disk.fsync`` says.
+
+        Args:
+            user_id: whose it is.
+            metadata: about the client.
+            ttl_seconds: None: the configured TTL; 0: never expires.
+            data: the first fields.
+            session_id: default: a fresh random one of 128 bits.
+            max_requests: its own request limit; None: the configured one.
+            auto_renew: whether an access moves the deadline; None: as configured.
+
+        Raises:
+            SessionExists: the id belongs to a live session, which is left unchanged.
+            SessionLimitReached: ``session.max_sessions`` are alive.
+            InvalidSessionId, ValueNotSerializable, ValueTooLarge: nothing was written.
+            DiskFull, WriteOutcomeUnknown: see `commit`.
+        """
+        self._check_open()
+        if session_id is None:
+            session_id = new_session_id()
+        key = check_session_id(session_id)
+        fields = {
+            rec.check_field_name(name): rec.pack_value(value, name)
+            for name, value in (data or {}).items()
+        }
+        meta = rec.pack_meta(
+            {
+                USER_ID: user_id,
+                MAX_REQUESTS: max_requests,
+                **(metadata or SessionMetadata()).packed_parts(),
+            }
+        )
+        renews = self.config.session.auto_renew if auto_renew is None else auto_renew
+        await self._admit()
+        await self._check_session_limit()
+        # From here to the submission nothing awaits, so two creations cannot both succeed.
+        if self._residency.is_alive(session_id, key):
+            raise SessionExists(session_id)
+        commit = self._new_version(
+            session_id,
+            key,
+            base=None,
+            fields=fields,
+            meta=meta,
+            user=user_tag(user_id),
+            ttl_seconds=self._ttl(ttl_seconds),
+            flags=RENEWS if renews else 0,
+        )
+        self._creating += 1
+        try:
+            await self._committed(commit)
+        finally:
+            self._creating -= 1
+        return session_id
+
+    def _ttl(self, ttl_seconds: float | None) -> float:
+        if ttl_seconds is None:
+            return self.config.session.ttl_seconds
+        if not 0 <= ttl_seconds < NEVER:
+            raise ValueError(
+                f"ttl_seconds = {ttl_seconds!r}: must be a finite number of seconds, at least 0 "
+                "(0: never expires)"
+            )
+        return float(ttl_seconds)
+
+    async def _check_session_limit(self) -> None:
+        limit = self.config.session.max_sessions
+        if not limit or self._session_count() < limit:
+            return
+        await self.cleanup_expired()
+        if self._session_count() >= limit:
+            raise SessionLimitReached(
+                f"{limit} sessions are alive, which is session.max_sessions; "
+                "terminate some or raise the limit"
+            )
+
+    def _session_count(self) -> int:
+        return len(self._disk.index) + len(self._residency.unlogged) + self._creating
+
+    async def get_or_create_session(
+        self, session_id: str | None = None, **create: Any
+    ) -> Session:
+        """Return the live session `session_id`, creating it under that very id if it is missing.
+
+        Args:
+            session_id: None: create one with a fresh id.
+            create: what `create_session` takes, for the case that it is created.
+        """
+        while True:
+            if session_id is not None:
+                session = await self.get_session(session_id)
+                if session is not None:
+                    return session
+            try:
+                created = await self.create_session(session_id=session_id, **create)
+            except SessionExists:
+                continue  # somebody else created it meanwhile
+            session = await self.get_session(created)
+            if session is not None:
+                return session
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    async def get_session(self, session_id: str, *, fresh: bool = False) -> Session | None:
+        """Return a view of a live session, or None: missing, expired or terminated.
+
+        Renews the TTL if the session renews. A cold session comes back into memory.
+
+        Args:
+            session_id: which one.
+            fresh: ask the shared tier, if there is one.
+
+        Raises:
+            InvalidSessionId: not a non-empty string of at most 512 bytes of UTF-8.
+            CorruptionError: its stored bytes are damaged; they are never returned.
+        """
+        session = self._resident(session_id)
+        if session is not None:
+            return session
+        return await self._get_cold(session_id)
+
+    async def _get_cold(self, session_id: str) -> Session | None:
+        key = check_session_id(session_id)
+        base = await self._residency.acknowledged_base(session_id, key)
+        if base is None:
+            self._misses += 1
+            return None
+        session = self._memory.access(session_id)
+        if session is not None:
+            self._memory.hits -= 1  # it was not
+            return session
+        return self._access_uncached(session_id, key, base)
+
+    def _access_uncached(self, session_id: str, key: bytes, base: Base) -> Session:
+        """Return a view of a session that is too large to be resident, and renew it."""
+        record, life = base
+        now = self._time.now()
+        deadline = min(deadline_of(now, life), self._residency.cap_of(record))
+        self._disk.index.touch(self._disk.fingerprint(key), now, deadline)
+        return Session.view(session_id, record, now, life, self._time)
+
+    async def has_session(self, session_id: str) -> bool:
+        """Whether the session is alive. Renews nothing and reads nothing from disk."""
+        self._check_open()
+        return self._residency.is_acknowledged(session_id, check_session_id(session_id))
+
+    # --- updating -----------------------------------------------------------------------------------
+
+    async def update_session_data(self, session_id: str, field: str, value: Any) -> Session:
+        """Set one field; return the new version once it is durable.
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            ValueNotSerializable, ValueTooLarge: nothing was written.
+            ConflictError: this task holds the session's edit.
+            DiskFull, WriteOutcomeUnknown: see `commit`.
+        """
+        packed = rec.pack_value(value, rec.check_field_name(field))
+
+        def change(record: bytes) -> dict[str, bytes | memoryview]:
+            return {**rec.packed_fields(record), field: packed}
+
+        return await self._update(session_id, change)
+
+    async def update_session(
+        self, session_id: str, function: Callable[[SessionDraft], object]
+    ) -> Session:
+        """Call `function` with a mutable draft of the data, and commit what it changed.
+
+        `function` is synchronous and its result is ignored; it may be called again when another
+        worker's commit came first. If it raises, nothing is written. If it changes nothing, there
+        is no new version.
+
+        Raises:
+            SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
+            WriteOutcomeUnknown: as `update_session_data`.
+        """
+
+        def change(record: bytes) -> dict[str, bytes | memoryview] | None:
+            draft = SessionDraft(rec.packed_fields(record))
+            try:
+                function(draft)
+                return draft.packed()
+            finally:
+                draft.close()
+
+        return await self._update(session_id, change)
+
+    async def replace_session(
+        self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
+    ) -> Session:
+        """Replace all fields, and the TTL unless it is None, at once.
+
+        Raises:
+            SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
+            WriteOutcomeUnknown: as `update_session_data`.
+        """
+        fields: dict[str, bytes | memoryview] = {
+            rec.check_field_name(name): rec.pack_value(value, name) for name, value in data.items()
+        }
+        ttl = None if ttl_seconds is None else self._ttl(ttl_seconds)
+        return await self._update(session_id, lambda _: fields, ttl_seconds=ttl)
+
+    async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
+        """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
+
+        Raises:
+            TypeError: a name that is no metadata.
+            SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
+            WriteOutcomeUnknown: as `update_session_data`.
+        """
+        SessionMetadata().changed(**changes)  # check the names before anything else
+
+        def change_meta(record: bytes) -> bytes:
+            return rec.pack_meta({**rec.meta_of(record), **changes})
+
+        return await self._update(session_id, rec.packed_fields, change_meta=change_meta)
+
+    async def set_ttl(self, session_id: str, ttl_seconds: float) -> bool:
+        """Set a session's TTL, from now on; the data and the version stay as they are.
+
+        Returns:
+            False if the session is not there.
+
+        Raises:
+            ConflictError: this task holds the session's edit.
+            DiskFull, WriteOutcomeUnknown: see `commit`.
+        """
+        ttl = self._ttl(ttl_seconds)
+        try:
+            await self._update(session_id, rec.packed_fields, ttl_seconds=ttl, same_version=True)
+        except SessionNotFound:
+            return False
+        return True
+
+    def edit(self, session_id: str) -> _Edit:
+        """Edit a session: ``async with state.edit(sid) as draft``. All or nothing.
+
+        One editor at a time per session, first come, first served; other writers wait too. Nested
+        changes are noticed. Leaving the block commits and waits until that is durable; an
+        exception inside it leaves no trace.
+
+        Raises (on entering):
+            SessionNotFound: missing, expired or terminated.
+            ConflictError: this task holds the session's edit already.
+        Raises (on leaving):
+            SessionNotFound: it was terminated meanwhile.
+            ValueNotSerializable, ValueTooLarge, DiskFull, WriteOutcomeUnknown: as
+            `update_session_data`.
+        """
+        return _Edit(self, session_id)
+
+    async def _update(
+        self,
+        session_id: str,
+        change: Callable[[bytes], Mapping[str, bytes | memoryview] | None],
+        *,
+        change_meta: Callable[[bytes], bytes] | None = None,
+        ttl_seconds: float | None = None,
+        same_version: bool = False,
+    ) -> Session:
+        """Build a version on the newest one and commit it.
+
+        `change` gets the newest record and returns the new packed fields; None: nothing changed.
+        """
+        if not self._is_open:
+            self._refuse()
+        key = check_session_id(session_id)
+        if self._commits.is_full:
+            await self._admit()
+        base = None
+        if session_id not in self._locks:
+            base = self._residency.base_now(session_id)
+            if base is None:
+                base = await self._residency.base(session_id, key)
+                if session_id in self._locks:
+                    base = None  # an edit began while the session was being read
+        if base is not None:
+            commit = self._changed(
+                session_id, key, base, change, change_meta, ttl_seconds, same_version
+            )
+        else:
+            async with self._locks.holding(session_id):
+                base = await self._residency.base(session_id, key)
+                commit = self._changed(
+                    session_id, key, base, change, change_meta, ttl_seconds, same_version
+                )
+        if commit is None:
+            return self._renewed(session_id, key, base)
+        assert commit.done is not None, "submitted to be waited for"
+        await commit.done
+        assert commit.record is not None, "an update carries its record"
+        return Session.view(session_id, commit.record, commit.accessed, commit.life, self._time)
+
+    def _changed(
+        self,
+        session_id: str,
+        key: bytes,
+        base: Base,
+        change: Callable[[bytes], Mapping[str, bytes | memoryview] | None],
+        change_meta: Callable[[bytes], bytes] | None,
+        ttl_seconds: float | None,
+        same_version: bool,
+    ) -> Commit | None:
+        """Submit the changed version; None when nothing changed. Never awaits."""
+        fields = change(base[0])
+        if fields is None:
+            return None
+        if change_meta is None and ttl_seconds is None:
+            return self._next_version(session_id, key, base, fields)
+        meta = change_meta(base[0]) if change_meta is not None else None
+        return self._new_version(
+            session_id,
+            key,
+            base=base,
+            fields=fields,
+            meta=meta,
+            ttl_seconds=ttl_seconds,
+            same_version=same_version,
+        )
+
+    def _renewed(self, session_id: str, key: bytes, base: Base) -> Session:
+        """Count an update that changed nothing as an access."""
+        session = self._memory.access(session_id)
+        return session or self._access_uncached(session_id, key, base)
+
+    def _next_version(
+        self, session_id: str, key: bytes, base: Base, fields: Mapping[str, bytes | memoryview]
+    ) -> Commit:
+        """Submit the version after `base` with other fields. Never awaits. The hot path."""
+        before, life = base
+        now = self._time.now()
+        skew = self._clock.wall() - now
+        deadline = now + life if life > 0 else -life
+        payload = rec.successor(before, now + skew, deadline + skew, fields)
+        if len(payload) > self._max_payload_bytes:
+            self._refuse_size(session_id, len(payload))
+        if self._time.max_lifetime_seconds:
+            deadline = min(deadline, self._residency.cap_of(before))
+        incarnation = before[:ID_BYTES]
+        commit_id = self._commit_ids.next()
+        commit = Commit(
+            PUT,
+            session_id,
+            key,
+            self._disk.fingerprint(key),
+            payload,
+            incarnation + commit_id + payload,
+            incarnation,
+            commit_id,
+            before[ID_BYTES : ID_BYTES + ID_BYTES],
+            now,
+            deadline,
+            life,
+            rec.row_user_of(before),
+        )
+        self._commits.submit(commit)
+        return commit
+
+    def _new_version(
+        self,
+        session_id: str,
+        key: bytes,
+        *,
+        base: Base | None,
+        fields: Mapping[str, bytes | memoryview],
+        meta: bytes | None = None,
+        user: int | None = None,
+        ttl_seconds: float | None = None,
+        flags: int | None = None,
+        same_version: bool = False,
+    ) -> Commit:
+        """Assemble the next version on `base` (None: a creation) and submit it. Never awaits."""
+        now = self._time.now()
+        skew = self._clock.wall() - now
+        head = None if base is None else rec.head(base[0])
+        ttl = ttl_seconds if ttl_seconds is not None else head.ttl_seconds if head else 0.0
+        flags = flags if flags is not None else head.flags if head else 0
+        created = head.created if head else now
+        if base is not None and ttl_seconds is None and base[1] < 0:
+            deadline = -base[1]  # fixed, and nobody asked to change it
+        else:
+            deadline = deadline_after(now, ttl)
+        record = rec.assemble(
+            incarnation=head.incarnation if head else self._commit_ids.next(),
+            commit=head.commit if head and same_version else self._commit_ids.next(),
+            version=head.version + (not same_version) if head else 1,
+            created=created,
+            accessed=now + skew,
+            deadline=deadline + skew,
+            ttl_seconds=ttl,
+            flags=flags,
+            user=user if user is not None else head.user_tag if head else 0,
+            meta=meta if meta is not None else rec.packed_meta(base[0]) if base else b"",
+            fields=fields,
+        )
+        if len(record) - 2 * ID_BYTES > self._max_payload_bytes:
+            self._refuse_size(session_id, len(record) - 2 * ID_BYTES)
+        life = life_of(ttl, bool(flags & RENEWS), deadline)
+        commit = self._residency.put_commit(
+            session_id, key, record, now, life, head.commit if head else NO_ID
+        )
+        self._commits.submit(commit)
+        return commit
+
+    def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
+        raise ValueTooLarge(
+            f"session {printable(session_id)} would have {payload_bytes} bytes and "
+            f"session.max_bytes is {self._max_payload_bytes}; nothing was written"
+        )
+
+    async def _admit(self) -> None:
+        if self._commits.is_full:
+            await self._commits.admission()
+            self._check_open()
+
+    @staticmethod
+    async def _committed(commit: Commit) -> None:
+        assert commit.done is not None, "submitted to be waited for"
+        await commit.done
+
+    # --- ending -------------------------------------------------------------------------------------
+
+    async def terminate_session(self, session_id: str) -> bool:
+        """End a session now, without waiting for its editor; return whether it was alive.
+
+        Idempotent. An edit under way then fails with SessionNotFound when it commits.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
+        """
+        self._check_open()
+        key = check_session_id(session_id)
+        if not self._residency.is_alive(session_id, key):
+            if session_id in self._commits.tails:
+                await self._commits.flush()  # its end is on its way; be sure of it
+            return False
+        await self._committed(self._residency.submit_delete(session_id, key))
+        return True
+
+    async def cleanup_expired(self) -> int:
+        """Remove the sessions whose time is over; return how many.
+
+        They are absent for everybody from their deadline on; this frees their space.
+        """
+        count = await self._remove_where(now=self._time.now(), idle_since=-NEVER)
+        self._residency.expired += count
+        return count
+
+    async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
+        """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
+        if not 0 <= max_age_seconds < NEVER:
+            raise ValueError(f"max_age_seconds = {max_age_seconds!r}: must be finite, at least 0")
+        now = self._time.now()
+        return await self._remove_where(now=now, idle_since=now - max_age_seconds)
+
+    async def _remove_where(self, *, now: float, idle_since: float) -> int:
+        """Remove the sessions past their deadline at `now`, or last accessed before `idle_since`.
+
+        What the index knows of resident sessions is behind, so memory is asked about those.
+        """
+        self._check_open()
+        await self._residency.record_renewals()
+        count = 0
+        slices = Slices(self._clock.monotonic)
+        for session_id in list(self._residency.unlogged):
+            count += self._remove_if_over(session_id, session_id.encode(), None, now, idle_since)
+        for shard in range(SHARDS):
+            rows = self._disk.index.expired_in_shard(shard, now, idle_since)
+            for key, row in await self._disk.read_keys(rows) if rows else ():
+                count += self._remove_if_over(key.decode(), key, row, now, idle_since)
+                if self._commits.is_full:
+                    await self._commits.admission()
+                if slices.due():
+                    await slices.give_way()
+            if slices.due():
+                await slices.give_way()
+        if count:
+            await self._commits.flush()
+        return count
+
+    def _remove_if_over(
+        self, session_id: str, key: bytes, row: Row | None, now: float, idle_since: float
+    ) -> bool:
+        if session_id in self._commits.tails:
+            return False
+        if session_id in self._memory:
+            accessed, deadline = (
+                self._memory.times(session_id)[0],
+                self._memory.deadline(session_id),
+            )
+        else:
+            row = self._disk.index.get(self._disk.fingerprint(key))
+            if row is None:
+                return False
+            accessed, deadline = row.accessed, row.deadline
+        if deadline > now and accessed >= idle_since:
+            return False
+        self._residency.submit_delete(session_id, key, wait=False)
+        return True
+
+    # --- listing ------------------------------------------------------------------------------------
+
+    async def get_active_sessions(self, *, namespace: bool = False) -> list[str]:
+        """Return the ids of this worker's live sessions, in no order."""
+        return [session_id async for session_id in self.iter_sessions(namespace=namespace)]
+
+    async def iter_sessions(
+        self, prefix: str = "", *, namespace: bool = False
+    ) -> AsyncIterator[str]:
+        """Yield the ids of this worker's live sessions that start with `prefix`, in no order.
+
+        A session that is alive all the while is yielded exactly once, whatever is written
+        meanwhile. Renews nothing.
+
+        Raises:
+            ConfigError: `namespace` asks for the shared tier, which is not configured.
+        """
+        if namespace:
+            raise ConfigError("namespace=True asks the shared tier, but redis.url is not set")
+        for shard in range(SHARDS):
+            self._check_open()
+            rows = self._disk.index.rows_of_shard(shard)
+            for session_id in await self._live_ids(rows):
+                if session_id.startswith(prefix):
+                    yield session_id
+        for session_id in list(self._residency.unlogged):
+            if session_id.startswith(prefix) and await self.has_session(session_id):
+                yield session_id
+
+    async def _live_ids(self, rows: list[Row]) -> list[str]:
+        alive = []
+        slices = Slices(self._clock.monotonic)
+        for key, row in await self._disk.read_keys(rows) if rows else ():
+            session_id = key.decode()
+            known = session_id in self._memory
+            deadline = self._memory.deadline(session_id) if known else row.deadline
+            if deadline > self._time.now():
+                alive.append(session_id)
+            if slices.due():
+                await slices.give_way()
+        return alive
+
+    async def find_sessions(self, *, user_id: str) -> list[str]:
+        """Return the ids of the live sessions of a user, in no order. Renews nothing."""
+        self._check_open()
+        tag = user_tag(user_id)
+        found = []
+        slices = Slices(self._clock.monotonic)
+        for shard in range(SHARDS):
+            rows = self._disk.index.user_in_shard(shard, tag)
+            for session_id in await self._live_ids(rows) if rows else ():
+                # The tag has 31 bits only: look at the user itself.
+                base = await self._residency.acknowledged_base(session_id, session_id.encode())
+                if base is not None and rec.meta_of(base[0]).get(USER_ID) == user_id:
+                    found.append(session_id)
+            if slices.due():
+                await slices.give_way()
+        return found
+
+    # --- tiers --------------------------------------------------------------------------------------
+
+    async def spill_session(self, session_id: str) -> bool:
+        """Let a session leave memory now; False if it is not there.
+
+        Raises:
+            DiskFull: it is not in the log yet, and the disk is full; it stays in memory.
+        """
+        self._check_open()
+        key = check_session_id(session_id)
+        if not self._residency.is_alive(session_id, key):
+            return False
+        await self._residency.spill(session_id, key)
+        return True
+
+    async def restore_session(self, session_id: str) -> bool:
+        """Bring a session into memory now, without renewing it; False if it is not there.
+
+        Raises:
+            CorruptionError: its stored bytes are damaged.
+        """
+        self._check_open()
+        key = check_session_id(session_id)
+        return await self._residency.acknowledged_base(session_id, key) is not None
+
+    async def flush(self) -> None:
+        """Wait until every update so far, and every due renewal, is synced; in every mode.
+
+        Raises:
+            WriteOutcomeUnknown: a sync failed.
+        """
+        self._check_open()
+        await self._residency.log_unlogged()
+        await self._residency.record_renewals()
+        await self._commits.flush()
+
+    async def compact(self) -> None:
+        """Compact until there is nothing left that pays; it also happens by itself."""
+        self._check_open()
+        self._disk.compactor.wake()
+        await self._disk.compactor.settle()
+
+    async def stats(self) -> Stats:
+        """Return numbers about the engine; cheap enough to be asked every second."""
+        self._check_open()
+        memory, residency, commits = self._memory, self._residency, self._commits
+        disk = self._disk.stats()
+        sessions = disk.sessions + len(residency.unlogged)
+        return Stats(
+            sessions=sessions,
+            in_memory=len(memory),
+            on_disk=max(0, sessions - len(memory)),
+            memory_used_bytes=memory.used_bytes,
+            memory_peak_bytes=memory.peak_bytes,
+            memory_budget_bytes=self.config.memory.max_bytes,
+            memory_effective_budget_bytes=memory.budget_bytes,
+            rss_bytes=self._rss_bytes,
+            hits=memory.hits,
+            misses=self._misses,
+            restored=residency.restored,
+            spilled=residency.spilled,
+            spill_failures=residency.spill_failures,
+            expired=residency.expired,
+            touches=residency.touches,
+            commits=commits.committed,
+            batches=commits.batches,
+            pending_bytes=commits.pending_bytes,
+            commit_seconds=Latencies.of(commits.latencies_seconds),
+            disk=disk,
+        )
+
+    # --- background ---------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        await self._residency.next_sweep()
+        await self._residency.record_renewals()
+
+    async def _clean_up(self) -> None:
+        await asyncio.sleep(self.config.session.cleanup_interval_seconds)
+        await self.cleanup_expired()
+
+    async def _watch_memory(self) -> None:
+        await asyncio.sleep(self.config.memory.check_interval_seconds)
+        pressure = await self._disk.threads.read(self._memory_reader.read)
+        self._rss_bytes = pressure.rss_bytes
+        configured = self.config.memory.max_bytes
+        current = self._memory.budget_bytes
+        if pressure.used_fraction > SHRINK_ABOVE:
+            # A budget that is not used up shrinks from what is used, or it would not bite at once.
+            current = min(current, max(self._memory.used_bytes, 1))
+        budget = effective_budget_bytes(configured, current, pressure)
+        if budget != self._memory.budget_bytes:
+            _log.info(
+                "memory budget is %d bytes, was %d: %s uses %d of %d",
+                budget,
+                self._memory.budget_bytes,
+                pressure.source,
+                pressure.anonymous_bytes,
+                pressure.limit_bytes,
+            )
+            self._residency.set_budget(budget)
+
+
+class _Edit:
+    """The context manager behind `StateManager.edit`."""
+
+    __slots__ = ("_base", "_draft", "_key", "_manager", "_session_id")
+
+    def __init__(self, manager: StateManager, session_id: str) -> None:
+        self._manager = manager
+        self._session_id = session_id
+
+    async def __aenter__(self) -> SessionDraft:
+        manager = self._manager
+        manager._check_open()
+        self._key = check_session_id(self._session_id)
+        await manager._admit()
+        await manager._locks.acquire(self._session_id)
+        try:
+            manager._check_open()
+            self._base = await manager._residency.base(self._session_id, self._key)
+            self._draft = SessionDraft(rec.packed_fields(self._base[0]))
+        except BaseException:
+            manager._locks.release(self._session_id)
+            raise
+        return self._draft
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        manager = self._manager
+        commit = None
+        try:
+            if kind is None:
+                commit = await self._submit()
+        finally:
+            self._draft.close()
+            manager._locks.release(self._session_id)
+        if commit is not None:
+            await manager._committed(commit)
+
+    async def _submit(self) -> Commit | None:
+        """Submit what was changed, on the version that the draft was made of.
+
+        Writers wait for the editor, so only an end can have come between: then the incarnation
+        is another one, or there is none.
+        """
+        manager = self._manager
+        fields = self._draft.packed()
+        now = await manager._residency.base(self._session_id, self._key)
+        if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
+            raise SessionNotFound(self._session_id)
+        if fields is None:
+            manager._renewed(self._session_id, self._key, now)
+            return None
+        return manager._next_version(self._session_id, self._key, now, fields)
+
+
+async def _forever(name: str, step: Callable[[], Awaitable[None]]) -> None:
+    """Run a background step again and again; an error in one is logged and not the end."""
+    while True:
+        try:
+            await step()
+        except PersistenceError as error:
+            _log.warning("background work '%s': %s", name, error)
+            await asyncio.sleep(1)
+        except Exception:
+            _log.exception("background work '%s' failed", name)
+            await asyncio.sleep(1)
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(_open_managers):
+        manager._forked()
+    _open_managers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

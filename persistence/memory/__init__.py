@@ -1,0 +1,1 @@
+"""The memory tier: packed sessions under a budget in bytes that follows the real memory."""

@@ -1,0 +1,269 @@
+"""The memory tier: the packed records of the hot sessions, in a budget of bytes.
+
+Per session there are only atoms (str, bytes, float) in plain dicts, so nothing here is tracked by
+the garbage collector per session: a full collection does not look at sessions at all. The dicts
+are sharded, so that none of them grows by one big resize.
+
+It holds acknowledged versions only, and knows nothing of disk or of commits: the manager tells it
+what to keep and asks it who should leave.
+
+Invariants, asserted by `check`:
+- `records` and `accessed` of a shard have the same keys, `lives` has some of them;
+- `used_bytes` is the sum of `charge` over all resident sessions, exactly.
+
+Times are engine seconds (see `clock.EngineTime`). A session's *life* says when it expires: a
+positive life is a TTL that runs from the last access (infinite: never), a negative one is a fixed
+deadline with its sign changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final
+
+from persistence.clock import Clock, EngineTime
+from persistence.memory.policies import least_recently_used
+from persistence.record import NEVER
+from persistence.session import Session
+
+ENTRY_OVERHEAD_BYTES: Final = 180
+"""What a resident session costs beside its record and its id: object headers (bytes 33, str 49),
+the last access (a float, 24), and its places in two dicts (about 30 each), rounded up."""
+
+_BYTES_PER_SHARD: Final = 4 * 2**20
+_MAX_SHARDS: Final = 256
+
+
+class _Shard:
+    """`accessed` is in order of access, oldest first; the others are in no order.
+
+    `lives` holds only those that differ from the default: usually none at all.
+    """
+
+    __slots__ = ("accessed", "lives", "records")
+
+    def __init__(self) -> None:
+        self.records: dict[str, bytes] = {}
+        self.accessed: dict[str, float] = {}
+        self.lives: dict[str, float] = {}
+
+
+def charge(session_id: str, record: bytes) -> int:
+    """Return the bytes that a resident session is charged with."""
+    return len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+
+
+def shard_count(max_bytes: int) -> int:
+    """Return how many shards a budget gets: a power of two, one per 4 MiB, at most 256."""
+    wanted = max(1, min(_MAX_SHARDS, max_bytes // _BYTES_PER_SHARD))
+    return 1 << (wanted - 1).bit_length()
+
+
+class MemoryTier:
+    """Resident sessions.
+
+    Args:
+        max_bytes: the configured budget; the effective one may be lowered by `budget_bytes`.
+        clock: time.
+        time: the engine's time base, which must be of the same clock.
+        default_life: the life that most sessions have; it costs nothing.
+    """
+
+    def __init__(
+        self, max_bytes: int, clock: Clock, time: EngineTime, default_life: float = NEVER
+    ) -> None:
+        self.default_life = default_life
+        self.budget_bytes = max_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self.hits = 0
+        self.caps: dict[str, float] = {}
+        """Absolute deadlines (``session.max_lifetime_seconds``); empty when not configured."""
+        self._time = time
+        self._base = time.base
+        self._monotonic = clock.monotonic
+        count = shard_count(max_bytes)
+        self._shards = [_Shard() for _ in range(count)]
+        self._mask = count - 1
+
+    def __len__(self) -> int:
+        return sum(len(shard.records) for shard in self._shards)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._shards[hash(session_id) & self._mask].records
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def access(self, session_id: str) -> Session | None:
+        """Return a view of a resident, unexpired session and count it as accessed now.
+
+        This is the hot path of the whole engine: one call, no awaiting, no allocation besides the
+        view. None means "look closer": not resident, or expired.
+        """
+        shard = self._shards[hash(session_id) & self._mask]
+        last = shard.accessed.pop(session_id, None)
+        if last is None:
+            return None
+        now = self._monotonic() + self._base
+        lives = shard.lives
+        life = lives.get(session_id, self.default_life) if lives else self.default_life
+        if (last + life if life > 0 else -life) <= now or (
+            self.caps and self.caps.get(session_id, NEVER) <= now
+        ):
+            shard.accessed[session_id] = last
+            return None
+        shard.accessed[session_id] = now
+        self.hits += 1
+        session = Session()
+        session.id = session_id
+        session._record = shard.records[session_id]
+        session._accessed = now
+        session._life = life
+        session._time = self._time
+        return session
+
+    def peek(self, session_id: str) -> bytes | None:
+        """Return the record of a resident session, expired or not, without accessing it."""
+        return self._shards[hash(session_id) & self._mask].records.get(session_id)
+
+    def live(self, session_id: str) -> tuple[bytes, float] | None:
+        """Return (record, life) of a resident, unexpired session, without accessing it."""
+        shard = self._shards[hash(session_id) & self._mask]
+        record = shard.records.get(session_id)
+        if record is None:
+            return None
+        life = shard.lives.get(session_id, self.default_life)
+        now = self._monotonic() + self._base
+        last = shard.accessed[session_id]
+        if (last + life if life > 0 else -life) <= now or (
+            self.caps and self.caps.get(session_id, NEVER) <= now
+        ):
+            return None
+        return record, life
+
+    def times(self, session_id: str) -> tuple[float, float]:
+        """Return (last access, life) of a resident session.
+
+        Raises:
+            KeyError: it is not resident.
+        """
+        shard = self._shards[hash(session_id) & self._mask]
+        return shard.accessed[session_id], shard.lives.get(session_id, self.default_life)
+
+    def deadline(self, session_id: str) -> float:
+        """Return when a resident session expires.
+
+        Raises:
+            KeyError: it is not resident.
+        """
+        accessed, life = self.times(session_id)
+        return min(deadline_of(accessed, life), self.caps.get(session_id, NEVER))
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def put(self, session_id: str, record: bytes, accessed: float, life: float) -> None:
+        """Keep a session, as the most recently used one, replacing an older version of it."""
+        shard = self._shards[hash(session_id) & self._mask]
+        records = shard.records
+        old = records.get(session_id)
+        used = self.used_bytes + len(record)
+        if old is None:
+            used += len(session_id) + ENTRY_OVERHEAD_BYTES
+        else:
+            used -= len(old)
+            # A read may have renewed it after this version was submitted.
+            last = shard.accessed.pop(session_id)
+            if last > accessed:
+                accessed = last
+        self.used_bytes = used
+        if used > self.peak_bytes:
+            self.peak_bytes = used
+        records[session_id] = record
+        shard.accessed[session_id] = accessed
+        if life != self.default_life:
+            shard.lives[session_id] = life
+        elif shard.lives:
+            shard.lives.pop(session_id, None)
+
+    def remove(self, session_id: str) -> bytes | None:
+        """Drop a session; return its record, or None when it was not resident."""
+        shard = self._shards[hash(session_id) & self._mask]
+        record = shard.records.pop(session_id, None)
+        if record is not None:
+            del shard.accessed[session_id]
+            shard.lives.pop(session_id, None)
+            self.caps.pop(session_id, None)
+            self.used_bytes -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+        return record
+
+    def clear(self) -> None:
+        """Drop everything."""
+        for shard in self._shards:
+            for table in (shard.records, shard.accessed, shard.lives):
+                table.clear()
+        self.caps.clear()
+        self.used_bytes = 0
+
+    # --- who leaves ---------------------------------------------------------------------------------
+
+    def victims(self, target_bytes: float, limit: int) -> list[str]:
+        """Return the sessions that should leave to get down to `target_bytes`, in policy order.
+
+        Args:
+            target_bytes: the wanted `used_bytes`.
+            limit: return at most so many; ask again for more.
+        """
+        excess = self.used_bytes - target_bytes
+        chosen: list[str] = []
+        order = least_recently_used([shard.accessed for shard in self._shards])
+        for session_id in islice(order, limit):
+            if excess <= 0:
+                break
+            record = self._shards[hash(session_id) & self._mask].records[session_id]
+            excess -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+            chosen.append(session_id)
+        return chosen
+
+    # --- going through ------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return len(self._shards)
+
+    def ids_of_shard(self, number: int) -> list[str]:
+        """Return the sessions of one shard."""
+        return list(self._shards[number].records)
+
+    def accessed_since(self, since: float) -> Iterator[str]:
+        """Yield the sessions that were accessed after `since`, latest first in each shard.
+
+        Only they can have an unrecorded renewal; the others are not looked at.
+        """
+        for shard in self._shards:
+            recent: list[str] = []
+            for session_id in reversed(shard.accessed):
+                if shard.accessed[session_id] <= since:
+                    break
+                recent.append(session_id)
+            yield from recent
+
+    def check(self) -> None:
+        """Assert the invariants. For tests: takes time in proportion to the sessions."""
+        total = 0
+        for shard in self._shards:
+            keys = shard.records.keys()
+            assert keys == shard.accessed.keys() >= shard.lives.keys(), "tables differ"
+            total += sum(charge(name, record) for name, record in shard.records.items())
+        assert total == self.used_bytes, (total, self.used_bytes)
+        assert self.caps.keys() <= set(self._all_ids()), "caps of sessions that are not resident"
+
+    def _all_ids(self) -> Iterable[str]:
+        for shard in self._shards:
+            yield from shard.records
+
+
+def deadline_of(accessed: float, life: float) -> float:
+    """Return the deadline of a session: see the module about *life*."""
+    return accessed + life if life > 0 else -life

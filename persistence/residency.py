@@ -1,0 +1,525 @@
+"""Moves sessions between memory and log: restore, spill, renewals, expiry.
+
+A session that is in the log already leaves memory for free; one that is not is committed first.
+Restoring copies the same bytes back. Concurrent reads of one cold session do one read.
+
+Invariants:
+- what memory holds is the newest acknowledged version;
+- a session is in the index, or in `unlogged` (and then resident), or it does not exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+from persistence.clock import Clock, EngineTime
+from persistence.commit import Commit, CommitQueue
+from persistence.config import MemoryConfig
+from persistence.disk.format import (
+    DELETE,
+    DELETE_PAYLOAD,
+    PUT,
+    TOUCH,
+    TOUCH_PAYLOAD,
+)
+from persistence.disk.index import Row
+from persistence.disk.tier import DiskTier
+from persistence.errors import ManagerClosed, PersistenceError, SessionNotFound
+from persistence.expiry import life_of, must_record, sweep_seconds
+from persistence.memory.tier import MemoryTier, charge, deadline_of
+from persistence.record import (
+    ID_BYTES,
+    NEVER,
+    NO_ID,
+    commit_of,
+    flags_of,
+    incarnation_of,
+    times_of,
+    row_user_of,
+)
+from persistence.slices import Slices
+
+_log = logging.getLogger("persistence.residency")
+
+_IDS_BYTES: Final = 2 * ID_BYTES
+_VICTIMS_PER_WRITE: Final = 32
+_VICTIMS_PER_STEP: Final = 512
+
+
+Base: TypeAlias = tuple[bytes, float]
+"""The version that an update builds on: its record and its life (see `memory.tier`)."""
+
+
+class Residency:
+    """Decides nothing about sessions' contents; keeps memory, index and log in step.
+
+    Args:
+        config: thresholds of the budget.
+        memory: the memory tier.
+        disk: the disk tier.
+        clock: time.
+        time: the engine's time base.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        memory: MemoryTier,
+        disk: DiskTier,
+        clock: Clock,
+        time: EngineTime,
+    ) -> None:
+        self.memory = memory
+        self.disk = disk
+        self.unlogged: set[str] = set()
+        self.restored = 0
+        self.spilled = 0
+        self.spill_failures = 0
+        self.expired = 0
+        self.touches = 0
+        self._commits: CommitQueue
+        self._config = config
+        self._clock = clock
+        self._time = time
+        self._reading: dict[str, asyncio.Task[tuple[bytes, Row] | None]] = {}
+        self._spilling: asyncio.Task[None] | None = None
+        self._swept_until = time.now()
+        self._shortest_ttl = NEVER
+        self._shorter_ttl = asyncio.Event()
+        self.set_budget(memory.budget_bytes)
+
+    def attach(self, commits: CommitQueue) -> None:
+        """Tell which queue to commit to; it in turn calls `acknowledged` and `failed`."""
+        self._commits = commits
+
+    # --- the queue's calls --------------------------------------------------------------------------
+
+    def acknowledged(self, commits: Sequence[Commit]) -> None:
+        """Commits are in the log and in the index: let memory follow, in order."""
+        memory = self.memory
+        for commit in commits:
+            record = commit.record
+            if record is not None:
+                if self.unlogged:
+                    self.unlogged.discard(commit.session_id)
+                if not commit.spills:
+                    self._keep(commit.session_id, record, commit.accessed, commit.life)
+                elif memory.peek(commit.session_id) is record:
+                    self._leave(commit.session_id, commit.key, commit.fingerprint)
+                if memory.used_bytes > self._threshold_bytes:
+                    self.spill_down()
+            elif commit.kind == DELETE:
+                memory.remove(commit.session_id)
+                self.unlogged.discard(commit.session_id)
+
+    def failed(self, commit: Commit) -> None:
+        """A commit failed: a spill leaves its session in memory."""
+        if commit.spills:
+            self.spill_failures += 1
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def _keep(self, session_id: str, record: bytes, accessed: float, life: float) -> None:
+        """Make a session resident, unless it is larger than the whole budget."""
+        memory = self.memory
+        if len(record) > self._large_bytes and charge(session_id, record) > memory.budget_bytes:
+            memory.remove(session_id)
+            return
+        memory.put(session_id, record, accessed, life)
+        if self._time.max_lifetime_seconds:
+            memory.caps[session_id] = self.cap_of(record)
+        if 0 < life < self._shortest_ttl:
+            self._shortest_ttl = life
+            self._shorter_ttl.set()
+
+    def cap_of(self, record: bytes) -> float:
+        """Return the absolute deadline that ``session.max_lifetime_seconds`` sets."""
+        lifetime = self._time.max_lifetime_seconds
+        return times_of(record)[0] + lifetime if lifetime else NEVER
+
+    def _restore(self, session_id: str, record: bytes, row: Row) -> Base:
+        """Take in a record that was read from the log."""
+        ttl_seconds = times_of(record)[3]
+        life = life_of(ttl_seconds, bool(flags_of(record)), row.deadline)
+        # Recovery may have granted more than one TTL from the last recorded access.
+        accessed = max(row.accessed, row.deadline - life) if 0 < life < NEVER else row.accessed
+        self._keep(session_id, record, accessed, life)
+        self.restored += 1
+        self.spill_down(spare=session_id)
+        return record, life
+
+    def base_now(self, session_id: str) -> Base | None:
+        """Return the newest version of a live session if it is in flight or resident.
+
+        None means "look closer": `base` does.
+        """
+        tail = self._commits.tails.get(session_id)
+        if tail is None:
+            return self.memory.live(session_id)
+        return None if tail.record is None else (tail.record, tail.life)
+
+    async def base(self, session_id: str, key: bytes) -> Base:
+        """Return the newest version of a live session, in flight or acknowledged.
+
+        When this returns, nothing has happened since it looked: an update may be built on the
+        result if it is submitted before the next await.
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            CorruptionError: its stored bytes are damaged.
+        """
+        while True:
+            base = self.base_now(session_id)
+            if base is not None:
+                return base
+            if session_id in self._commits.tails:
+                raise SessionNotFound(session_id)  # its end is on its way
+            base = await self.acknowledged_base(session_id, key)
+            if base is None:
+                raise SessionNotFound(session_id)
+            if session_id not in self._commits.tails:
+                return base
+
+    async def acknowledged_base(self, session_id: str, key: bytes) -> Base | None:
+        """Return the acknowledged version of a live session, bringing it into memory.
+
+        None: missing, or expired; then its removal has been logged.
+        """
+        while True:
+            live = self.memory.live(session_id)
+            if live is not None:
+                return live
+            if session_id in self.memory:
+                await self.expire(session_id, key)
+                return None
+            fingerprint = self.disk.fingerprint(key)
+            row = self.disk.index.get(fingerprint)
+            if row is None:
+                return None
+            if row.deadline <= self._time.now():
+                await self.expire(session_id, key)
+                return None
+            record = self.disk.read_now(row, key)
+            if record is not None:
+                return self._restore(session_id, record, row)
+            found = await self._read_in_thread(session_id, key, fingerprint)
+            if found is None:
+                return None
+            if self.memory.peek(session_id) is None:
+                # Larger than the budget, or spilled again already. It is still the newest
+                # version if its row has not changed; else look again.
+                record, row = found
+                if self.disk.index.get(fingerprint) == row:
+                    ttl_seconds = times_of(record)[3]
+                    return record, life_of(ttl_seconds, bool(flags_of(record)), row.deadline)
+
+    async def _read_in_thread(
+        self, session_id: str, key: bytes, fingerprint: bytes
+    ) -> tuple[bytes, Row] | None:
+        """Read a session in a task of its own, shared by everybody who wants it now.
+
+        The task takes the record into memory in the same step in which it has verified that it is
+        the newest, so no update can come between.
+        """
+        task = self._reading.get(session_id)
+        if task is None:
+            task = asyncio.create_task(
+                self._read_and_restore(session_id, key, fingerprint), name="persistence-read"
+            )
+            self._reading[session_id] = task
+            task.add_done_callback(lambda _: self._reading.pop(session_id, None))
+        return await asyncio.shield(task)
+
+    async def _read_and_restore(
+        self, session_id: str, key: bytes, fingerprint: bytes
+    ) -> tuple[bytes, Row] | None:
+        found = await self.disk.read(fingerprint, key)
+        if found is not None and self.memory.peek(session_id) is None:
+            self._restore(session_id, *found)
+        return found
+
+    def is_alive(self, session_id: str, key: bytes) -> bool:
+        """Whether a session exists and has not expired, without reading or renewing it."""
+        tail = self._commits.tails.get(session_id)
+        if tail is not None:
+            return tail.record is not None
+        return self.is_acknowledged(session_id, key)
+
+    def is_acknowledged(self, session_id: str, key: bytes) -> bool:
+        """The same for readers, who see acknowledged versions only."""
+        if session_id in self.memory:
+            return self.memory.deadline(session_id) > self._time.now()
+        row = self.disk.index.get(self.disk.fingerprint(key))
+        return row is not None and row.deadline > self._time.now()
+
+    # --- expiry -------------------------------------------------------------------------------------
+
+    async def expire(self, session_id: str, key: bytes) -> None:
+        """Log the end of an expired session, so that no crash brings it back.
+
+        A disk that takes nothing does not make the session live again: it stays expired.
+        """
+        try:
+            tail = self._commits.tails.get(session_id)
+            if tail is None:
+                commit = self.submit_delete(session_id, key)
+                self.expired += 1
+                assert commit.done is not None, "submitted to be waited for"
+                await commit.done
+            elif tail.record is None:
+                await self._commits.flush()
+        except PersistenceError as error:
+            _log.warning("an expired session could not be removed: %s", error)
+
+    def submit_delete(self, session_id: str, key: bytes, *, wait: bool = True) -> Commit:
+        """Submit a tombstone on top of whatever there is."""
+        now = self._time.now()
+        tail = self._commits.tails.get(session_id)
+        record = tail.record if tail is not None else self.memory.peek(session_id)
+        commit = Commit(
+            DELETE,
+            session_id,
+            key,
+            self.disk.fingerprint(key),
+            DELETE_PAYLOAD.pack(self._clock.wall()),
+            None,
+            NO_ID if record is None else incarnation_of(record),
+            NO_ID,
+            NO_ID if record is None else commit_of(record),
+            now,
+            now,
+            0.0,
+            0,
+        )
+        self._commits.submit(commit, wait=wait)
+        return commit
+
+    # --- the budget and spilling ----------------------------------------------------------------------
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Set the effective budget, and spill if it is exceeded now."""
+        self.memory.budget_bytes = budget_bytes
+        self._large_bytes = budget_bytes // 2  # only records this large may exceed the budget
+        self._threshold_bytes = budget_bytes * self._config.spill_threshold
+        self._target_bytes = budget_bytes * self._config.spill_target
+        if self.memory.used_bytes > self._threshold_bytes:
+            self._spill_in_background()
+
+    def spill_down(self, spare: str | None = None) -> None:
+        """Called after everything that adds to memory: act on a crossed threshold at once.
+
+        A few sessions leave right here, and as many as it takes to be within the budget again;
+        the rest of the way down to ``memory.spill_target`` is gone in slices in the background.
+        """
+        memory = self.memory
+        if memory.used_bytes <= self._threshold_bytes:
+            return
+        limit = _VICTIMS_PER_WRITE
+        while True:
+            victims = memory.victims(self._target_bytes, limit)
+            left = [self._evict(victim) for victim in victims if victim != spare]
+            if memory.used_bytes <= memory.budget_bytes or not any(left):
+                break
+            limit = _VICTIMS_PER_STEP
+        if memory.used_bytes > self._target_bytes:
+            self._spill_in_background()
+
+    def _spill_in_background(self) -> None:
+        if self._spilling is None:
+            self._spilling = asyncio.create_task(self._spill_to_target(), name="persistence-spill")
+            self._spilling.add_done_callback(self._spilling_ended)
+
+    def _spilling_ended(self, task: asyncio.Task[None]) -> None:
+        self._spilling = None
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("spilling stopped", exc_info=task.exception())
+
+    async def _spill_to_target(self) -> None:
+        await self.spill_to(self._target_bytes)
+
+    async def spill_to(self, target_bytes: float) -> None:
+        """Spill in policy order until memory uses at most `target_bytes`, in slices.
+
+        Gives up when the disk takes nothing; the sessions stay in memory.
+        """
+        slices = Slices(self._clock.monotonic)
+        while self.memory.used_bytes > target_bytes:
+            failures = self.spill_failures
+            left = 0
+            for session_id in self.memory.victims(target_bytes, _VICTIMS_PER_STEP):
+                left += self._evict(session_id)
+                if slices.due():
+                    await slices.give_way()
+                if self._commits.is_full:
+                    await self._commits.admission()
+            if not left:
+                # All of them have to be logged first and are on their way.
+                await self._commits.flush()
+            if self.spill_failures > failures or not (left or self.memory.used_bytes):
+                return
+            await slices.give_way()
+
+    def _evict(self, session_id: str) -> bool:
+        """Let a session leave memory; False when it is not in the log yet (it will follow)."""
+        record = self.memory.peek(session_id)
+        if record is None:
+            return False
+        key = session_id.encode()
+        fingerprint = self.disk.fingerprint(key)
+        if session_id in self.unlogged:
+            self._submit_spill(session_id, key, fingerprint, record)
+            return False
+        self._leave(session_id, key, fingerprint)
+        return True
+
+    async def spill(self, session_id: str, key: bytes) -> None:
+        """Let one session leave memory, committing it first where it has to be.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: it could not be committed and stays in memory.
+        """
+        if session_id in self._commits.tails:
+            await self._commits.flush()
+        record = self.memory.peek(session_id)
+        if record is not None and session_id in self.unlogged:
+            commit = self.put_commit(session_id, key, record, *self.memory.times(session_id))
+            commit.spills = True
+            self._commits.submit(commit)
+            assert commit.done is not None, "submitted to be waited for"
+            await commit.done
+        elif record is not None and session_id not in self._commits.tails:
+            self._leave(session_id, key, self.disk.fingerprint(key))
+
+    def _leave(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
+        self._note_access(session_id, key, fingerprint)
+        self.memory.remove(session_id)
+        self.spilled += 1
+
+    def _submit_spill(
+        self, session_id: str, key: bytes, fingerprint: bytes, record: bytes
+    ) -> None:
+        if session_id in self._commits.tails:
+            return  # on its way already, or replaced by something newer that is
+        commit = self.put_commit(session_id, key, record, *self.memory.times(session_id))
+        commit.fingerprint = fingerprint
+        commit.spills = True
+        try:
+            self._commits.submit(commit, wait=False)
+        except ManagerClosed:
+            self.spill_failures += 1
+
+    def put_commit(
+        self,
+        session_id: str,
+        key: bytes,
+        record: bytes,
+        accessed: float,
+        life: float,
+        base: bytes = NO_ID,
+    ) -> Commit:
+        """Return the commit that logs `record`, built on commit `base`; times: engine seconds."""
+        deadline = deadline_of(accessed, life)
+        if self._time.max_lifetime_seconds:
+            deadline = min(deadline, self.cap_of(record))
+        return Commit(
+            PUT,
+            session_id,
+            key,
+            self.disk.fingerprint(key),
+            record[_IDS_BYTES:],
+            record,
+            record[:ID_BYTES],
+            record[ID_BYTES:_IDS_BYTES],
+            base,
+            accessed,
+            deadline,
+            life,
+            row_user_of(record),
+        )
+
+    async def adopt(self, session_id: str, record: bytes, accessed: float, life: float) -> None:
+        """Make a session resident that is not in the log, as a take-over does.
+
+        It is committed when it is spilled or flushed.
+        """
+        if self._commits.is_full:
+            await self._commits.admission()
+        self.unlogged.add(session_id)
+        self._keep(session_id, record, accessed, life)
+        self.spill_down()
+
+    async def log_unlogged(self) -> None:
+        """Commit every session that is not in the log yet; they stay resident."""
+        for session_id in list(self.unlogged):
+            record = self.memory.peek(session_id)
+            if record is None or session_id in self._commits.tails:
+                continue
+            if self._commits.is_full:
+                await self._commits.admission()
+            commit = self.put_commit(
+                session_id, session_id.encode(), record, *self.memory.times(session_id)
+            )
+            self._commits.submit(commit, wait=False)
+
+    # --- renewals -----------------------------------------------------------------------------------
+
+    def _note_access(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
+        """Bring the last access of a resident session into the index, and into the log if due."""
+        accessed, life = self.memory.times(session_id)
+        deadline = self.memory.deadline(session_id)
+        before = self.disk.index.touch(fingerprint, accessed, deadline)
+        if before is None or not must_record(before, accessed, life):
+            return
+        if session_id in self._commits.tails:
+            return  # the put that is on its way carries a time of its own
+        skew = self._time.skew()
+        commit = Commit(
+            TOUCH,
+            session_id,
+            key,
+            fingerprint,
+            TOUCH_PAYLOAD.pack(accessed + skew, deadline + skew),
+            None,
+            NO_ID,
+            NO_ID,
+            NO_ID,
+            accessed,
+            deadline,
+            life,
+            0,
+        )
+        try:
+            self._commits.submit(commit, wait=False)
+        except ManagerClosed:
+            return  # closing: the index snapshot carries it
+        self.touches += 1
+
+    async def record_renewals(self) -> None:
+        """Record the renewals since the last call that are due, in slices."""
+        since, self._swept_until = self._swept_until, self._time.now()
+        slices = Slices(self._clock.monotonic)
+        for session_id in self.memory.accessed_since(since):
+            if session_id in self.memory and session_id not in self.unlogged:
+                key = session_id.encode()
+                self._note_access(session_id, key, self.disk.fingerprint(key))
+            if slices.due():
+                await slices.give_way()
+
+    async def next_sweep(self) -> None:
+        """Wait until renewals should be looked at: more often when TTLs are short."""
+        self._shorter_ttl.clear()
+        try:
+            async with asyncio.timeout(sweep_seconds(self._shortest_ttl)):
+                await self._shorter_ttl.wait()
+        except TimeoutError:
+            return
+
+    async def close(self) -> None:
+        """Wait for reads and spills under way."""
+        if self._spilling is not None:
+            await asyncio.wait([self._spilling])
+        if self._reading:
+            await asyncio.wait(list(self._reading.values()))

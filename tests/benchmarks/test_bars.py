@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.bars import Bar, Kind, judge
+from benchmarks.contender import ENGINE, median, percentile
+
+MEDIANS = {ENGINE: {"rate": 150.0, "us": 320.0}, "peer": {"rate": 100.0, "us": 130.0}}
+
+
+@pytest.mark.parametrize(
+    ("bar", "passed"),
+    [
+        (Bar("rate", Kind.RATIO_AT_LEAST, 1.5, "peer"), True),
+        (Bar("rate", Kind.RATIO_AT_LEAST, 1.6, "peer"), False),
+        (Bar("us", Kind.EXCESS_AT_MOST, 190, "peer"), True),
+        (Bar("us", Kind.EXCESS_AT_MOST, 189, "peer"), False),
+        (Bar("rate", Kind.AT_LEAST, 150), True),
+        (Bar("rate", Kind.AT_LEAST, 151), False),
+        (Bar("us", Kind.AT_MOST, 320), True),
+        (Bar("us", Kind.AT_MOST, 319), False),
+    ],
+)
+def test_a_bar_passes_exactly_when_its_claim_holds(bar: Bar, passed: bool) -> None:
+    assert judge(bar, MEDIANS, "/s").passed is passed
+
+
+@pytest.mark.parametrize(
+    "bar",
+    [
+        Bar("rate", Kind.RATIO_AT_LEAST, 1.5, "a peer that is not installed"),
+        Bar("gc", Kind.AT_MOST, 10),
+        Bar("rate", Kind.AT_LEAST, 1, ours="nobody"),
+    ],
+)
+def test_a_bar_without_its_numbers_is_open_not_passed(bar: Bar) -> None:
+    assert judge(bar, MEDIANS, "").passed is None
+
+
+def test_medians_and_percentiles_are_samples() -> None:
+    assert median([3.0, 1.0, 2.0]) == 2.0
+    assert percentile([float(n) for n in range(1000)], 0.999) == 999.0
+    assert percentile([5.0], 0.5) == 5.0

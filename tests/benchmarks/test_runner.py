@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bars import Bar, Kind
+from benchmarks.catalogue import Workload
+from benchmarks.contender import RATE, Contender, Metrics, WrongResultError
+from benchmarks.optional import UnavailableError, load
+from benchmarks.runner import Result, run
+from benchmarks.scratch import Scratch
+from benchmarks.sizes import TINY, Sizes
+
+
+@dataclass
+class Steady(Contender):
+    name: str
+    rate: float
+    fresh_process: bool = False
+
+    async def open(self, directory: Path) -> None:
+        self.measured = 0
+        (directory / "opened").touch()
+
+    async def measure(self) -> Metrics:
+        self.measured += 1
+        return {"rate": self.rate + self.measured, "pid": float(os.getpid())}
+
+
+@dataclass
+class Broken(Contender):
+    name: str
+
+    async def open(self, directory: Path) -> None:
+        if self.name == "missing":
+            load("a_module_that_nobody_has")
+
+    async def measure(self) -> Metrics:
+        if self.name == "wrong":
+            raise WrongResultError("it said 5")
+        if self.name == "dead":
+            os._exit(3)
+        raise ValueError("boom")
+
+
+def _run(tmp_path: Path, *contenders: Contender, repetitions: int = 3) -> Result:
+    def chosen(sizes: Sizes) -> list[Contender]:
+        return list(contenders)
+
+    workload = Workload(
+        "hot-get",
+        (RATE,),
+        chosen,
+        (Bar("rate", Kind.RATIO_AT_LEAST, 1.5, "slow", ours="quick"),),
+        repetitions=lambda sizes: repetitions,
+    )
+    with Scratch(tmp_path / "bench") as scratch:
+        return run(workload, TINY, scratch, lambda text: None)
+
+
+def test_each_contender_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = _run(tmp_path, Steady("quick", 200), Steady("slow", 100))
+    quick, slow = result.rows
+    assert quick.values("rate") == [202, 203, 204]  # the first is not recorded
+    assert slow.values("rate") == [102, 103, 104]
+    pids = {*quick.values("pid"), *slow.values("pid"), os.getpid()}
+    assert len(pids) == 3
+    assert [verdict.passed for verdict in result.verdicts] == [True]
+    assert not result.broken
+
+
+def test_a_fresh_contender_gets_a_new_process_each_time(tmp_path: Path) -> None:
+    result = _run(tmp_path, Steady("quick", 200, fresh_process=True))
+    assert result.rows[0].values("rate") == [201, 201, 201]
+    assert len(set(result.rows[0].values("pid"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("missing", "unavailable", "a_module_that_nobody_has cannot be imported"),
+        ("wrong", "wrong", "it said 5"),
+        ("dead", "crashed", "its process ended with 3"),
+        ("raising", "crashed", "ValueError: boom"),
+    ],
+)
+def test_a_contender_that_fails_says_why_and_the_others_go_on(
+    tmp_path: Path, name: str, kind: str, reason: str
+) -> None:
+    result = _run(tmp_path, Steady("quick", 200), Broken(name), repetitions=1)
+    failure = result.rows[1].failure
+    assert failure is not None
+    assert failure.kind == kind
+    assert reason in failure.reason
+    assert result.rows[0].values("rate") == [202]
+    assert result.broken is (kind != "unavailable")
+    assert result.verdicts[0].passed is None
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    _run(tmp_path, Steady("quick", 200), repetitions=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_somebody_else_uses_stays(tmp_path: Path) -> None:
+    base = tmp_path / "bench"
+    base.mkdir()
+    (base / "notes").touch()
+    _run(tmp_path, Steady("quick", 200), repetitions=1)
+    assert [path.name for path in base.iterdir()] == ["notes"]
+
+
+def test_a_missing_module_is_a_reason_not_a_crash() -> None:
+    with pytest.raises(UnavailableError, match="cannot be imported"):
+        load("a_module_that_nobody_has")
+
+
+def test_the_event_loop_lag_is_what_a_sleep_took_too_long() -> None:
+    from benchmarks.lag import lag_metrics, sample_lag
+
+    metrics = lag_metrics(asyncio.run(sample_lag(20)))
+    assert 0 <= metrics["p50"] <= metrics["p99"] <= metrics["p99.9"] <= metrics["max"]

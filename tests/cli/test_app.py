@@ -1,0 +1,117 @@
+"""Errors end as one line and an exit code; the entry points work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from persistence.cli import app as app_module
+from persistence.cli import main
+from tests.cli.command import Command
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["replay", "demo", "inspect", "verify", "export", "import"]
+
+
+def test_help_lists_every_command(command: Command) -> None:
+    result = command("--help")
+    assert result.code == 0
+    for name in COMMANDS:
+        assert name in result.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(command: Command, name: str) -> None:
+    result = command(name, "--help")
+    assert result.code == 0
+    assert "Usage: persistence " + name in result.out
+
+
+def test_the_version_is_printed(command: Command) -> None:
+    result = command("--version")
+    assert result.code == 0
+    assert result.out.startswith("persistence ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reply"], "reply"),
+        (["replay", "--colour", "x"], "--colour"),
+        (["replay"], "LOG"),
+        (["verify"], "DIR"),
+        (["replay", "x.log", "--limit", "many"], "--limit"),
+        (["replay", "x.log", "--limit", "0"], "--limit"),
+        (["replay", "x.log", "--concurrency", "0"], "--concurrency"),
+        (["replay", "x.log", "--memory", "lots"], "'lots' is no size"),
+        (["replay", "x.log", "--segment", "-5"], "'-5' is no size"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(command: Command, words: list[str], said: str) -> None:
+    command(*words).assert_refused(said, code=2)
+
+
+def raising(error: BaseException) -> typer.Typer:
+    failing = typer.Typer(rich_markup_mode=None)
+
+    @failing.command()
+    def fail(traceback: bool = False) -> None:
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops (--traceback sho"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied"),
+        (OSError("odd"), 1, "odd"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ValueError("two\nlines \x1b[31m"), 1, r"two\nlines \x1b[31m"),
+    ],
+)
+def test_whatever_is_raised_becomes_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    monkeypatch.setattr(app_module, "app", raising(error))
+    result = command()
+    assert result.code == code
+    assert result.err.count("\n") == 1
+    assert line in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_traceback_is_shown_on_request(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "app", raising(ZeroDivisionError("oops")))
+    assert "Traceback" in command("--traceback").err
+
+
+def test_main_exits_with_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["verify", "/nothing/there"])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "persistence: /nothing/there does not exist\n"
+
+
+def test_the_module_runs_as_a_program() -> None:
+    words = [sys.executable, "-m", "persistence.cli", "inspect", "/nothing/there"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "persistence: /nothing/there does not exist\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error_message() -> None:
+    words = [sys.executable, "-m", "persistence.cli", "--help"]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.wait()

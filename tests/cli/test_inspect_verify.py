@@ -1,0 +1,164 @@
+"""The read-only commands, on clean, torn, damaged, open and foreign directories."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager
+from persistence.disk.filenames import parse_segment
+from tests.cli.command import Command
+
+SESSIONS = 300
+KIB = 1024
+
+
+def config(directory: Path) -> StateConfig:
+    return StateConfig(
+        disk=DiskConfig(path=str(directory), segment_bytes=64 * KIB, compression="none"),
+        shutdown=ShutdownConfig(checkpoint=False),
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Several segments with sessions, one of them terminated."""
+
+    async def fill() -> None:
+        async with StateManager(config=config(tmp_path / "state")) as state:
+            for number in range(SESSIONS):
+                await state.create_session(session_id=f"s{number}", data={"x": "y" * 600})
+            await state.terminate_session("s0")
+
+    asyncio.run(fill())
+    return tmp_path / "state"
+
+
+def segments(directory: Path) -> list[Path]:
+    """Return the segments' paths, the oldest first."""
+    return sorted(path for path in directory.iterdir() if parse_segment(path.name) is not None)
+
+
+def files_of(directory: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in directory.iterdir()
+        if path.is_file()
+    }
+
+
+def flip(path: Path, needle: bytes) -> int:
+    """Flip a bit of `needle` in the file; return where."""
+    data = bytearray(path.read_bytes())
+    at = data.index(needle)
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+    return at
+
+
+def test_inspect_counts_what_is_there(command: Command, directory: Path) -> None:
+    result = command("inspect", directory, "--json")
+    assert result.code == 0
+    summary = result.json
+    assert summary["live_sessions"] == SESSIONS - 1
+    assert summary["deletes"] == 1
+    assert summary["puts"] >= SESSIONS - 1
+    assert summary["segments"] == len(segments(directory)) > 2
+    assert summary["bytes"] == sum(path.stat().st_size for path in segments(directory))
+    assert summary["live_bytes"] + summary["dead_bytes"] == summary["bytes"]
+    assert summary["live_bytes"] > 600 * (SESSIONS - 1)
+    assert (summary["format_version"], summary["damages"], summary["torn_bytes"]) == (1, 0, 0)
+    assert summary["is_open_elsewhere"] is False
+    table = command("inspect", directory)
+    assert table.code == 0
+    assert f"{SESSIONS - 1}" in table.out
+
+
+def test_verify_of_a_clean_directory_is_intact(command: Command, directory: Path) -> None:
+    result = command("verify", directory, "--json")
+    assert result.code == 0
+    assert result.json["damages"] == []
+    assert result.json["frames"] >= SESSIONS
+    assert command("verify", directory).out.startswith("Intact: ")
+
+
+def test_neither_changes_anything(command: Command, directory: Path) -> None:
+    before = files_of(directory)
+    for words in (["inspect"], ["verify"]):
+        command(*words, directory)
+        assert files_of(directory) == before
+
+
+def test_damage_is_listed_with_file_offset_session_and_reason(
+    command: Command, directory: Path
+) -> None:
+    hurt = segments(directory)[0]
+    data = hurt.read_bytes()
+    at = data.index(b"y" * 600, data.index(b"s7"))
+    data = data[: at + 300] + b"Z" + data[at + 301 :]
+    hurt.write_bytes(data)
+    result = command("verify", directory, "--json")
+    assert result.code == 1
+    (damage,) = result.json["damages"]
+    assert damage["path"].endswith(hurt.name)
+    assert 0 < damage["offset"] < at
+    assert damage["session_id"] == "s7"
+    assert damage["reason"]
+    told = command("verify", directory)
+    assert told.code == 1
+    assert f"{hurt.name} at offset {damage['offset']}, session 's7'" in told.out
+    assert "DAMAGED in 1 places" in told.out
+    assert command("inspect", directory, "--json").json["damages"] == 1
+
+
+def test_a_torn_tail_is_told_and_no_damage(command: Command, directory: Path) -> None:
+    last = segments(directory)[-1]
+    whole = last.read_bytes()
+
+    async def add_one() -> None:
+        async with StateManager(config=config(directory)) as state:
+            await state.create_session(session_id="torn", data={"x": "y" * 600})
+
+    asyncio.run(add_one())
+    last = segments(directory)[-1]
+    whole = last.read_bytes()
+    at = whole.index(b"torn")
+    last.write_bytes(whole[: at + 100])
+    result = command("verify", directory)
+    assert result.code == 0, result.out
+    assert "Torn tail" in result.out
+    assert "Intact" in result.out
+    assert command("verify", directory, "--json").json["torn_bytes"] > 0
+    assert command("inspect", directory, "--json").json["torn_bytes"] > 0
+
+
+def test_a_directory_that_is_open_is_noted_and_stays_usable(
+    command: Command, directory: Path
+) -> None:
+    async def work() -> tuple[Any, Any]:
+        async with StateManager(config=config(directory)) as state:
+            await state.create_session(session_id="new")
+            # On this very thread: nothing happens in the engine meanwhile.
+            inspected = command("inspect", directory, "--json")
+            verified = command("verify", directory)
+            await state.create_session(session_id="newer")
+            return inspected, verified
+
+    inspected, verified = asyncio.run(work())
+    assert inspected.json["is_open_elsewhere"] is True
+    assert verified.code == 0
+    assert "Open in another process" in verified.out
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify"])
+def test_what_is_no_directory_of_the_engine_is_refused(
+    command: Command, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    command(name, tmp_path / "nothing").assert_refused("nothing does not exist")
+    command(name, tmp_path / "file").assert_refused("file is not a directory")
+    command(name, tmp_path / "empty").assert_refused("not a directory of this engine")

@@ -1,0 +1,114 @@
+"""SIGKILL at any moment of a replay, then resume: exactly once per request, all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from persistence.cli.export import line_fields, sessions_in
+from persistence.cli.jsonl import decode, encode
+from persistence.cli.replayer import CURSOR_ID
+from persistence.clock import SystemClock
+from tests.cli.generated import write_log
+
+KILLS = 104
+CHAINS = 2
+REQUESTS = 1200
+SCRIPT = Path(__file__).with_name("replay_nursery.py")
+ROOT = Path(__file__).parents[2]
+
+State = dict[str, tuple[Any, Any]]
+
+
+class Nursery:
+    """A process that forks a replay for each order, and kills it when its time is over."""
+
+    def __init__(self, log: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(log)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.__exit__(None, None, None)  # closes its stdin, which ends it
+
+    def run_for(self, directory: Path, seconds: float | None) -> int | None:
+        """Run a replay for so long (None: to its end); return its exit code, None if killed."""
+        order = {"directory": str(directory), "seconds": seconds}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        code = json.loads(self._process.stdout.readline())
+        assert code is None or type(code) is int
+        return code
+
+
+def state_of(directory: Path) -> State:
+    """Return what the directory holds, by way of its export."""
+
+    async def collected() -> State:
+        lines = [decode(encode(line_fields(session))) async for session in sessions_in(directory)]
+        return {line["id"]: (line["data"], line.get("metadata")) for line in lines}
+
+    return asyncio.run(collected())
+
+
+def chain(
+    number: int, folder: Path, log: Path, expected: State, longest_seconds: float
+) -> Counter[str]:
+    """Kill and resume, in new directories as replays finish, until there were enough kills."""
+    rng = random.Random(f"kill {number}")
+    seen: Counter[str] = Counter()
+    with Nursery(log) as nursery:
+        while seen["kills"] < KILLS // CHAINS:
+            directory = folder / f"{number}-{seen['finished']}"
+            while True:
+                is_last = seen["kills"] >= KILLS // CHAINS
+                seconds = None if is_last else rng.uniform(0, longest_seconds)
+                code = nursery.run_for(directory, seconds)
+                if code is not None:
+                    break
+                seen["kills"] += 1
+            assert code == 0
+            assert state_of(directory) == expected
+            seen["finished"] += 1
+    return seen
+
+
+@pytest.mark.timeout(300)
+def test_a_replay_killed_at_any_moment_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "access.log", REQUESTS)
+    clock = SystemClock()
+    with Nursery(log) as nursery:
+        assert nursery.run_for(tmp_path / "first", None) == 0  # the second is not the first to run
+        started = clock.monotonic()
+        assert nursery.run_for(tmp_path / "uninterrupted", None) == 0
+        longest_seconds = clock.monotonic() - started
+    expected = state_of(tmp_path / "uninterrupted")
+    assert expected[CURSOR_ID][0]["watermark"] == REQUESTS
+    with ThreadPoolExecutor(CHAINS) as pool:
+        chains = [
+            pool.submit(chain, number, tmp_path, log, expected, longest_seconds)
+            for number in range(CHAINS)
+        ]
+        seen = sum((future.result() for future in chains), Counter[str]())
+    assert seen["kills"] >= 100
+    assert seen["finished"] >= CHAINS

@@ -1,0 +1,266 @@
+"""Export and import: typed values survive, nothing is half-imported."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from persistence import DiskConfig, SessionMetadata, ShutdownConfig, StateConfig, StateManager
+from persistence.cli.app import run_command
+from persistence.cli.export import sessions_in
+from persistence.cli.jsonl import decode, encode
+from tests.cli.command import Command
+
+DATA: dict[str, Any] = {
+    "plain": {"a": [1, 2.5, None, True, "ü\n"]},
+    "time": datetime(2026, 2, 28, 1, 2, 3, 4, timezone(timedelta(hours=5, minutes=30))),
+    "day": date(2026, 2, 28),
+    "uuid": UUID(int=5),
+    "price": Decimal("1.50"),
+    "set": {1, "a"},
+    "frozen": frozenset({(1, 2)}),
+    "raw": b"\x00\xff",
+    "array": bytearray(b"x"),
+    "big": 2**200,
+    "keys": {1: "one", (2, 3): "pair"},
+    "tag-like": {"$date": "2026-02-28"},
+    "$date": float("inf"),
+}
+
+
+def with_state(directory: Path, work: Callable[[StateManager], Awaitable[None]]) -> None:
+    async def opened() -> None:
+        config = StateConfig(
+            disk=DiskConfig(path=str(directory)), shutdown=ShutdownConfig(checkpoint=False)
+        )
+        async with StateManager(config=config) as state:
+            await work(state)
+
+    asyncio.run(opened())
+
+
+def contents(directory: Path) -> dict[str, tuple[Any, ...]]:
+    async def collected() -> dict[str, tuple[Any, ...]]:
+        return {
+            session.id: (
+                session.data,
+                session.user_id,
+                session.metadata,
+                session.ttl_seconds,
+                session.auto_renew,
+                session.max_requests,
+            )
+            async for session in sessions_in(directory)
+        }
+
+    return asyncio.run(collected())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory with sessions of every kind."""
+
+    async def fill(state: StateManager) -> None:
+        await state.create_session(
+            session_id="full",
+            user_id="user1",
+            metadata=SessionMetadata("203.0.113.9", "curl", "web", {"tenant": (1, "acme")}),
+            ttl_seconds=600,
+            data=DATA,
+            max_requests=7,
+            auto_renew=False,
+        )
+        await state.create_session(session_id="for ever", ttl_seconds=0, data={"a": 1})
+        await state.create_session(session_id="日本\n\x1b")
+
+    with_state(tmp_path / "source", fill)
+    return tmp_path / "source"
+
+
+def test_what_is_exported_can_be_imported_and_is_the_same(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    lines = tmp_path / "sessions.jsonl"
+    assert command("export", source, "--output", lines).code == 0
+    assert len(lines.read_bytes().splitlines()) == 3
+    result = command("import", tmp_path / "target", "--input", lines)
+    assert result.code == 0, result.err
+    assert "3 sessions created" in result.err
+    before, after = contents(source), contents(tmp_path / "target")
+    full, full_again = before.pop("full"), after.pop("full")
+    assert full[:3] == full_again[:3]
+    assert full_again[3] == pytest.approx(600, abs=60)  # not renewed: keeps its deadline
+    assert full[4:] == full_again[4:] == (False, 7)
+    assert before == after
+
+
+def test_stdout_and_stdin_are_the_defaults(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run_command(["export", str(source)]) == 0
+    exported = stdout.buffer.getvalue()
+    assert exported.count(b"\n") == 3
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(exported)))
+    assert run_command(["import", str(tmp_path / "target")]) == 0
+    assert contents(tmp_path / "target").keys() == contents(source).keys()
+
+
+def test_exporting_does_not_change_the_sessions(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    exports = []
+    for number in range(2):
+        output = tmp_path / f"{number}.jsonl"
+        assert command("export", source, "--output", output).code == 0
+        exports.append(sorted(output.read_bytes().splitlines()))
+    assert exports[0] == exports[1]
+
+
+def test_an_export_that_fails_leaves_the_file_of_before(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "sessions.jsonl"
+    output.write_text("of before")
+
+    async def export_too(_: StateManager) -> None:
+        await asyncio.to_thread(lambda: None)
+
+    with_state(source, export_too)
+    (tmp_path / "folder").mkdir()
+    command("export", source, "--output", tmp_path / "folder" / "no" / "file").assert_refused("no")
+    command("export", tmp_path / "nothing", "--output", output).assert_refused("does not exist")
+    command("export", tmp_path / "folder", "--output", output).assert_refused("not a directory of")
+    assert output.read_text() == "of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "folder",
+        "sessions.jsonl",
+        "source",
+    ]
+
+
+def write_lines(path: Path, *lines: bytes) -> Path:
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def test_existing_sessions_are_refused_as_a_whole(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    before = contents(source)
+    lines = write_lines(
+        tmp_path / "x.jsonl", encode({"id": "new"}), b"\n", encode({"id": "for ever"})
+    )
+    command("import", source, "--input", lines).assert_refused("line 3", "'for ever' exists")
+    assert contents(source) == before
+
+
+def test_replacing_makes_a_session_what_its_line_says(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    lines = write_lines(
+        tmp_path / "x.jsonl",
+        encode({"id": "full", "data": {"b": 2}, "user_id": "user2", "ttl_seconds": 60}),
+        encode({"id": "for ever", "data": {"a": 2}, "ttl_seconds": 0}),
+        encode({"id": "new", "data": {"c": 3}, "ttl_seconds": 50, "max_requests": 5}),
+    )
+    result = command("import", source, "--input", lines, "--replace")
+    assert result.code == 0, result.err
+    assert "1 sessions created, 2 replaced" in result.err
+    found = contents(source)
+    nobody = SessionMetadata()
+    assert found["full"] == ({"b": 2}, "user2", nobody, 60, True, None)
+    assert found["for ever"] == ({"a": 2}, None, nobody, 0, True, None)
+    assert found["new"] == ({"c": 3}, None, nobody, 50, True, 5)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", "not JSON"),
+        (b'{"id": ""}', "line 2"),
+        (b'{"id": "' + b"x" * 513 + b'"}', "line 2"),
+        (b'{"id": "\\ud800"}', "line 2"),
+        (b'{"id": "s", "data": {"a": "\\ud800"}}', "field 'a'"),
+        (b'{"id": "s", "data": {"a": {"$what": 1}}}', "unknown tag"),
+        (b'{"id": "s", "metadata": {"shoe_size": 1}}', "shoe_size"),
+        (b'{"id": "s", "ttl_seconds": -5}', "ttl_seconds"),
+        (b'{"id": "s", "ttl_seconds": {"$float": "nan"}}', "ttl_seconds"),
+        (b'{"id": "s", "user_id": 5}', "user_id"),
+        (b'{"id": "s", "max_requests": -1}', "max_requests"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_imported(
+    command: Command, tmp_path: Path, line: bytes, said: str
+) -> None:
+    lines = write_lines(tmp_path / "x.jsonl", encode({"id": "good"}), line + b"\n")
+    command("import", tmp_path / "target", "--input", lines).assert_refused("line 2", said)
+    assert not (tmp_path / "target").exists() or contents(tmp_path / "target") == {}
+
+
+def test_a_session_twice_in_a_file_is_refused_at_its_second_line(
+    command: Command, tmp_path: Path
+) -> None:
+    lines = write_lines(
+        tmp_path / "x.jsonl",
+        encode({"id": "s", "data": {"a": 1}}),
+        encode({"id": "s", "data": {"a": 2}}),
+    )
+    command("import", tmp_path / "target", "--input", lines).assert_refused("line 2", "exists")
+    assert contents(tmp_path / "target")["s"][0] == {"a": 1}
+
+
+def test_what_has_expired_is_left_out(command: Command, tmp_path: Path) -> None:
+    past = datetime(2020, 1, 1, tzinfo=UTC)
+    lines = write_lines(
+        tmp_path / "x.jsonl", encode({"id": "old", "expires_at": past}), encode({"id": "new"})
+    )
+    result = command("import", tmp_path / "target", "--input", lines)
+    assert "1 sessions created, 0 replaced, 1 left out" in result.err
+    assert contents(tmp_path / "target").keys() == {"new"}
+
+
+def test_a_missing_input_is_named(command: Command, tmp_path: Path) -> None:
+    command("import", tmp_path / "t", "--input", tmp_path / "none").assert_refused("none")
+    assert not (tmp_path / "t").exists()
+
+
+def test_values_nested_as_deep_as_a_record_holds_are_transferred(
+    command: Command, tmp_path: Path
+) -> None:
+    value: Any = 1
+    for _ in range(500):
+        value = {1: value}
+
+    async def fill(state: StateManager) -> None:
+        await state.create_session(session_id="deep", data={"a": value})
+
+    with_state(tmp_path / "source", fill)
+    lines = tmp_path / "x.jsonl"
+    assert command("export", tmp_path / "source", "--output", lines).code == 0
+    result = command("import", tmp_path / "target", "--input", lines)
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "target")["deep"][0]["a"] == value
+
+
+def test_lines_tell_versions_and_times_for_information(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    lines = tmp_path / "x.jsonl"
+    command("export", source, "--output", lines)
+    full = next(
+        line for line in map(decode, lines.read_bytes().splitlines()) if line["id"] == "full"
+    )
+    assert full["version"] == 1
+    assert full["expires_at"] - full["created_at"] == timedelta(seconds=600)
