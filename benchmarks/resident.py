@@ -8,7 +8,7 @@ import time
 from benchmarks.contender import Metric, Metrics, median
 from benchmarks.optional import load
 
-METRICS = (Metric("rss", " B/session"), Metric("gc", " ms"))
+METRICS = (Metric("rss", " B/session"), Metric("gc", " ms"), Metric("gc before", " ms"))
 
 _COLLECTIONS = 5
 
@@ -18,13 +18,26 @@ def rss_bytes() -> int:
     return int(load("psutil").Process().memory_info().rss)
 
 
-def resident_metrics(before_bytes: int, session_count: int) -> Metrics:
-    """Measure growth since `before_bytes` per session, and the median of five collections."""
-    milliseconds = [_collect() for _ in range(_COLLECTIONS)]
-    return {
-        "rss": (rss_bytes() - before_bytes) / session_count,
-        "gc": median(milliseconds),
-    }
+class Growth:
+    """What is resident now; `metrics` then measures what the sessions have added."""
+
+    def __init__(self) -> None:
+        self._collection_ms = _collection_ms()  # of interpreter and modules alone
+        self._rss_bytes = rss_bytes()
+
+    def metrics(self, session_count: int) -> Metrics:
+        """Measure the growth per session, and full collections before and after."""
+        collection_ms = _collection_ms()
+        return {
+            "rss": (rss_bytes() - self._rss_bytes) / session_count,
+            "gc": collection_ms,
+            "gc before": self._collection_ms,
+        }
+
+
+def _collection_ms() -> float:
+    """Return the median length of several full collections in a row, milliseconds."""
+    return median(_collect() for _ in range(_COLLECTIONS))
 
 
 def _collect() -> float:

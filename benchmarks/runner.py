@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ def run(workload: Workload, sizes: Sizes, scratch: Scratch, progress: Progress) 
                 row.failure = failure
         else:
             lanes = [
-                _lane(contender, row, _own(directory, number, workload))
+                _lane(workload, contender, row, directory / str(number))
                 for number, (contender, row) in enumerate(zip(contenders, rows, strict=True))
             ]
             _interleave(workload, sizes, lanes, progress)
@@ -81,17 +82,9 @@ def _build(workload: Workload, sizes: Sizes, directory: Path, progress: Progress
         return None
     progress(f"{workload.name}: building the directory that the rows share")
     built = Row("build", "")
-    lane = FreshLane(workload.build(sizes), built, directory)
+    lane = FreshLane(workload.build(sizes), built, directory, shared=True)
     lane.repeat()
     return built.failure
-
-
-def _own(directory: Path, number: int, workload: Workload) -> Path:
-    if workload.build is not None:
-        return directory
-    own = directory / str(number)
-    own.mkdir()
-    return own
 
 
 class Lane:
@@ -135,7 +128,16 @@ class Lane:
 
 
 class FreshLane(Lane):
-    """A contender that takes a new process for each repetition."""
+    """A contender that takes a new process for each repetition, and an emptied directory.
+
+    A directory that the rows share (`shared`) stays as the one before left it.
+    """
+
+    def __init__(
+        self, contender: Contender, row: Row, directory: Path, *, shared: bool = False
+    ) -> None:
+        super().__init__(contender, row, directory)
+        self._shared = shared
 
     def open(self) -> None:
         """Nothing is kept open between repetitions, so there is nothing to settle."""
@@ -148,10 +150,18 @@ class FreshLane(Lane):
         if self._accept(self._isolated.open()):
             self._record(self._isolated.measure())
         self.close()
+        if not self._shared:
+            shutil.rmtree(self._directory)
+            self._directory.mkdir()
 
 
-def _lane(contender: Contender, row: Row, directory: Path) -> Lane:
-    return (FreshLane if contender.fresh_process else Lane)(contender, row, directory)
+def _lane(workload: Workload, contender: Contender, row: Row, own: Path) -> Lane:
+    """Return the lane of `contender`; its directory is `own`, or the one that the rows share."""
+    if workload.build is not None:
+        assert contender.fresh_process, "one process at a time may have the shared directory"
+        return FreshLane(contender, row, own.parent, shared=True)
+    own.mkdir()
+    return (FreshLane if contender.fresh_process else Lane)(contender, row, own)
 
 
 def _interleave(workload: Workload, sizes: Sizes, lanes: list[Lane], progress: Progress) -> None:

@@ -48,6 +48,7 @@ class Commit:
 
     Attributes:
         session_id: whose.
+        ids: incarnation id, commit id, and the id of the commit it was built on.
         record: the new record; None for a tombstone or a touch.
         life: the session's life once this is acknowledged (see `memory.tier`).
         nbytes: about how many bytes the frame takes, before compression.
@@ -61,12 +62,10 @@ class Commit:
 
     __slots__ = (
         "accessed",
-        "base",
-        "commit",
         "deadline",
         "done",
         "fingerprint",
-        "incarnation",
+        "ids",
         "key",
         "kind",
         "length",
@@ -89,9 +88,7 @@ class Commit:
         fingerprint: bytes,
         payload: bytes,
         record: bytes | None,
-        incarnation: bytes,
-        commit: bytes,
-        base: bytes,
+        ids: bytes,
         accessed: float,
         deadline: float,
         life: float,
@@ -103,9 +100,7 @@ class Commit:
         self.fingerprint = fingerprint
         self.payload = payload
         self.record = record
-        self.incarnation = incarnation
-        self.commit = commit
-        self.base = base
+        self.ids = ids
         self.accessed = accessed
         self.deadline = deadline
         self.life = life
@@ -206,8 +201,9 @@ class CommitQueue:
             self.tails[commit.session_id] = commit
         self.pending_bytes += commit.nbytes
         self._submitted += 1
+        if not self._queue:
+            self._work.set()
         self._queue.append(commit)
-        self._work.set()
 
     async def flush(self) -> None:
         """Wait until everything submitted so far is decided and synced, in every mode.

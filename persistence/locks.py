@@ -22,15 +22,15 @@ class SessionLocks:
     """A lock exists only while somebody holds it, so idle sessions cost nothing."""
 
     def __init__(self) -> None:
-        self._holders: dict[str, _Holder] = {}
+        self.holders: dict[str, _Holder] = {}
         self._all_free = asyncio.Event()
         self._all_free.set()
 
     def __contains__(self, session_id: str) -> bool:
-        return session_id in self._holders
+        return session_id in self.holders
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return len(self.holders)
 
     @asynccontextmanager
     async def holding(self, session_id: str) -> AsyncIterator[None]:
@@ -52,9 +52,9 @@ class SessionLocks:
             ConflictError: this very task holds it already; waiting would never end.
         """
         task = asyncio.current_task()
-        holder = self._holders.get(session_id)
+        holder = self.holders.get(session_id)
         if holder is None:
-            self._holders[session_id] = _Holder(task)
+            self.holders[session_id] = _Holder(task)
             self._all_free.clear()
             return
         if holder.task is task:
@@ -77,15 +77,15 @@ class SessionLocks:
 
     def release(self, session_id: str) -> None:
         """Give the lock to whoever waits longest."""
-        holder = self._holders[session_id]
+        holder = self.holders[session_id]
         while holder.waiters:
             turn, task = holder.waiters.popleft()
             if not turn.done():
                 holder.task = task
                 turn.set_result(None)
                 return
-        del self._holders[session_id]
-        if not self._holders:
+        del self.holders[session_id]
+        if not self.holders:
             self._all_free.set()
 
     async def all_free(self) -> None:

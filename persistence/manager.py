@@ -150,6 +150,9 @@ class StateManager:
             failed=self._residency.failed,
         )
         self._residency.attach(self._commits)
+        self._now = self._time.now
+        self._wall = self._clock.wall
+        self._fingerprint = self._disk.fingerprint
         self._commits.start()
         self._start_background()
         self._resident = self._memory.access
@@ -409,15 +412,21 @@ class StateManager:
             WriteOutcomeUnknown: as `update_session_data`.
         """
 
-        def change(record: bytes) -> dict[str, bytes | memoryview] | None:
-            draft = SessionDraft(rec.packed_fields(record))
-            try:
-                function(draft)
-                return draft.packed()
-            finally:
-                draft.close()
+        base = self._quick_base(session_id)
+        if base is None:
+            return await self._update(session_id, lambda record: _drafted(record, function))
+        fields = _drafted(base[0], function)
+        if fields is None:
+            return self._renewed(session_id, session_id.encode(), base)
+        commit = self._next_version(session_id, session_id.encode(), base, fields)
+        await commit.done  # type: ignore[misc] - a future: submitted to be waited for
+        return Session.view(session_id, commit.record, commit.accessed, commit.life, self._time)  # type: ignore[arg-type] - an update carries its record
 
-        return await self._update(session_id, change)
+    def _quick_base(self, session_id: str) -> Base | None:
+        """Return what to build an update on if nothing has to be waited for; else None."""
+        if self._is_open and session_id not in self._locks.holders and not self._commits.is_full:
+            return self._residency.base_now(session_id)
+        return None
 
     async def replace_session(
         self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
@@ -562,26 +571,25 @@ class StateManager:
     ) -> Commit:
         """Submit the version after `base` with other fields. Never awaits. The hot path."""
         before, life = base
-        now = self._time.now()
-        skew = self._clock.wall() - now
+        now = self._now()
+        skew = self._wall() - now
         deadline = now + life if life > 0 else -life
         payload = rec.successor(before, now + skew, deadline + skew, fields)
         if len(payload) > self._max_payload_bytes:
             self._refuse_size(session_id, len(payload))
         if self._time.max_lifetime_seconds:
             deadline = min(deadline, self._residency.cap_of(before))
-        incarnation = before[:ID_BYTES]
+        base_ids = before[: 2 * ID_BYTES]
         commit_id = self._commit_ids.next()
+        ids = base_ids[:ID_BYTES] + commit_id + base_ids[ID_BYTES:]
         commit = Commit(
             PUT,
             session_id,
             key,
-            self._disk.fingerprint(key),
+            self._fingerprint(key),
             payload,
-            incarnation + commit_id + payload,
-            incarnation,
-            commit_id,
-            before[ID_BYTES : ID_BYTES + ID_BYTES],
+            ids[: 2 * ID_BYTES] + payload,
+            ids,
             now,
             deadline,
             life,
@@ -950,6 +958,18 @@ class _Edit:
             manager._renewed(self._session_id, self._key, now)
             return None
         return manager._next_version(self._session_id, self._key, now, fields)
+
+
+def _drafted(
+    record: bytes, function: Callable[[SessionDraft], object]
+) -> dict[str, bytes | memoryview] | None:
+    """Return the packed fields after `function` has changed a draft; None: unchanged."""
+    draft = SessionDraft(rec.packed_fields(record))
+    try:
+        function(draft)
+        return draft.packed()
+    finally:
+        draft.close()
 
 
 async def _forever(name: str, step: Callable[[], Awaitable[None]]) -> None:

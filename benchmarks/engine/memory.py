@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.contender import Metrics, check
 from benchmarks.engine.opened import DURABILITY, Engine, every, fill, wrong_sessions
-from benchmarks.resident import resident_metrics, rss_bytes
+from benchmarks.resident import Growth
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Resident(Engine):
         await self.open_state(directory, memory_bytes=memory_bytes, fsync="never")
 
     async def measure(self) -> Metrics:
-        before_bytes = rss_bytes()
+        growth = Growth()
         await fill(self.state, self.session_count)
-        metrics = resident_metrics(before_bytes, self.session_count)
+        metrics = growth.metrics(self.session_count)
         samples = every(self.session_count, 1000)
         check(not await wrong_sessions(self.state, samples), "sessions are not as created")
         return metrics

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import payloads
 from benchmarks.contender import Contender, Metrics, check
 from benchmarks.optional import load
-from benchmarks.resident import resident_metrics, rss_bytes
+from benchmarks.resident import Growth
 
 
 @dataclass
@@ -26,11 +26,11 @@ class LiveObjects(Contender):
         self._pack, self._unpack = msgpack.packb, msgpack.unpackb
 
     async def measure(self) -> Metrics:
-        before_bytes = rss_bytes()
+        growth = Growth()
         sessions = {
             payloads.session_id(index): self._unpack(self._pack(payloads.session(index)))
             for index in range(self.session_count)
         }
-        metrics = resident_metrics(before_bytes, self.session_count)
+        metrics = growth.metrics(self.session_count)
         check(len(sessions) == self.session_count, "sessions went missing")
         return metrics

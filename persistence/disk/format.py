@@ -41,7 +41,7 @@ SEGMENT_HEADER_FIELDS: Final = (
 _SEGMENT_HEADER: Final = Struct("<8sIIQQ16s12s")
 SEGMENT_HEADER_BYTES: Final = _SEGMENT_HEADER.size + 4
 SALT_BYTES: Final = 12
-NO_ID: Final = bytes(16)
+NO_IDS: Final = bytes(48)
 
 
 class SegmentKind(IntEnum):
@@ -122,7 +122,7 @@ FRAME_HEADER_FIELDS: Final = (
     ("base", "16s", "id of the commit it was built on; zeros at a creation"),
     ("header_checksum", "I", "CRC-32C of salt, header and key"),
 )
-_FRAME_HEADER: Final = Struct("<4sBBHIIQQ16s16s16s")
+_FRAME_HEADER: Final = Struct("<4sBBHIIQQ48s")
 _CHECKSUM: Final = Struct("<I")
 _pack_header = _FRAME_HEADER.pack
 _pack_checksum = _CHECKSUM.pack
@@ -206,13 +206,15 @@ def encode_frame(
     payload: bytes | memoryview,
     sequence: int,
     durable_sequence: int,
-    incarnation: bytes,
-    commit: bytes,
-    base: bytes,
+    ids: bytes,
     flags: int = 0,
     raw_bytes: int | None = None,
 ) -> bytes:
-    """Encode one frame. `payload` is as it is to be stored (see `compress`)."""
+    """Encode one frame.
+
+    `payload` is as it is to be stored (see `compress`); `ids` are incarnation, commit and base,
+    one behind the other.
+    """
     header = _pack_header(
         FRAME_MAGIC,
         frame_type,
@@ -222,9 +224,7 @@ def encode_frame(
         len(payload) if raw_bytes is None else raw_bytes,
         sequence,
         durable_sequence,
-        incarnation,
-        commit,
-        base,
+        ids,
     )
     header_checksum = _pack_checksum(crc32c(key, crc32c(header, salt_checksum)))
     body = b"".join((header, header_checksum, key, payload))
@@ -241,7 +241,7 @@ def decode_frame(
     here = len(data) - offset
     if here < FRAME_HEADER_BYTES:
         return Torn(FRAME_HEADER_BYTES)
-    (magic, kind, flags, key_bytes, payload_bytes, raw_bytes, sequence, durable, *ids) = (
+    (magic, kind, flags, key_bytes, payload_bytes, raw_bytes, sequence, durable, ids) = (
         _unpack_header(data, offset)
     )
     if magic != FRAME_MAGIC:
@@ -267,7 +267,18 @@ def decode_frame(
     if _unpack_checksum(data, end)[0] != crc32c(view[offset:end], salt_checksum):
         return Corrupt("the payload is damaged", key, length, sequence, FrameType(kind))
     payload = bytes(view[key_end:end])
-    return Frame(FrameType(kind), flags, key, payload, raw_bytes, sequence, durable, *ids)
+    return Frame(
+        FrameType(kind),
+        flags,
+        key,
+        payload,
+        raw_bytes,
+        sequence,
+        durable,
+        ids[:16],
+        ids[16:32],
+        ids[32:],
+    )
 
 
 _KNOWN_TYPES: Final = frozenset({FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER})

@@ -31,7 +31,7 @@ from persistence.disk.format import (
     FOOTER_PAYLOAD,
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
-    NO_ID,
+    NO_IDS,
     PUT,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
@@ -64,9 +64,7 @@ class Write(Protocol):
     key: bytes
     fingerprint: bytes
     payload: bytes
-    incarnation: bytes
-    commit: bytes
-    base: bytes
+    ids: bytes
     accessed: float
     deadline: float
     user: int
@@ -173,9 +171,7 @@ class LogWriter:
                 payload,
                 sequence,
                 durable_sequence,
-                write.incarnation,
-                write.commit,
-                write.base,
+                write.ids,
                 flags,
                 raw_bytes,
             )
@@ -339,9 +335,7 @@ def encode_footer(salt_checksum: int, frames: int, lowest: int, highest: int) ->
         FOOTER_PAYLOAD.pack(frames, lowest, highest),
         sequence=highest,
         durable_sequence=highest,
-        incarnation=NO_ID,
-        commit=NO_ID,
-        base=NO_ID,
+        ids=NO_IDS,
     )
 
 

@@ -1,0 +1,71 @@
+"""Fixtures of the engine's tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persistence import Clock, ManualClock, StateManager
+from persistence.disk.files import Files
+from tests.engine import Crash, ScriptedFiles, Start, config_for
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands still until it is told to move."""
+    return ManualClock()
+
+
+@pytest.fixture
+def files() -> ScriptedFiles:
+    """A disk that does as it is told."""
+    return ScriptedFiles()
+
+
+@pytest.fixture
+async def start(tmp_path: Path, clock: ManualClock, files: ScriptedFiles) -> AsyncIterator[Start]:
+    """Open managers that are closed at the end of the test.
+
+    Called with the sections of a configuration, and `path`, `clock` or `files` where they are not
+    to be those of the test.
+    """
+    opened: list[StateManager] = []
+
+    async def start(
+        *,
+        path: Path | None = None,
+        clock: Clock = clock,
+        files: Files = files,
+        **sections: dict[str, Any],
+    ) -> StateManager:
+        config = config_for(path or tmp_path / "state", **sections)
+        state = StateManager(config=config, clock=clock, files=files)
+        await state.open()
+        opened.append(state)
+        return state
+
+    yield start
+    files.open_gates()
+    for state in opened:
+        await state.close()
+
+
+@pytest.fixture
+async def state(start: Start) -> StateManager:
+    """An open manager with the default configuration."""
+    return await start()
+
+
+@pytest.fixture
+def crash(tmp_path: Path, files: ScriptedFiles) -> Crash:
+    """Return the directory that a SIGKILL of a manager's process would leave at this moment."""
+    numbers = itertools.count(1)
+
+    def crash(state: StateManager) -> Path:
+        return files.image(state.config.disk.path, tmp_path / f"crash {next(numbers)}")
+
+    return crash

@@ -1,0 +1,535 @@
+"""`MemoryFiles`: a disk in memory under the engine, with faults on demand and crashes to look at.
+
+It tells apart what a program wrote and what is durable: the data of a file from the last sync of
+that file, a name from the last sync of its directory. So one run can be followed by
+
+- `after_kill`: the process died; the kernel still has everything that was written;
+- `after_power_loss`: the machine died; of what was not synced, nothing is left, or any part of it.
+
+Faults are functions that see every call before it happens (`Fault`); `fail`, `kill_at` and
+`short_writes` make the usual ones. After `kill` nothing reaches the disk any more, so that the
+clean-up code of a program that is about to die leaves no trace, as in a real death.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+from persistence.disk.files import Files, Space
+
+SECTOR_BYTES: Final = 512
+MUTATING: Final = frozenset(
+    {
+        "make_directory",
+        "create",
+        "open_lock",
+        "write_at",
+        "truncate",
+        "sync_data",
+        "sync",
+        "sync_directory",
+        "rename",
+        "remove",
+    }
+)
+"""The calls that change the disk, or that make a change durable."""
+_FIRST_FD: Final = 1_000_000  # no real descriptor, so that a call past the seam fails
+
+
+class Killed(Exception):
+    """The simulated process is dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call: the name of the method, the file, and how many bytes it is about.
+
+    `target` is the new name in a rename.
+    """
+
+    operation: str
+    path: str
+    size: int = 0
+    target: str = ""
+
+    def __str__(self) -> str:
+        name = os.path.basename(self.path)
+        return f"{self.operation} {name}" + (
+            f" {os.path.basename(self.target)}" if self.target else ""
+        )
+
+
+Fault = Callable[["MemoryFiles", Call], int | None]
+"""Sees a call before it happens: raises to let it fail, returns a count to make it a short one."""
+
+
+@dataclass(eq=False, slots=True)
+class _File:
+    """An inode. `pending` lists what was done to it since its last sync.
+
+    A pending change is (offset, bytes), or (size, None): the file was cut to that size.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    durable: bytearray = field(default_factory=bytearray)
+    pending: list[tuple[int, bytes | None]] = field(default_factory=list)
+    locked_by: int = 0
+
+
+_Names = dict[str, _File | None]
+"""A pending change of a directory, atomic: each path names this file now, or None: nothing."""
+
+
+class MemoryFiles(Files):
+    """`Files` in memory; see the module. Safe to use from several threads.
+
+    Attributes:
+        faults: asked in order before each call.
+        calls: the mutating calls that took place, in order. A removal of what is not there and
+            the making of a directory that exists are none.
+        free_bytes: how much the disk still takes; None: no end.
+    """
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.calls: list[Call] = []
+        self.free_bytes: int | None = None
+        self.is_dead = False
+        self.dies_after_this_call = False
+        self._lock = threading.RLock()
+        self._directories = {"/"}
+        self._files: dict[str, _File] = {}
+        self._durable: dict[str, _File] = {}
+        self._renamings: list[_Names] = []
+        self._open: dict[int, tuple[_File, str]] = {}
+        self._next_fd = _FIRST_FD
+
+    # --- for tests: what is there -------------------------------------------------------------------
+
+    def contents(self, directory: str = "/") -> dict[str, bytes]:
+        """Return every file below `directory`: path -> bytes."""
+        below = directory.rstrip("/") + "/"
+        return {
+            path: bytes(file.data)
+            for path, file in sorted(self._files.items())
+            if path.startswith(below)
+        }
+
+    def data(self, path: str) -> bytes:
+        """Return the bytes of the file `path`."""
+        return bytes(self._files[path].data)
+
+    def set_data(self, path: str, data: bytes) -> None:
+        """Let `path` hold exactly `data`, durably: made, replaced or damaged behind the engine."""
+        self._directories.update(_parents(path))
+        self._files[path] = self._durable[path] = _File(bytearray(data), bytearray(data))
+
+    def flip(self, path: str, bit: int) -> None:
+        """Flip one bit of a file."""
+        data = bytearray(self.data(path))
+        data[bit // 8] ^= 1 << bit % 8
+        self.set_data(path, bytes(data))
+
+    def delete(self, path: str) -> None:
+        """Remove a file behind the engine's back."""
+        del self._files[path]
+        self._durable.pop(path, None)
+
+    @property
+    def open_files(self) -> list[str]:
+        """The paths under which files were opened that are still open."""
+        return sorted(path for _, path in self._open.values())
+
+    # --- for tests: crashes -------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """Let the process be dead: every later call raises `Killed` and does nothing."""
+        self.is_dead = True
+
+    def after_kill(self) -> MemoryFiles:
+        """Return the disk as the next process finds it after the death of this one."""
+        with self._lock:
+            return self._copy({path: file.data for path, file in self._files.items()})
+
+    def after_power_loss(self, random: Random | None = None) -> MemoryFiles:
+        """Return the disk as it is after the machine lost its power.
+
+        Args:
+            random: None: nothing is left that was not synced. Else each change since, to data (by
+                sector) and to names, is left or lost by chance, independently of the others.
+        """
+        with self._lock:
+            names = dict(self._durable)
+            for change in self._renamings:
+                if random is not None and random.random() < 0.5:
+                    _rename(names, change)
+            return self._copy({path: _left_of(file, random) for path, file in names.items()})
+
+    def _copy(self, contents: dict[str, bytearray]) -> MemoryFiles:
+        again = MemoryFiles()
+        again._directories = set(self._directories)
+        for path, data in contents.items():
+            file = _File(bytearray(data), bytearray(data))
+            again._files[path] = again._durable[path] = file
+        return again
+
+    # --- one call -----------------------------------------------------------------------------------
+
+    def _entering(self, call: Call) -> AbstractContextManager[int | None]:
+        return _Entered(self, call)
+
+    def _enter(self, call: Call) -> int | None:
+        if self.is_dead:
+            raise Killed(str(call))
+        limit = None
+        for fault in self.faults:
+            wanted = fault(self, call)
+            limit = wanted if limit is None else limit
+        return limit
+
+    def _leave(self, call: Call) -> None:
+        if self.dies_after_this_call:
+            self.kill()
+            raise Killed(str(call))
+
+    def _did(self, call: Call) -> None:
+        self.calls.append(call)
+
+    def _name(self, change: _Names) -> None:
+        _rename(self._files, change)
+        self._renamings.append(change)
+
+    def _opened(self, file: _File, path: str) -> int:
+        self._next_fd += 1
+        self._open[self._next_fd] = file, path
+        return self._next_fd
+
+    def _existing(self, path: str) -> _File:
+        if path in self._directories:
+            raise _error(errno.EISDIR, path)
+        try:
+            return self._files[path]
+        except KeyError:
+            raise _error(errno.ENOENT, path) from None
+
+    def _check_parent(self, path: str) -> None:
+        parent = os.path.dirname(path)
+        if parent not in self._directories:
+            raise _error(errno.ENOTDIR if parent in self._files else errno.ENOENT, path)
+
+    def _claim(self, file: _File, end: int, offset: int) -> int:
+        """Take the space that a write up to `end` needs; return up to where there is room."""
+        growth = end - max(offset, len(file.data))
+        if self.free_bytes is None or growth <= 0:
+            return end
+        end -= max(0, growth - self.free_bytes)
+        if end <= offset:
+            raise _error(errno.ENOSPC, "")
+        self.free_bytes -= max(0, end - max(offset, len(file.data)))
+        return end
+
+    def _give_back(self, nbytes: int) -> None:
+        if self.free_bytes is not None:
+            self.free_bytes += nbytes
+
+    # --- Files ----------------------------------------------------------------------------------------
+
+    def make_directory(self, path: str) -> None:
+        call = Call("make_directory", path)
+        with self._entering(call):
+            wanted = [path, *_parents(path)]
+            if any(name in self._files for name in wanted):
+                raise _error(errno.EEXIST if path in self._files else errno.ENOTDIR, path)
+            if path not in self._directories:
+                self._directories.update(wanted)
+                self._did(call)
+
+    def list_directory(self, path: str) -> list[str]:
+        with self._entering(Call("list_directory", path)):
+            if path not in self._directories:
+                raise _error(errno.ENOTDIR if path in self._files else errno.ENOENT, path)
+            names = (*self._files, *self._directories)
+            return sorted(os.path.basename(name) for name in names if os.path.dirname(name) == path)
+
+    def open_read(self, path: str) -> int:
+        with self._entering(Call("open_read", path)):
+            return self._opened(self._existing(path), path)
+
+    def open_write(self, path: str) -> int:
+        with self._entering(Call("open_write", path)):
+            return self._opened(self._existing(path), path)
+
+    def create(self, path: str) -> int:
+        call = Call("create", path)
+        with self._entering(call):
+            self._check_parent(path)
+            if path in self._files or path in self._directories:
+                raise _error(errno.EEXIST, path)
+            file = _File()
+            self._name({path: file})
+            self._did(call)
+            return self._opened(file, path)
+
+    def open_lock(self, path: str) -> int:
+        call = Call("open_lock", path)
+        with self._entering(call):
+            self._check_parent(path)
+            if path not in self._files:
+                self._name({path: _File()})
+                self._did(call)
+            return self._opened(self._existing(path), path)
+
+    def lock(self, fd: int) -> None:
+        file, path = self._open[fd]
+        with self._entering(Call("lock", path)):
+            if file.locked_by not in (0, fd):
+                raise _error(errno.EAGAIN, path)
+            file.locked_by = fd
+
+    def close(self, fd: int) -> None:
+        with self._lock:
+            file, path = self._open.pop(fd)
+            if file.locked_by == fd:
+                file.locked_by = 0
+            if not self.is_dead:
+                self._enter(Call("close", path))
+
+    def size(self, fd: int) -> int:
+        file, path = self._open[fd]
+        with self._entering(Call("size", path)):
+            return len(file.data)
+
+    def exists(self, path: str) -> bool:
+        with self._entering(Call("exists", path)):
+            return path in self._files or path in self._directories
+
+    def read_at(self, fd: int, size: int, offset: int) -> bytes:
+        file, path = self._open[fd]
+        with self._entering(Call("read_at", path, size)) as limit:
+            size = size if limit is None else min(size, limit)
+            return bytes(file.data[offset : offset + size])
+
+    def read_cached(self, fd: int, buffer: memoryview, offset: int) -> int:
+        file, path = self._open[fd]
+        with self._entering(Call("read_cached", path, len(buffer))) as limit:
+            size = len(buffer) if limit is None else min(len(buffer), limit)
+            data = file.data[offset : offset + size]
+            buffer[: len(data)] = data
+            return len(data)
+
+    def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        file, path = self._open[fd]
+        call = Call("write_at", path, len(data))
+        with self._entering(call) as limit:
+            size = len(data) if limit is None else min(len(data), limit)
+            end = self._claim(file, offset + size, offset) if size else offset
+            written = bytes(data[: end - offset])
+            _apply(file.data, offset, written)
+            file.pending.append((offset, written))
+            self._did(Call("write_at", path, len(written)))
+            return len(written)
+
+    def truncate(self, fd: int, size: int) -> None:
+        file, path = self._open[fd]
+        call = Call("truncate", path, size)
+        with self._entering(call):
+            self._give_back(len(file.data) - size)
+            _apply(file.data, size, None)
+            file.pending.append((size, None))
+            self._did(call)
+
+    def sync_data(self, fd: int) -> None:
+        self._sync(Call("sync_data", self._open[fd][1]), fd)
+
+    def sync(self, fd: int) -> None:
+        self._sync(Call("sync", self._open[fd][1]), fd)
+
+    def _sync(self, call: Call, fd: int) -> None:
+        file = self._open[fd][0]
+        with self._entering(call):
+            for offset, data in file.pending:
+                _apply(file.durable, offset, data)
+            file.pending.clear()
+            self._did(call)
+
+    def sync_directory(self, path: str) -> None:
+        call = Call("sync_directory", path)
+        with self._entering(call):
+            if path not in self._directories:
+                raise _error(errno.ENOENT, path)
+            kept = []
+            for change in self._renamings:
+                if os.path.dirname(next(iter(change))) == path:
+                    _rename(self._durable, change)
+                else:
+                    kept.append(change)
+            self._renamings = kept
+            self._did(call)
+
+    def rename(self, source: str, target: str) -> None:
+        call = Call("rename", source, target=target)
+        with self._entering(call):
+            file = self._existing(source)
+            self._check_parent(target)
+            self._give_back(len(self._files[target].data) if target in self._files else 0)
+            self._name({target: file, source: None})
+            self._did(call)
+
+    def remove(self, path: str) -> None:
+        call = Call("remove", path)
+        with self._entering(call):
+            if path in self._files:
+                self._give_back(len(self._files[path].data))
+                self._name({path: None})
+                self._did(call)
+
+    def space(self, path: str) -> Space:
+        with self._entering(Call("space", path)):
+            return Space(2**40 if self.free_bytes is None else self.free_bytes, 2**20)
+
+
+class _Entered:
+    """One call under way: faults before it, under the lock, and perhaps death behind it."""
+
+    __slots__ = ("_call", "_files")
+
+    def __init__(self, files: MemoryFiles, call: Call) -> None:
+        self._files = files
+        self._call = call
+
+    def __enter__(self) -> int | None:
+        self._files._lock.acquire()
+        try:
+            return self._files._enter(self._call)
+        except BaseException:
+            self._files._lock.release()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._files._leave(self._call)
+        finally:
+            self._files._lock.release()
+
+
+def _error(number: int, path: str) -> OSError:
+    return OSError(number, os.strerror(number), path)
+
+
+def _parents(path: str) -> list[str]:
+    parents = []
+    while path != "/":
+        path = os.path.dirname(path)
+        parents.append(path)
+    return parents
+
+
+def _rename(names: dict[str, _File], change: _Names) -> None:
+    for path, file in change.items():
+        if file is None:
+            names.pop(path, None)
+        else:
+            names[path] = file
+
+
+def _apply(data: bytearray, offset: int, change: bytes | None) -> None:
+    if change is None:
+        del data[offset:]
+        data.extend(bytes(offset - len(data)))
+    else:
+        data.extend(bytes(max(0, offset - len(data))))
+        data[offset : offset + len(change)] = change
+
+
+def _left_of(file: _File, random: Random | None) -> bytearray:
+    """Return what a power loss leaves of a file."""
+    left = bytearray(file.durable)
+    if random is None:
+        return left
+    for offset, change in file.pending:
+        if change is None:
+            if random.random() < 0.5:
+                _apply(left, offset, None)
+            continue
+        at = 0
+        while at < len(change):
+            end = (offset + at) // SECTOR_BYTES * SECTOR_BYTES + SECTOR_BYTES - offset
+            if random.random() < 0.5:
+                _apply(left, offset + at, change[at:end])
+            at = end
+    return left
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def fail(
+    number: int,
+    operations: str | Iterable[str],
+    *,
+    path: str = "",
+    nth: int = 1,
+    times: int | None = 1,
+) -> Fault:
+    """Return a fault: calls fail with the error `number`.
+
+    Args:
+        number: an errno.
+        operations: names of calls, or one name.
+        path: only where this is part of the file's path.
+        nth: the first call to fail, counted from 1 among those that match.
+        times: how many fail in a row; None: all from then on.
+    """
+    names = {operations} if isinstance(operations, str) else set(operations)
+    seen = 0
+
+    def fault(_: MemoryFiles, call: Call) -> None:
+        nonlocal seen
+        if call.operation in names and path in call.path:
+            seen += 1
+            if seen >= nth and (times is None or seen < nth + times):
+                raise _error(number, call.path)
+
+    return fault
+
+
+def kill_at(nth: int, part: float = 0.0) -> Fault:
+    """Return a fault: the process dies at its `nth` mutating call, counted from 1.
+
+    Args:
+        nth: which call.
+        part: how much of it is still done, if it is a write; other calls are not done.
+    """
+    seen = 0
+
+    def fault(files: MemoryFiles, call: Call) -> int | None:
+        nonlocal seen
+        if call.operation not in MUTATING:
+            return None
+        seen += 1
+        if seen != nth:
+            return None
+        if call.operation == "write_at" and part:
+            files.dies_after_this_call = True
+            return int(call.size * part)
+        files.kill()
+        raise Killed(str(call))
+
+    return fault
+
+
+def short_writes(most: int) -> Fault:
+    """Return a fault: a write takes at most so many bytes."""
+
+    def fault(_: MemoryFiles, call: Call) -> int | None:
+        return most if call.operation == "write_at" else None
+
+    return fault

@@ -1,0 +1,79 @@
+"""Helpers that the engine's own tests share: managers on a disk in memory, and their deaths."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from persistence import DiskConfig, MemoryConfig, SessionConfig, StateConfig, StateManager
+from persistence.clock import Clock, ManualClock
+from persistence.disk.files import Files
+from tests.disk.memoryfiles import MemoryFiles
+
+PATH: Final = "/state"
+"""Where `MemoryFiles` hold the engine's directory in these tests."""
+
+
+def config(path: str = PATH, *, ttl_seconds: float = 3600, **disk: Any) -> StateConfig:
+    """Return a configuration without work by the clock: what happens, a test has asked for.
+
+    Args:
+        path: the directory.
+        ttl_seconds: of sessions.
+        disk: fields of `DiskConfig`. Compaction has no rate limit.
+    """
+    return StateConfig(
+        session=SessionConfig(ttl_seconds=ttl_seconds, cleanup_interval_seconds=0),
+        memory=MemoryConfig(check_interval_seconds=0),
+        disk=DiskConfig(**{"path": path, "compaction_bytes_per_second": 0, **disk}),
+    )
+
+
+@asynccontextmanager
+async def opened(
+    files: Files, configuration: StateConfig | None = None, *, clock: Clock | None = None
+) -> AsyncIterator[StateManager]:
+    """Open a manager; close it at the end if nobody did, and abandon it when it cannot close."""
+    state = StateManager(config=configuration or config(), clock=clock or ManualClock(), files=files)
+    await state.open()
+    try:
+        yield state
+        await state.close()
+    finally:
+        await abandon(state)
+
+
+async def abandon(state: StateManager) -> None:
+    """End a manager the way SIGKILL does: without a last word to the disk. Fine after `close`.
+
+    With `MemoryFiles`, look at ``files.after_kill()`` or ``files.after_power_loss()`` afterwards.
+    """
+    disk = state._disk
+    if isinstance(disk._files, MemoryFiles) and state._is_open:
+        disk._files.kill()
+    state._is_open = False
+    tasks = [
+        *state._background,
+        *state._residency._reading.values(),
+        *disk._background,
+        state._commits._task,
+        state._residency._spilling,
+        disk.compactor._task,
+        state._closing,
+    ]
+    running = [task for task in tasks if task is not None and not task.done()]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    disk.threads.close()
+    disk.writer.close()
+    disk._open_segments.close()
+    disk._lock.release()
+
+
+async def everything(state: StateManager) -> dict[str, dict[str, Any]]:
+    """Return the data of every live session."""
+    sessions = {sid: await state.get_session(sid) for sid in await state.get_active_sessions()}
+    return {sid: session.data for sid, session in sessions.items() if session is not None}
