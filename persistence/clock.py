@@ -69,17 +69,11 @@ class EngineTime:
     Deadlines in memory and in the index are engine times: comparable with each other, and free of
     wall-clock jumps. What is written to disk is wall time, so each write adds the current `skew`,
     and what is read at opening is wall time, which at that moment *is* engine time.
-
-    Args:
-        clock: where time comes from.
-        max_lifetime_seconds: how long a session may live at most after its creation, whatever
-            its TTL; 0: no limit.
     """
 
-    def __init__(self, clock: Clock, max_lifetime_seconds: float = 0.0) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._wall = clock.wall
         self._monotonic = clock.monotonic
-        self.max_lifetime_seconds = max_lifetime_seconds
         self.base = clock.wall() - clock.monotonic()
 
     def now(self) -> float:

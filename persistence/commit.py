@@ -52,6 +52,9 @@ class Commit:
         record: the new record; None for a tombstone or a touch.
         life: the session's life once this is acknowledged (see `memory.tier`).
         nbytes: about how many bytes the frame takes, before compression.
+        creates: it makes a session that was not there.
+        previous: the commit in flight that this one was built on.
+        settled, failed: it has been decided, against it.
         spills: drop the session from memory when this is in the log.
         done: resolved when acknowledged; None when nobody waits.
     """
@@ -62,8 +65,11 @@ class Commit:
 
     __slots__ = (
         "accessed",
+        "cap",
+        "creates",
         "deadline",
         "done",
+        "failed",
         "fingerprint",
         "ids",
         "key",
@@ -72,10 +78,12 @@ class Commit:
         "life",
         "nbytes",
         "payload",
+        "previous",
         "record",
         "row",
         "segment",
         "session_id",
+        "settled",
         "spills",
         "user",
     )
@@ -91,6 +99,7 @@ class Commit:
         ids: bytes,
         accessed: float,
         deadline: float,
+        cap: float,
         life: float,
         user: int,
     ) -> None:
@@ -103,10 +112,15 @@ class Commit:
         self.ids = ids
         self.accessed = accessed
         self.deadline = deadline
+        self.cap = cap
         self.life = life
         self.user = user
         self.nbytes = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
         self.spills = False
+        self.creates = False
+        self.failed = False
+        self.settled = False
+        self.previous: Commit | None = None
         self.done: asyncio.Future[None] | None = None
         # The writer fills in where the frame lies: `row`, `segment`, `length`.
 
@@ -134,6 +148,7 @@ class CommitQueue:
     ) -> None:
         self.tails: dict[str, Commit] = {}
         self.pending_bytes = 0
+        self.creating = 0
         self.committed = 0
         self.batches = 0
         self.latencies_seconds: deque[float] = deque(maxlen=_LATENCIES_KEPT)
@@ -152,6 +167,8 @@ class CommitQueue:
         self._closing = False
         self._submitted = 0
         self._settled = 0
+        self._inflight: list[list[Commit]] = []
+        self._broken: WriteOutcomeUnknown | None = None
         self._admissions: deque[asyncio.Future[None]] = deque()
         self._flushes: list[tuple[int, asyncio.Future[None]]] = []
         self._sync_timer: asyncio.TimerHandle | None = None
@@ -194,11 +211,14 @@ class CommitQueue:
         looking at the chain and this call.
         """
         if self._closing:
-            raise ManagerClosed("the manager is closing and takes no more updates")
+            raise self._broken or ManagerClosed("the manager is closing: no more updates")
         if wait:
             commit.done = asyncio.Future(loop=self._loop)
         if commit.kind != TOUCH:
+            commit.previous = self.tails.get(commit.session_id)
             self.tails[commit.session_id] = commit
+        if commit.creates:
+            self.creating += 1
         self.pending_bytes += commit.nbytes
         self._submitted += 1
         if not self._queue:
@@ -211,10 +231,30 @@ class CommitQueue:
         Raises:
             WriteOutcomeUnknown: a sync failed.
         """
+        if self._broken is not None:
+            raise self._broken
         flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._flushes.append((self._submitted, flushed))
         self._work.set()
         await flushed
+
+    async def decided(self, session_id: str) -> None:
+        """Wait until what is in flight of one session now is decided."""
+        tail = self.tails.get(session_id)
+        if tail is None:
+            return
+        if tail.done is None or tail.done.done():
+            # Nobody waits for it, or whoever did was cancelled.
+            await self.flush()
+            return
+        decided: asyncio.Future[None] = self._loop.create_future()
+
+        def resolve(_: object) -> None:
+            if not decided.done():
+                decided.set_result(None)
+
+        tail.done.add_done_callback(resolve)
+        await decided
 
     async def close(self) -> None:
         """Decide what is queued, sync, and end the task."""
@@ -235,14 +275,15 @@ class CommitQueue:
             _log.exception("the commit queue failed; no more updates are taken")
             self._disk.writer.poisoned = f"internal error: {error!r}"
             self._closing = True
-            unknown = WriteOutcomeUnknown(
+            self._broken = WriteOutcomeUnknown(
                 f"an internal error stopped the commit queue ({error!r}); the update may or may "
                 "not be durable; open the directory again"
             )
-            waiting = {id(commit): commit for commit in (*self._queue, *self.tails.values())}
+            undecided = [commit for batch in self._inflight for commit in batch]
+            undecided = [item for item in (*undecided, *self._queue) if not item.settled]
             self._queue.clear()
-            self._fail(list(waiting.values()), unknown)
-            self._resolve_flushes(unknown)
+            self._fail(undecided, self._broken)
+            self._resolve_flushes(self._broken)
 
     async def _commit_until_closed(self) -> None:
         """Write batch n + 1 in the thread while batch n is being acknowledged on the loop."""
@@ -254,13 +295,14 @@ class CommitQueue:
                 await self._work.wait()
             self._work.clear()
             batch = self._take()
+            self._inflight = [written, batch]
             writing = await self._start(batch) if batch else None
             if written:
                 await self._acknowledge(written)
                 written = []
             if writing is not None:
                 written = await self._finish(*writing)
-            elif self._sync_due or self._flushes:
+            if self._sync_due or any(target <= self._settled for target, _ in self._flushes):
                 await self._sync()
         if self._disk.writer.poisoned is None:
             await self._sync()
@@ -305,13 +347,19 @@ class CommitQueue:
             await self._disk.make_room(nbytes, grows=grows)
             return batch
         except DiskFull as error:
-            self._fail([commit for commit in batch if commit.kind == PUT], error)
-            rest = [commit for commit in batch if commit.kind != PUT]
-            rest = [commit for commit in rest if not (commit.done and commit.done.done())]
-            if len(rest) == len(batch):
-                self._fail(rest, error)
-                return []
-            return await self._with_room(rest) if rest else []
+            # What comes behind a put that fails was built on it and fails too, tombstones included.
+            doomed: list[Commit] = []
+            rest: list[Commit] = []
+            sessions: set[str] = set()
+            for commit in batch:
+                dies = commit.kind == PUT or (
+                    commit.kind != TOUCH and commit.session_id in sessions
+                )
+                (doomed if dies else rest).append(commit)
+                if dies:
+                    sessions.add(commit.session_id)
+            self._fail(doomed or rest, error)
+            return await self._with_room(rest) if doomed and rest else []
         except PersistenceError as error:
             self._fail(batch, error)
             return []
@@ -360,7 +408,11 @@ class CommitQueue:
             for commit in some:
                 if tails.get(commit.session_id) is commit:
                     del tails[commit.session_id]
+                commit.previous = None
+                commit.settled = True
                 nbytes += commit.nbytes
+                if commit.creates:
+                    self.creating -= 1
             self._acknowledged(some)
             self._settled += len(some)
             self.pending_bytes -= nbytes
@@ -373,12 +425,6 @@ class CommitQueue:
             if slices.due():
                 await slices.give_way()
         self.committed += len(batch)
-
-    def _settle(self, commit: Commit) -> None:
-        self._settled += 1
-        self.pending_bytes -= commit.nbytes
-        if self._admissions:
-            self._admit()
 
     def _admit(self) -> None:
         """Wake whoever has waited longest for admission, if there is room."""
@@ -396,13 +442,33 @@ class CommitQueue:
             self._queue = deque(
                 commit for commit in self._queue if commit.session_id not in sessions
             )
-        for commit in [*commits, *built_on_them]:
-            if commit.kind != TOUCH:
-                self.tails.pop(commit.session_id, None)
-            self._settle(commit)
+        doomed = [*commits, *built_on_them]
+        for commit in doomed:
+            commit.settled = commit.failed = True
+        for commit in doomed:
+            self._withdraw(commit)
+            self._settled += 1
+            self.pending_bytes -= commit.nbytes
             self._failed(commit)
             if commit.done is not None and not commit.done.done():
                 commit.done.set_exception(type(error)(str(error)))
+        self._admit()
+
+    def _withdraw(self, commit: Commit) -> None:
+        """Let the chain of a failed commit's session end before it.
+
+        What is in flight before it is not affected, and is what the next update builds on.
+        """
+        if commit.creates:
+            self.creating -= 1
+        if self.tails.get(commit.session_id) is commit:
+            before = commit.previous
+            while before is not None and before.failed:
+                before = before.previous
+            if before is None or before.settled:
+                del self.tails[commit.session_id]
+            else:
+                self.tails[commit.session_id] = before
 
     # --- syncing ------------------------------------------------------------------------------------
 

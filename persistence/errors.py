@@ -5,6 +5,7 @@
     PersistenceError
     ├── caller's fault
     │   ├── ConfigError             a configuration field is wrong
+    │   ├── InvalidArgument         a TTL, an age or a limit is out of its range
     │   ├── InvalidSessionId        not a non-empty string of at most 512 bytes of UTF-8
     │   ├── ValueNotSerializable    a value cannot be stored as what it is
     │   ├── ValueTooLarge           a session would exceed ``session.max_bytes``
@@ -48,6 +49,10 @@ class PersistenceError(Exception):
 
 class ConfigError(PersistenceError, ValueError):
     """A configuration field is wrong; the message names field, value and what is allowed."""
+
+
+class InvalidArgument(PersistenceError, ValueError):
+    """An argument is out of its range; the message names it, the value and what is allowed."""
 
 
 class InvalidSessionId(PersistenceError, ValueError):

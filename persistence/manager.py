@@ -20,6 +20,8 @@ from persistence.disk.index import SHARDS, Row
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
     ConfigError,
+    ConflictError,
+    InvalidArgument,
     ManagerClosed,
     PersistenceError,
     SessionExists,
@@ -47,7 +49,7 @@ from persistence.stats import Latencies, Stats
 
 _log = logging.getLogger("persistence")
 
-_UNSET: Final[Any] = object()
+MAX_TTL_SECONDS: Final = 3_155_760_000  # 100 years: now plus any TTL is still a datetime
 _open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
 
 
@@ -93,7 +95,6 @@ class StateManager:
         self._commit_ids = CommitIds()
         self._locks = SessionLocks()
         self._max_payload_bytes = self.config.session.max_bytes
-        self._creating = 0
         self._misses = 0
         self._rss_bytes = 0
         self._memory_reader = MemoryReader()
@@ -129,7 +130,7 @@ class StateManager:
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
         config = self.config
-        self._time = EngineTime(self._clock, config.session.max_lifetime_seconds)
+        self._time = EngineTime(self._clock)
         ttl_seconds = config.session.ttl_seconds
         default_life = life_of(ttl_seconds, config.session.auto_renew, ttl_seconds)
         self._memory = MemoryTier(
@@ -252,6 +253,8 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         self._check_open()
+        if max_requests is not None and max_requests < 0:
+            raise InvalidArgument(f"max_requests = {max_requests!r}: must be at least 0")
         if session_id is None:
             session_id = new_session_id()
         key = check_session_id(session_id)
@@ -267,11 +270,12 @@ class StateManager:
             }
         )
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
-        await self._admit()
         await self._check_session_limit()
+        await self._admit()
         # From here to the submission nothing awaits, so two creations cannot both succeed.
         if self._residency.is_alive(session_id, key):
             raise SessionExists(session_id)
+        self._refuse_over_limit()
         commit = self._new_version(
             session_id,
             key,
@@ -282,20 +286,16 @@ class StateManager:
             ttl_seconds=self._ttl(ttl_seconds),
             flags=RENEWS if renews else 0,
         )
-        self._creating += 1
-        try:
-            await self._committed(commit)
-        finally:
-            self._creating -= 1
+        await self._committed(commit)
         return session_id
 
     def _ttl(self, ttl_seconds: float | None) -> float:
         if ttl_seconds is None:
             return self.config.session.ttl_seconds
-        if not 0 <= ttl_seconds < NEVER:
-            raise ValueError(
-                f"ttl_seconds = {ttl_seconds!r}: must be a finite number of seconds, at least 0 "
-                "(0: never expires)"
+        if not 0 <= ttl_seconds <= MAX_TTL_SECONDS:
+            raise InvalidArgument(
+                f"ttl_seconds = {ttl_seconds!r}: must be a number of seconds from 0 (never "
+                f"expires) to {MAX_TTL_SECONDS} (100 years)"
             )
         return float(ttl_seconds)
 
@@ -304,14 +304,19 @@ class StateManager:
         if not limit or self._session_count() < limit:
             return
         await self.cleanup_expired()
-        if self._session_count() >= limit:
+        self._refuse_over_limit()
+
+    def _refuse_over_limit(self) -> None:
+        """Raise SessionLimitReached if there is no room for one more. Never awaits."""
+        limit = self.config.session.max_sessions
+        if limit and self._session_count() >= limit:
             raise SessionLimitReached(
                 f"{limit} sessions are alive, which is session.max_sessions; "
                 "terminate some or raise the limit"
             )
 
     def _session_count(self) -> int:
-        return len(self._disk.index) + len(self._residency.unlogged) + self._creating
+        return len(self._disk.index) + len(self._residency.unlogged) + self._commits.creating
 
     async def get_or_create_session(
         self, session_id: str | None = None, **create: Any
@@ -330,14 +335,19 @@ class StateManager:
             try:
                 created = await self.create_session(session_id=session_id, **create)
             except SessionExists:
-                continue  # somebody else created it meanwhile
+                # Somebody else is creating it: readers see it once that is decided.
+                assert session_id is not None, "a fresh id exists nowhere"
+                await self._commits.decided(session_id)
+                continue
             session = await self.get_session(created)
             if session is not None:
                 return session
 
     # --- reading ------------------------------------------------------------------------------------
 
-    async def get_session(self, session_id: str, *, fresh: bool = False) -> Session | None:
+    async def get_session(
+        self, session_id: str, *, fresh: bool = False, renew: bool = True
+    ) -> Session | None:
         """Return a view of a live session, or None: missing, expired or terminated.
 
         Renews the TTL if the session renews. A cold session comes back into memory.
@@ -345,12 +355,18 @@ class StateManager:
         Args:
             session_id: which one.
             fresh: ask the shared tier, if there is one.
+            renew: False: look at it without counting that as an access.
 
         Raises:
             InvalidSessionId: not a non-empty string of at most 512 bytes of UTF-8.
             CorruptionError: its stored bytes are damaged; they are never returned.
         """
-        session = self._resident(session_id)
+        if not renew:
+            return await self._peek(session_id)
+        try:
+            session = self._resident(session_id)
+        except TypeError:  # not hashable, so no str: _get_cold says it better
+            session = None
         if session is not None:
             return session
         return await self._get_cold(session_id)
@@ -367,18 +383,41 @@ class StateManager:
             return session
         return self._access_uncached(session_id, key, base)
 
+    async def _peek(self, session_id: str) -> Session | None:
+        """Return a view without counting it as an access."""
+        self._check_open()
+        key = check_session_id(session_id)
+        base = await self._residency.acknowledged_base(session_id, key)
+        if base is None:
+            return None
+        record, life, _ = base
+        if session_id in self._memory:
+            accessed = self._memory.times(session_id)[0]
+        else:
+            row = self._disk.index.get(self._disk.fingerprint(key))
+            accessed = self._time.now() if row is None else row.accessed
+        return Session.view(session_id, record, accessed, life, self._time)
+
     def _access_uncached(self, session_id: str, key: bytes, base: Base) -> Session:
         """Return a view of a session that is too large to be resident, and renew it."""
-        record, life = base
+        record, life, cap = base
         now = self._time.now()
-        deadline = min(deadline_of(now, life), self._residency.cap_of(record))
-        self._disk.index.touch(self._disk.fingerprint(key), now, deadline)
+        deadline = min(deadline_of(now, life), cap)
+        fingerprint = self._disk.fingerprint(key)
+        self._residency.note_access(session_id, key, fingerprint, now, life, deadline)
         return Session.view(session_id, record, now, life, self._time)
 
     async def has_session(self, session_id: str) -> bool:
         """Whether the session is alive. Renews nothing and reads nothing from disk."""
         self._check_open()
-        return self._residency.is_acknowledged(session_id, check_session_id(session_id))
+        key = check_session_id(session_id)
+        deadline = self._residency.acknowledged_deadline(session_id, key)
+        if deadline is None:
+            return False
+        if deadline > self._time.now():
+            return True
+        await self._residency.expire(session_id, key)  # who is told so must not see it come back
+        return False
 
     # --- updating -----------------------------------------------------------------------------------
 
@@ -487,6 +526,7 @@ class StateManager:
             ConflictError: this task holds the session's edit already.
         Raises (on leaving):
             SessionNotFound: it was terminated meanwhile.
+            ConflictError: the version it was made of was in flight and could not be written.
             ValueNotSerializable, ValueTooLarge, DiskFull, WriteOutcomeUnknown: as
             `update_session_data`.
         """
@@ -570,15 +610,15 @@ class StateManager:
         self, session_id: str, key: bytes, base: Base, fields: Mapping[str, bytes | memoryview]
     ) -> Commit:
         """Submit the version after `base` with other fields. Never awaits. The hot path."""
-        before, life = base
+        before, life, cap = base
         now = self._now()
         skew = self._wall() - now
         deadline = now + life if life > 0 else -life
-        payload = rec.successor(before, now + skew, deadline + skew, fields)
+        if cap < deadline:
+            deadline = cap
+        payload = rec.successor(before, now + skew, deadline + skew, cap + skew, fields)
         if len(payload) > self._max_payload_bytes:
             self._refuse_size(session_id, len(payload))
-        if self._time.max_lifetime_seconds:
-            deadline = min(deadline, self._residency.cap_of(before))
         base_ids = before[: 2 * ID_BYTES]
         commit_id = self._commit_ids.next()
         ids = base_ids[:ID_BYTES] + commit_id + base_ids[ID_BYTES:]
@@ -592,6 +632,7 @@ class StateManager:
             ids,
             now,
             deadline,
+            cap,
             life,
             rec.row_user_of(before),
         )
@@ -617,19 +658,20 @@ class StateManager:
         head = None if base is None else rec.head(base[0])
         ttl = ttl_seconds if ttl_seconds is not None else head.ttl_seconds if head else 0.0
         flags = flags if flags is not None else head.flags if head else 0
-        created = head.created if head else now
         if base is not None and ttl_seconds is None and base[1] < 0:
             deadline = -base[1]  # fixed, and nobody asked to change it
         else:
             deadline = deadline_after(now, ttl)
+        cap = self._first_cap(now) if base is None else base[2]
         record = rec.assemble(
             incarnation=head.incarnation if head else self._commit_ids.next(),
             commit=head.commit if head and same_version else self._commit_ids.next(),
             version=head.version + (not same_version) if head else 1,
-            created=created,
+            created=head.created if head else now + skew,
             accessed=now + skew,
-            deadline=deadline + skew,
+            deadline=min(deadline, cap) + skew,
             ttl_seconds=ttl,
+            cap=cap + skew,
             flags=flags,
             user=user if user is not None else head.user_tag if head else 0,
             meta=meta if meta is not None else rec.packed_meta(base[0]) if base else b"",
@@ -639,10 +681,16 @@ class StateManager:
             self._refuse_size(session_id, len(record) - 2 * ID_BYTES)
         life = life_of(ttl, bool(flags & RENEWS), deadline)
         commit = self._residency.put_commit(
-            session_id, key, record, now, life, head.commit if head else NO_ID
+            session_id, key, record, now, life, cap, head.commit if head else NO_ID
         )
+        commit.creates = base is None
         self._commits.submit(commit)
         return commit
+
+    def _first_cap(self, now: float) -> float:
+        """Return the deadline that no renewal will move, of a session created now."""
+        lifetime_seconds = self.config.session.max_lifetime_seconds
+        return now + lifetime_seconds if lifetime_seconds else NEVER
 
     def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
         raise ValueTooLarge(
@@ -673,8 +721,7 @@ class StateManager:
         self._check_open()
         key = check_session_id(session_id)
         if not self._residency.is_alive(session_id, key):
-            if session_id in self._commits.tails:
-                await self._commits.flush()  # its end is on its way; be sure of it
+            await self._commits.decided(session_id)  # its end may be on its way; be sure of it
             return False
         await self._committed(self._residency.submit_delete(session_id, key))
         return True
@@ -684,14 +731,18 @@ class StateManager:
 
         They are absent for everybody from their deadline on; this frees their space.
         """
+        self._check_open()
         count = await self._remove_where(now=self._time.now(), idle_since=-NEVER)
         self._residency.expired += count
         return count
 
     async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
         """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
+        self._check_open()
         if not 0 <= max_age_seconds < NEVER:
-            raise ValueError(f"max_age_seconds = {max_age_seconds!r}: must be finite, at least 0")
+            raise InvalidArgument(
+                f"max_age_seconds = {max_age_seconds!r}: must be finite and at least 0"
+            )
         now = self._time.now()
         return await self._remove_where(now=now, idle_since=now - max_age_seconds)
 
@@ -700,7 +751,6 @@ class StateManager:
 
         What the index knows of resident sessions is behind, so memory is asked about those.
         """
-        self._check_open()
         await self._residency.record_renewals()
         count = 0
         slices = Slices(self._clock.monotonic)
@@ -770,16 +820,27 @@ class StateManager:
                 yield session_id
 
     async def _live_ids(self, rows: list[Row]) -> list[str]:
+        """Return the ids of the live sessions among `rows`.
+
+        The end of those whose time is over is logged first: they are told to be absent, so no
+        crash may bring them back.
+        """
         alive = []
+        over = False
         slices = Slices(self._clock.monotonic)
-        for key, row in await self._disk.read_keys(rows) if rows else ():
+        for key, _ in await self._disk.read_keys(rows) if rows else ():
             session_id = key.decode()
-            known = session_id in self._memory
-            deadline = self._memory.deadline(session_id) if known else row.deadline
+            deadline = self._residency.acknowledged_deadline(session_id, key)
+            if deadline is None:
+                continue
             if deadline > self._time.now():
                 alive.append(session_id)
-            if slices.due():
-                await slices.give_way()
+            elif session_id not in self._commits.tails:
+                self._residency.submit_delete(session_id, key, wait=False)
+                over = True
+            await slices.give_way_if_due()
+        if over:
+            await self._commits.flush()
         return alive
 
     async def find_sessions(self, *, user_id: str) -> list[str]:
@@ -946,14 +1007,20 @@ class _Edit:
     async def _submit(self) -> Commit | None:
         """Submit what was changed, on the version that the draft was made of.
 
-        Writers wait for the editor, so only an end can have come between: then the incarnation
-        is another one, or there is none.
+        Writers wait for the editor, so two things only can have come between. An end: then the
+        incarnation is another one, or there is none. Or the version that the draft was made of
+        was still in flight and failed: nothing may be built on it.
         """
         manager = self._manager
         fields = self._draft.packed()
         now = await manager._residency.base(self._session_id, self._key)
         if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
             raise SessionNotFound(self._session_id)
+        if rec.commit_of(now[0]) != rec.commit_of(self._base[0]):
+            raise ConflictError(
+                f"session {printable(self._session_id)}: the update that this edit was made of "
+                "could not be written, so the edit cannot either; edit again"
+            )
         if fields is None:
             manager._renewed(self._session_id, self._key, now)
             return None

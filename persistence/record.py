@@ -16,10 +16,11 @@ offset bytes meaning
 48     8     last accessed when written, wall seconds (float)
 56     8     deadline when written, wall seconds (float); infinity: never expires
 64     8     TTL, seconds (float); 0: never expires
-72     1     flags (`RENEWS`)
-73     3     length of the metadata, unsigned
-76     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
-80     ...   metadata: MessagePack map, only what is not empty; nothing at all when all is
+72     8     cap: deadline that no renewal moves, wall seconds (float); infinity: none
+80     1     flags (`RENEWS`)
+81     3     length of the metadata, unsigned
+84     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
+88     ...   metadata: MessagePack map, only what is not empty; nothing at all when all is
 ...    ...   fields: MessagePack map ``name -> bin``, each bin one packed value
 ====== ===== ============================================================================
 
@@ -47,20 +48,21 @@ RENEWS: Final = 1
 """Flag: an access moves the deadline (``auto_renew``)."""
 
 ID_BYTES: Final = 16
-FLAGS_AT: Final = 72
+FLAGS_AT: Final = 80
 NO_ID: Final = bytes(ID_BYTES)
 NEVER: Final = float("inf")
 
-_PREFIX: Final = Struct("<16s16sQddddII")
-_TAIL: Final = Struct("<QddddII")  # the prefix behind its two ids
+_PREFIX: Final = Struct("<16s16sQdddddII")
+_TAIL: Final = Struct("<QdddddII")  # the prefix behind its two ids
 _TAIL_AT: Final = 2 * ID_BYTES
 _pack_tail = _TAIL.pack
 _unpack_tail = _TAIL.unpack_from
 PREFIX_BYTES: Final = _PREFIX.size
 _RENEWS_SHIFT: Final = 31
-_META_BITS: Final = 8  # the word at 72 holds flags in its low byte, the metadata's length above
+_META_BITS: Final = 8  # the word at 80 holds flags in its low byte, the metadata's length above
 _WORD: Final = Struct("<I")
 _VERSION: Final = Struct("<Q")
+_DOUBLE: Final = Struct("<d")
 _FOUR_TIMES: Final = Struct("<dddd")
 
 _MAX_NESTED_EXTENSIONS: Final = 32
@@ -91,6 +93,7 @@ class Head(NamedTuple):
     accessed: float
     deadline: float
     ttl_seconds: float
+    cap: float
     flags: int
     meta_bytes: int
     user_tag: int
@@ -312,7 +315,7 @@ def unpack_value(packed: bytes | memoryview) -> Any:
 
 def head(record: bytes) -> Head:
     """Decode the fixed part of `record`."""
-    incarnation, commit, version, created, accessed, deadline, ttl, word, user = (
+    incarnation, commit, version, created, accessed, deadline, ttl, cap, word, user = (
         _PREFIX.unpack_from(record)
     )
     return Head(
@@ -323,6 +326,7 @@ def head(record: bytes) -> Head:
         accessed,
         deadline,
         ttl,
+        cap,
         word & (1 << _META_BITS) - 1,
         word >> _META_BITS,
         user,
@@ -352,17 +356,23 @@ def times_of(record: bytes) -> tuple[float, float, float, float]:
 
 def user_of(record: bytes) -> int:
     """Return the tag of the user id of `record`."""
-    return int.from_bytes(record[76:80], "little")
+    return int.from_bytes(record[84:88], "little")
 
 
 def row_user_of(record: bytes) -> int:
     """Return the user tag with `ROW_RENEWS` on top if the session renews: an index row's `user`."""
-    return int.from_bytes(record[76:80], "little") | (record[FLAGS_AT] & RENEWS) << _RENEWS_SHIFT
+    return int.from_bytes(record[84:88], "little") | (record[FLAGS_AT] & RENEWS) << _RENEWS_SHIFT
+
+
+def cap_of(record: bytes) -> float:
+    """Return the deadline that no renewal moves, wall seconds when `record` was written."""
+    cap: float = _DOUBLE.unpack_from(record, 72)[0]
+    return cap
 
 
 def flags_of(record: bytes) -> int:
     """Return the flags of `record`."""
-    return record[72]
+    return record[FLAGS_AT]
 
 
 def packed_fields(record: bytes) -> dict[str, bytes | memoryview]:
@@ -370,7 +380,7 @@ def packed_fields(record: bytes) -> dict[str, bytes | memoryview]:
 
     Small values are copies; of a large record the values are views into it.
     """
-    start = PREFIX_BYTES + (_WORD.unpack_from(record, 72)[0] >> _META_BITS)
+    start = PREFIX_BYTES + (_WORD.unpack_from(record, FLAGS_AT)[0] >> _META_BITS)
     if len(record) - start <= _LARGE_FIELDS_BYTES:
         fields: dict[str, bytes | memoryview] = _unpackb(record[start:])
         return fields
@@ -407,7 +417,7 @@ def _read_length(
 
 def packed_meta(record: bytes) -> bytes:
     """Return the metadata of `record` as it is packed."""
-    size = _WORD.unpack_from(record, 72)[0] >> _META_BITS
+    size = _WORD.unpack_from(record, FLAGS_AT)[0] >> _META_BITS
     return record[PREFIX_BYTES : PREFIX_BYTES + size]
 
 
@@ -443,6 +453,7 @@ def assemble(
     accessed: float,
     deadline: float,
     ttl_seconds: float,
+    cap: float,
     flags: int,
     user: int,
     meta: bytes,
@@ -461,6 +472,7 @@ def assemble(
         accessed,
         deadline,
         ttl_seconds,
+        cap,
         flags | len(meta) << _META_BITS,
         user,
     )
@@ -505,6 +517,7 @@ def successor(
     record: bytes,
     accessed: float,
     deadline: float,
+    cap: float,
     fields: Mapping[str, bytes | memoryview],
 ) -> bytes:
     """Return the next version of `record` without its two leading ids.
@@ -512,16 +525,10 @@ def successor(
     Other fields and times, all else as it was: the same as `assemble` with the parts of `record`,
     in half the time, because every update comes by here.
     """
-    version, created, _, _, ttl, word, user = _unpack_tail(record, _TAIL_AT)
-    tail = _pack_tail(version + 1, created, accessed, deadline, ttl, word, user)
+    version, created, _, _, ttl, _, word, user = _unpack_tail(record, _TAIL_AT)
+    tail = _pack_tail(version + 1, created, accessed, deadline, ttl, cap, word, user)
     meta_end = PREFIX_BYTES + (word >> _META_BITS)
     return b"".join((tail, record[PREFIX_BYTES:meta_end], _pack_field_map(fields)))
-
-
-def with_times(record: bytes, accessed: float, deadline: float, ttl_seconds: float) -> bytes:
-    """Return `record` with other times: the same version and commit, the value untouched."""
-    times = (times_of(record)[0], accessed, deadline, ttl_seconds)
-    return b"".join((record[:40], _FOUR_TIMES.pack(*times), record[72:]))
 
 
 def validate(record: bytes) -> None:

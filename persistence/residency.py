@@ -35,6 +35,7 @@ from persistence.record import (
     ID_BYTES,
     NEVER,
     NO_ID,
+    RENEWS,
     flags_of,
     times_of,
     row_user_of,
@@ -48,8 +49,8 @@ _VICTIMS_PER_WRITE: Final = 32
 _VICTIMS_PER_STEP: Final = 512
 
 
-Base: TypeAlias = tuple[bytes, float]
-"""The version that an update builds on: its record and its life (see `memory.tier`)."""
+Base: TypeAlias = tuple[bytes, float, float]
+"""The version that an update builds on: its record, its life (see `memory.tier`) and its cap."""
 
 
 class Residency:
@@ -105,7 +106,7 @@ class Residency:
                 if self.unlogged:
                     self.unlogged.discard(commit.session_id)
                 if not commit.spills:
-                    self._keep(commit.session_id, record, commit.accessed, commit.life)
+                    self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
                 elif memory.peek(commit.session_id) is record:
                     self._leave(commit.session_id, commit.key, commit.fingerprint)
                 if memory.used_bytes > self._threshold_bytes:
@@ -121,34 +122,33 @@ class Residency:
 
     # --- reading ------------------------------------------------------------------------------------
 
-    def _keep(self, session_id: str, record: bytes, accessed: float, life: float) -> None:
+    def _keep(
+        self, session_id: str, record: bytes, accessed: float, life: float, cap: float
+    ) -> None:
         """Make a session resident, unless it is larger than the whole budget."""
         memory = self.memory
         if len(record) > self._large_bytes and charge(session_id, record) > memory.budget_bytes:
             memory.remove(session_id)
             return
-        memory.put(session_id, record, accessed, life)
-        if self._time.max_lifetime_seconds:
-            memory.caps[session_id] = self.cap_of(record)
+        memory.put(session_id, record, accessed, life, cap)
         if 0 < life < self._shortest_ttl:
             self._shortest_ttl = life
             self._shorter_ttl.set()
 
-    def cap_of(self, record: bytes) -> float:
-        """Return the absolute deadline that ``session.max_lifetime_seconds`` sets."""
-        lifetime = self._time.max_lifetime_seconds
-        return times_of(record)[0] + lifetime if lifetime else NEVER
-
     def _restore(self, session_id: str, record: bytes, row: Row) -> Base:
         """Take in a record that was read from the log."""
         ttl_seconds = times_of(record)[3]
-        life = life_of(ttl_seconds, bool(flags_of(record)), row.deadline)
+        life = life_of(ttl_seconds, bool(flags_of(record) & RENEWS), row.deadline)
         # Recovery may have granted more than one TTL from the last recorded access.
         accessed = max(row.accessed, row.deadline - life) if 0 < life < NEVER else row.accessed
-        self._keep(session_id, record, accessed, life)
+        self._keep(session_id, record, accessed, life, row.cap)
         self.restored += 1
         self.spill_down(spare=session_id)
-        return record, life
+        return record, life, row.cap
+
+    def _is_over(self, commit: Commit) -> bool:
+        """Whether a version in flight has no session any more: an end, or past its deadline."""
+        return commit.record is None or commit.deadline <= self._time.now()
 
     def base_now(self, session_id: str) -> Base | None:
         """Return the newest version of a live session if it is in flight or resident.
@@ -158,7 +158,9 @@ class Residency:
         tail = self._commits.tails.get(session_id)
         if tail is None:
             return self.memory.live(session_id)
-        return None if tail.record is None else (tail.record, tail.life)
+        if tail.record is None or tail.deadline <= self._time.now():
+            return None
+        return tail.record, tail.life, tail.cap
 
     async def base(self, session_id: str, key: bytes) -> Base:
         """Return the newest version of a live session, in flight or acknowledged.
@@ -174,8 +176,11 @@ class Residency:
             base = self.base_now(session_id)
             if base is not None:
                 return base
-            if session_id in self._commits.tails:
-                raise SessionNotFound(session_id)  # its end is on its way
+            tail = self._commits.tails.get(session_id)
+            if tail is not None and self._is_over(tail):
+                if tail.record is not None:
+                    await self.expire(session_id, key)
+                raise SessionNotFound(session_id)
             base = await self.acknowledged_base(session_id, key)
             if base is None:
                 raise SessionNotFound(session_id)
@@ -212,8 +217,8 @@ class Residency:
                 # version if its row has not changed; else look again.
                 record, row = found
                 if self.disk.index.get(fingerprint) == row:
-                    ttl_seconds = times_of(record)[3]
-                    return record, life_of(ttl_seconds, bool(flags_of(record)), row.deadline)
+                    renews = bool(flags_of(record) & RENEWS)
+                    return record, life_of(times_of(record)[3], renews, row.deadline), row.cap
 
     async def _read_in_thread(
         self, session_id: str, key: bytes, fingerprint: bytes
@@ -244,15 +249,19 @@ class Residency:
         """Whether a session exists and has not expired, without reading or renewing it."""
         tail = self._commits.tails.get(session_id)
         if tail is not None:
-            return tail.record is not None
+            return not self._is_over(tail)
         return self.is_acknowledged(session_id, key)
 
     def is_acknowledged(self, session_id: str, key: bytes) -> bool:
         """The same for readers, who see acknowledged versions only."""
+        return (self.acknowledged_deadline(session_id, key) or 0.0) > self._time.now()
+
+    def acknowledged_deadline(self, session_id: str, key: bytes) -> float | None:
+        """Return the deadline of the acknowledged version of a session; None: there is none."""
         if session_id in self.memory:
-            return self.memory.deadline(session_id) > self._time.now()
+            return self.memory.deadline(session_id)
         row = self.disk.index.get(self.disk.fingerprint(key))
-        return row is not None and row.deadline > self._time.now()
+        return None if row is None else row.deadline
 
     # --- expiry -------------------------------------------------------------------------------------
 
@@ -263,13 +272,13 @@ class Residency:
         """
         try:
             tail = self._commits.tails.get(session_id)
-            if tail is None:
+            if tail is None or (tail.record is not None and self._is_over(tail)):
                 commit = self.submit_delete(session_id, key)
                 self.expired += 1
                 assert commit.done is not None, "submitted to be waited for"
                 await commit.done
-            elif tail.record is None:
-                await self._commits.flush()
+            else:
+                await self._commits.decided(session_id)
         except PersistenceError as error:
             _log.warning("an expired session could not be removed: %s", error)
 
@@ -288,6 +297,7 @@ class Residency:
             NO_IDS if record is None else record[:ID_BYTES] + NO_ID + record[ID_BYTES:_IDS_BYTES],
             now,
             now,
+            NEVER,
             0.0,
             0,
         )
@@ -378,11 +388,10 @@ class Residency:
         Raises:
             DiskFull, WriteOutcomeUnknown: it could not be committed and stays in memory.
         """
-        if session_id in self._commits.tails:
-            await self._commits.flush()
+        await self._commits.decided(session_id)
         record = self.memory.peek(session_id)
         if record is not None and session_id in self.unlogged:
-            commit = self.put_commit(session_id, key, record, *self.memory.times(session_id))
+            commit = self._put_of_resident(session_id, key, record)
             commit.spills = True
             self._commits.submit(commit)
             assert commit.done is not None, "submitted to be waited for"
@@ -391,7 +400,7 @@ class Residency:
             self._leave(session_id, key, self.disk.fingerprint(key))
 
     def _leave(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
-        self._note_access(session_id, key, fingerprint)
+        self._note_resident(session_id, key, fingerprint)
         self.memory.remove(session_id)
         self.spilled += 1
 
@@ -400,13 +409,19 @@ class Residency:
     ) -> None:
         if session_id in self._commits.tails:
             return  # on its way already, or replaced by something newer that is
-        commit = self.put_commit(session_id, key, record, *self.memory.times(session_id))
+        commit = self._put_of_resident(session_id, key, record)
         commit.fingerprint = fingerprint
         commit.spills = True
         try:
             self._commits.submit(commit, wait=False)
         except ManagerClosed:
             self.spill_failures += 1
+
+    def _put_of_resident(self, session_id: str, key: bytes, record: bytes) -> Commit:
+        accessed, life = self.memory.times(session_id)
+        return self.put_commit(
+            session_id, key, record, accessed, life, self.memory.cap(session_id)
+        )
 
     def put_commit(
         self,
@@ -415,12 +430,10 @@ class Residency:
         record: bytes,
         accessed: float,
         life: float,
+        cap: float,
         base: bytes = NO_ID,
     ) -> Commit:
         """Return the commit that logs `record`, built on commit `base`; times: engine seconds."""
-        deadline = deadline_of(accessed, life)
-        if self._time.max_lifetime_seconds:
-            deadline = min(deadline, self.cap_of(record))
         return Commit(
             PUT,
             session_id,
@@ -430,12 +443,15 @@ class Residency:
             record,
             record[:_IDS_BYTES] + base,
             accessed,
-            deadline,
+            min(deadline_of(accessed, life), cap),
+            cap,
             life,
             row_user_of(record),
         )
 
-    async def adopt(self, session_id: str, record: bytes, accessed: float, life: float) -> None:
+    async def adopt(
+        self, session_id: str, record: bytes, accessed: float, life: float, cap: float = NEVER
+    ) -> None:
         """Make a session resident that is not in the log, as a take-over does.
 
         It is committed when it is spilled or flushed.
@@ -443,7 +459,7 @@ class Residency:
         if self._commits.is_full:
             await self._commits.admission()
         self.unlogged.add(session_id)
-        self._keep(session_id, record, accessed, life)
+        self.memory.put(session_id, record, accessed, life, cap)
         self.spill_down()
 
     async def log_unlogged(self) -> None:
@@ -454,17 +470,26 @@ class Residency:
                 continue
             if self._commits.is_full:
                 await self._commits.admission()
-            commit = self.put_commit(
-                session_id, session_id.encode(), record, *self.memory.times(session_id)
-            )
+            commit = self._put_of_resident(session_id, session_id.encode(), record)
             self._commits.submit(commit, wait=False)
 
     # --- renewals -----------------------------------------------------------------------------------
 
-    def _note_access(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
-        """Bring the last access of a resident session into the index, and into the log if due."""
+    def _note_resident(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
         accessed, life = self.memory.times(session_id)
         deadline = self.memory.deadline(session_id)
+        self.note_access(session_id, key, fingerprint, accessed, life, deadline)
+
+    def note_access(
+        self,
+        session_id: str,
+        key: bytes,
+        fingerprint: bytes,
+        accessed: float,
+        life: float,
+        deadline: float,
+    ) -> None:
+        """Bring a last access into the index, and into the log if that is due."""
         before = self.disk.index.touch(fingerprint, accessed, deadline)
         if before is None or not must_record(before, accessed, life):
             return
@@ -481,6 +506,7 @@ class Residency:
             NO_IDS,
             accessed,
             deadline,
+            NEVER,
             life,
             0,
         )
@@ -494,12 +520,12 @@ class Residency:
         """Record the renewals since the last call that are due, in slices."""
         since, self._swept_until = self._swept_until, self._time.now()
         slices = Slices(self._clock.monotonic)
-        for session_id in self.memory.accessed_since(since):
-            if session_id in self.memory and session_id not in self.unlogged:
-                key = session_id.encode()
-                self._note_access(session_id, key, self.disk.fingerprint(key))
-            if slices.due():
-                await slices.give_way()
+        for shard in range(self.memory.shards):
+            for session_id in self.memory.accessed_since(shard, since):
+                if session_id in self.memory and session_id not in self.unlogged:
+                    key = session_id.encode()
+                    self._note_resident(session_id, key, self.disk.fingerprint(key))
+                await slices.give_way_if_due()
 
     async def next_sweep(self) -> None:
         """Wait until renewals should be looked at: more often when TTLs are short."""

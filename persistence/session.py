@@ -125,6 +125,10 @@ class Session:
     def __len__(self) -> int:
         return len(self._fields())
 
+    def __bool__(self) -> bool:
+        """True, also without any field: ``if session:`` asks whether there is one."""
+        return True
+
     def keys(self) -> list[str]:
         """Return the fields' names, in the order in which they were first set."""
         return list(self._fields())
@@ -172,10 +176,8 @@ class Session:
     def expires_at(self) -> datetime | None:
         """When the session expires if nobody accesses it again, aware UTC; None: never."""
         deadline = self._accessed + self._life if self._life > 0 else -self._life
-        if self._time.max_lifetime_seconds:
-            created = rec.times_of(self._record)[0]
-            deadline = min(deadline, created + self._time.max_lifetime_seconds)
-        return None if deadline == rec.NEVER else _datetime(deadline + self._time.skew())
+        wall_seconds = min(deadline + self._time.skew(), rec.cap_of(self._record))
+        return None if wall_seconds == rec.NEVER else _datetime(wall_seconds)
 
     @property
     def ttl_seconds(self) -> float:
@@ -213,11 +215,11 @@ class SessionDraft(MutableMapping[str, Any]):
         raise ConflictError("this edit has ended; start another one with edit()")
 
     def __getitem__(self, name: str) -> Any:
+        if self._closed:
+            self._refuse()
         values = self._values
         if name in values:
             return values[name]
-        if self._closed:
-            self._refuse()
         if name in self._removed:
             raise KeyError(name)
         value = values[name] = rec.unpack_value(self._packed[name])
@@ -241,9 +243,13 @@ class SessionDraft(MutableMapping[str, Any]):
         self._removed = self._removed | {name}
 
     def __contains__(self, name: object) -> bool:
+        if self._closed:
+            self._refuse()
         return name in self._values or (name in self._packed and name not in self._removed)
 
     def __iter__(self) -> Iterator[str]:
+        if self._closed:
+            self._refuse()
         removed = self._removed
         names = [name for name in self._packed if name not in removed]
         names += [name for name in self._values if name not in self._packed]

@@ -34,3 +34,8 @@ class Slices:
         """Let the event loop run everything else once, then start another slice."""
         await asyncio.sleep(0)
         self._end = self._monotonic() + self._seconds
+
+    async def give_way_if_due(self) -> None:
+        """Let everything else run if this slice is used up."""
+        if self._monotonic() >= self._end:
+            await self.give_way()

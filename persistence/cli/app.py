@@ -23,20 +23,19 @@ _TRACEBACK: Final = "--traceback"
 app = typer.Typer(
     name=_PROGRAM,
     help="Session state that is as fast as memory and survives kill -9.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for name, module in (
-    ("replay", replay),
-    ("demo", demo),
-    ("inspect", inspect),
-    ("verify", verify),
-    ("export", export),
-    ("import", import_),
+for name, module, summary in (
+    ("demo", demo, "Kill a worker with SIGKILL: nothing is lost."),
+    ("replay", replay, "Replay access logs, verify every session."),
+    ("inspect", inspect, "Show what a directory holds."),
+    ("verify", verify, "Check a directory for damage."),
+    ("export", export, "Write a directory's sessions as JSON Lines."),
+    ("import", import_, "Read sessions from JSON Lines."),
 ):
-    app.command(name)(module.command)
+    app.command(name, short_help=summary)(module.command)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -69,7 +68,7 @@ def _options(
 
 def run_command(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors are printed as one line on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         with interruptible():
             code = app(words, standalone_mode=False, prog_name=_PROGRAM)
@@ -96,7 +95,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str:
     """Return what the user is told about `error`."""
     if hasattr(error, "format_message"):  # a wrong command line
-        return f"{error.format_message()}; see '{_PROGRAM} --help'"
+        return f"{error.format_message().rstrip('.')}; see '{_PROGRAM} --help'"
     if isinstance(error, PersistenceError):
         return str(error)
     if isinstance(error, OSError):
@@ -106,6 +105,7 @@ def _message(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    """Print one line, whatever names from outside it may contain."""
+    """Print one line, whatever names from outside `message` may contain."""
+    message = "; ".join(message.splitlines())
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
     screen.note(f"{_PROGRAM}: {line}")

@@ -45,12 +45,35 @@ class _Gathered:
         }
 
 
+class Fold:
+    """The sessions that a log makes: add its requests in order, then ask for each session."""
+
+    def __init__(self) -> None:
+        self._gathered: dict[str, _Gathered] = {}
+        self._requests = 0
+
+    def add(self, request: Request) -> None:
+        """Add the next request of the log."""
+        session = self._gathered.setdefault(session_id(request), _Gathered())
+        session.add(self._requests, request)
+        self._requests += 1
+
+    def ids(self) -> set[str]:
+        """Return the ids of all sessions."""
+        return set(self._gathered)
+
+    def data(self, sid: str) -> dict[str, Any] | None:
+        """Return the data that a session must hold; None: there must be no such session."""
+        session = self._gathered.get(sid)
+        return None if session is None else session.data()
+
+
 def fold(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
     """Return the data that each session must hold after `requests`, by session id."""
-    gathered: dict[str, _Gathered] = {}
-    for position, request in enumerate(requests):
-        gathered.setdefault(session_id(request), _Gathered()).add(position, request)
-    return {sid: session.data() for sid, session in gathered.items()}
+    folded = Fold()
+    for request in requests:
+        folded.add(request)
+    return {sid: folded.data(sid) or {} for sid in folded.ids()}
 
 
 def differences(

@@ -23,7 +23,7 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     logs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="LOG...", help="Access logs, plain or .gz/.xz/.bz2, replayed in this order."
+            metavar="LOG", help="Access logs, plain or .gz/.xz/.bz2, replayed in this order."
         ),
     ],
     memory: Annotated[int, size_option("--memory", "Budget of the memory tier.")] = "256KiB",  # type: ignore[assignment]

@@ -17,12 +17,12 @@ log on disk never holds a watermark without the updates below it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from persistence import (
     DiskConfig,
@@ -35,7 +35,7 @@ from persistence import (
 )
 from persistence.cli.accesslog import Request, parse_line, read_lines
 from persistence.cli.failure import CommandError
-from persistence.cli.fold import differences, fold
+from persistence.cli.fold import Fold, differences
 from persistence.cli.workload import (
     NOT_STARTED,
     TTL_SECONDS,
@@ -45,13 +45,15 @@ from persistence.cli.workload import (
 )
 from persistence.clock import SystemClock
 
+_Item = TypeVar("_Item")
+
 CURSOR_ID: Final = "replay-cursor"
 """Id of the session that holds the watermark. No client's: theirs contain a space."""
 
 _CURSOR_EVERY_REQUESTS: Final = 256
 _QUEUE_REQUESTS: Final = 1024  # a burst of one client must not hold up the others behind it
 _WINDOW_REQUESTS: Final = 8192
-_SLICE_REQUESTS: Final = 64
+_SLICE_ITEMS: Final = 64
 _PROGRESS_SECONDS: Final = 0.25
 _LISTED_DIFFERENCES: Final = 20
 
@@ -184,6 +186,14 @@ class Watermark:
             await self._moved.wait()
 
 
+async def _in_slices(items: Iterable[_Item]) -> AsyncIterator[_Item]:
+    """Yield `items`, letting everything else on the event loop run now and then."""
+    for number, item in enumerate(items):
+        if number % _SLICE_ITEMS == 0:
+            await asyncio.sleep(0)
+        yield item
+
+
 class _Replay:
     """One run: the reader deals requests to workers, each of which owns some of the sessions."""
 
@@ -209,9 +219,8 @@ class _Replay:
         await self._save_cursor()
 
     async def _deal(self, reader: LogReader) -> None:
-        for position, request in enumerate(reader):
-            if position % _SLICE_REQUESTS == 0:
-                await asyncio.sleep(0)
+        async for request in _in_slices(reader):
+            position = reader.requests - 1
             if position < self._start:
                 continue
             sid = session_id(request)
@@ -368,17 +377,19 @@ async def _take_stats(state: StateManager, report: ReplayReport) -> None:
 
 
 async def _verify(
-    state: StateManager, expected: dict[str, dict[str, Any]], step: Callable[[], None]
+    state: StateManager, reader: LogReader, step: Callable[[], None]
 ) -> dict[str, list[str]]:
-    """Read every session again and return the differences, by session id."""
+    """Read every session again and return the differences from the log, by session id."""
+    expected = Fold()
+    async for request in _in_slices(reader):
+        expected.add(request)
     listed = {sid async for sid in state.iter_sessions() if sid != CURSOR_ID}
     wrong: dict[str, list[str]] = {}
-    for number, sid in enumerate(sorted(expected.keys() | listed)):
-        if number % _SLICE_REQUESTS == 0:
-            await asyncio.sleep(0)
+    async for sid in _in_slices(sorted(expected.ids() | listed)):
         session = await state.get_session(sid)
-        found = list(differences(expected.get(sid), session.data if session else None))
-        if sid in expected and sid not in listed:
+        wanted = expected.data(sid)
+        found = list(differences(wanted, session.data if session else None))
+        if wanted is not None and session is not None and sid not in listed:
             found.append("is not listed")
         if found:
             wrong[sid] = found
@@ -409,7 +420,7 @@ async def replay(
         started = clock.monotonic()
 
         async def replaying() -> ReplayProgress:
-            seconds = clock.monotonic() - started
+            seconds = clock.monotonic() - started or 1.0
             return await _progress(state, "replay", reader.requests, run.applied / seconds)
 
         async with _watched(replaying, watch):
@@ -429,12 +440,11 @@ async def replay(
             checked += 1
 
         async def verifying() -> ReplayProgress:
-            seconds = clock.monotonic() - checking
+            seconds = clock.monotonic() - checking or 1.0
             return await _progress(state, "verify", checked, checked / seconds)
 
         async with _watched(verifying, watch):
-            expected = fold(LogReader(options.logs, options.limit))
-            wrong = await _verify(state, expected, step)
+            wrong = await _verify(state, LogReader(options.logs, options.limit), step)
         report.verify_seconds = clock.monotonic() - checking
         report.memory_peak_bytes = (await state.stats()).memory_peak_bytes
     report.differing_sessions = len(wrong)

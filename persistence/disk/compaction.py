@@ -12,6 +12,8 @@ moment of truth; then the index moves; then the inputs are unlinked. A crash bef
 leaves inputs and perhaps outputs, which say the same things under the same sequence numbers; a
 crash after it leaves files that the manifest has dropped.
 
+What is live is decided by the rows of the inputs' hints, so dead frames are never even read.
+
 It works on the loop in slices and reads, writes and syncs in threads; it is limited to
 ``disk.compaction_bytes_per_second``, so that it does not take the disk away from commits.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from persistence.disk.filenames import segment_name, temporary_name
 from persistence.disk.files import Files, write_exactly
@@ -31,14 +33,11 @@ from persistence.disk.format import (
     ROW_IS_TOUCH,
     SALT_BYTES,
     SEGMENT_HEADER_BYTES,
-    TOUCH_PAYLOAD,
-    Frame,
-    FrameType,
     SegmentHeader,
     SegmentKind,
     encode_segment_header,
 )
-from persistence.disk.index import Fingerprints, Index
+from persistence.disk.index import Index
 from persistence.disk.segments import Segment
 from persistence.disk.writer import encode_footer
 
@@ -47,6 +46,7 @@ _SMALL_FRACTION: Final = 1 / 8
 _MIN_SMALL_SEGMENTS: Final = 8
 _MAX_TOMBSTONE_FRACTION: Final = 1 / 8
 _MAX_INPUTS: Final = 16
+_LENGTH: Final = 7  # the column of an index row
 
 
 def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
@@ -57,7 +57,9 @@ def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segme
     (only together with everything older can they go); many small ones.
     """
     usable = [
-        item for item in segments if item.sealed and not item.damaged and not item.unapplied
+        item
+        for item in segments
+        if item.sealed and not (item.damaged or item.unapplied or item.without_rows)
     ]
     empty = [item for item in usable if not item.live_bytes and not item.tombstone_bytes]
     if empty:
@@ -131,80 +133,96 @@ class Output:
         return self.written + self.buffered_bytes
 
 
+class Source(NamedTuple):
+    """A frame that a merge copies: where it is, and what its row says.
+
+    `length` is 0 where the row does not tell (touches and tombstones): their headers do.
+    """
+
+    fingerprint: bytes
+    sequence: int
+    accessed: float
+    deadline: float
+    cap: float
+    offset: int
+    length: int
+    mark: int
+    user: int
+
+
 class Merge:
-    """Decides frame by frame what is copied, and encodes the outputs. No awaiting in here.
+    """Decides what is copied. Synchronous.
 
     Args:
         index: what is live.
-        fingerprints: for keys.
         lowest_outside: see the function of that name.
     """
 
-    def __init__(self, index: Index, fingerprints: Fingerprints, lowest_outside: int) -> None:
-        self._index = index
-        self._fingerprints = fingerprints
+    def __init__(self, index: Index, lowest_outside: int) -> None:
+        self._place = index.place
+        self._sequence = index.sequence
         self._lowest_outside = lowest_outside
-        self.touches: dict[bytes, tuple[int, bytes, int, Frame]] = {}
+        self._newest_touch: dict[bytes, int] = {}
         self.dropped_tombstones = 0
 
-    def wanted(self, frame: Frame, segment: int, offset: int) -> bytes | None:
-        """Return the fingerprint of a frame's key if the frame is to be copied now."""
-        if frame.type == FrameType.FOOTER:
-            return None
-        fingerprint = self._fingerprints.of(frame.key)
-        if frame.type == FrameType.DELETE:
-            if frame.sequence < self._lowest_outside:
+    def note_touches(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Find each session's newest touch; to be called for all inputs before `wanted`."""
+        newest = self._newest_touch
+        for row in rows:
+            if row[_LENGTH] == ROW_IS_TOUCH and row[1] > newest.get(row[0], 0):
+                newest[row[0]] = row[1]
+
+    def wanted(self, row: tuple[Any, ...], segment: int) -> Source | None:
+        """Return what to copy for a row of `segment`'s hint; None: nothing."""
+        fingerprint, sequence, accessed, deadline, cap, _, offset, length, user = row
+        if length == ROW_IS_DELETE:
+            if sequence < self._lowest_outside:
                 self.dropped_tombstones += 1
                 return None
-            return fingerprint
-        row = self._index.get(fingerprint)
-        if row is None or frame.type == FrameType.TOUCH:
+        elif length == ROW_IS_TOUCH:
+            put = self._sequence(fingerprint)
+            if put is None or put > sequence or self._newest_touch[fingerprint] != sequence:
+                return None
+        elif self._place(fingerprint) != (segment, offset):
             return None
-        return fingerprint if (row.segment, row.offset) == (segment, offset) else None
-
-    def keep_touch(self, frame: Frame, raw: bytes, salt_checksum: int) -> None:
-        """Remember a touch if it is its session's newest; it is written at the end."""
-        fingerprint = self._fingerprints.of(frame.key)
-        row = self._index.get(fingerprint)
-        if row is None or row.sequence > frame.sequence:
-            return
-        if frame.sequence > self.touches.get(fingerprint, (0,))[0]:
-            self.touches[fingerprint] = (frame.sequence, raw, salt_checksum, frame)
-
-    def add(
-        self,
-        output: Output,
-        frame: Frame,
-        stamped: bytes,
-        fingerprint: bytes,
-        source: Segment,
-        offset: int,
-    ) -> None:
-        """Append a copied frame to `output`."""
-        new_offset = output.end
-        number = output.segment.number
-        accessed = deadline = 0.0
-        user = 0
-        length = len(stamped)
-        if frame.type == FrameType.PUT:
-            row = self._index.get(fingerprint)
-            assert row is not None, "asked for just before, without awaiting"
-            accessed, deadline, user = row.accessed, row.deadline, row.user
-            place = (source.number, offset)
-            output.moved.append((fingerprint, place, (number, new_offset), length))
-        elif frame.type == FrameType.DELETE:
-            length = ROW_IS_DELETE
-            output.segment.tombstone_bytes += len(stamped)
         else:
-            accessed, deadline = TOUCH_PAYLOAD.unpack(frame.payload)
-            length = ROW_IS_TOUCH
-        output.rows += INDEX_ROW.pack(
-            fingerprint, frame.sequence, accessed, deadline, number, new_offset, length, user
-        )
-        output.buffer.append(stamped)
-        output.buffered_bytes += len(stamped)
-        output.frames += 1
-        output.highest_sequence = max(output.highest_sequence, frame.sequence)
+            return Source(
+                fingerprint, sequence, accessed, deadline, cap, offset, length, length, user
+            )
+        return Source(fingerprint, sequence, accessed, deadline, cap, offset, 0, length, user)
+
+    def is_current(self, source: Source, segment: int) -> bool:
+        """Whether a put is still its session's newest frame; others stay as they were."""
+        if source.mark <= ROW_IS_TOUCH:
+            return True
+        return bool(self._place(source.fingerprint) == (segment, source.offset))
+
+
+def add_frame(output: Output, source: Source, stamped: bytes, segment: int) -> None:
+    """Append a copied frame to `output`."""
+    number = output.segment.number
+    offset = output.end
+    length = source.mark
+    if length > ROW_IS_TOUCH:
+        place = (segment, source.offset)
+        output.moved.append((source.fingerprint, place, (number, offset), len(stamped)))
+    elif length == ROW_IS_DELETE:
+        output.segment.tombstone_bytes += len(stamped)
+    output.rows += INDEX_ROW.pack(
+        source.fingerprint,
+        source.sequence,
+        source.accessed,
+        source.deadline,
+        source.cap,
+        number,
+        offset,
+        length,
+        source.user,
+    )
+    output.buffer.append(stamped)
+    output.buffered_bytes += len(stamped)
+    output.frames += 1
+    output.highest_sequence = max(output.highest_sequence, source.sequence)
 
 
 def create_output(

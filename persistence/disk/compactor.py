@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
-from persistence.disk.caches import write_hint
+from persistence.disk.caches import read_hint, write_hint
 from persistence.disk.compaction import (
     Merge,
     Output,
+    Source,
     abandon_output,
+    add_frame,
     choose_inputs,
     create_output,
     finish_output,
@@ -22,11 +25,13 @@ from persistence.disk.compaction import (
 from persistence.disk.filenames import hint_name, segment_name
 from persistence.disk.files import Files, read_exactly
 from persistence.disk.format import (
-    SEGMENT_HEADER_BYTES,
-    Frame,
-    FrameType,
-    Torn,
-    decode_frame,
+    FRAME_OVERHEAD_BYTES,
+    INDEX_ROW,
+    INDEX_ROW_BYTES,
+    MAX_KEY_BYTES,
+    ROW_IS_TOUCH,
+    TOUCH_PAYLOAD,
+    frame_length,
     restamp,
 )
 from persistence.disk.index import Fingerprints, Index
@@ -37,6 +42,9 @@ from persistence.slices import Slices
 _log = logging.getLogger("persistence.compaction")
 
 _CHUNK_BYTES: Final = 256 * 1024
+_MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two frames that are read together
+_MARK_BYTES: Final = FRAME_OVERHEAD_BYTES + MAX_KEY_BYTES + TOUCH_PAYLOAD.size
+_ROWS_PER_STEP: Final = 256
 
 
 class _Stopped(Exception):
@@ -49,6 +57,13 @@ class _Defect(Exception):
     def __init__(self, segment: Segment, offset: int) -> None:
         self.segment = segment
         self.offset = offset
+
+
+class _NoRows(Exception):
+    """The hint of an input is gone: what is in the segment is known again after an opening."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
 
 
 @dataclass(slots=True)
@@ -162,6 +177,10 @@ class Compactor:
             around.damage(defect.segment, defect.offset, "damaged, found by compaction")
             await self._abandon(outputs)
             return True
+        except _NoRows as lost:
+            lost.segment.without_rows = True
+            await self._abandon(outputs)
+            return True
         except BaseException:
             await self._abandon(outputs)
             raise
@@ -183,90 +202,81 @@ class Compactor:
     async def _copy(self, inputs: list[Segment], outputs: list[Output]) -> Merge:
         """Copy what is live in `inputs`; `outputs` grows while it goes on."""
         around = self._around
-        merge = Merge(
-            around.index, around.fingerprints, lowest_outside(around.segments.values(), inputs)
-        )
+        merge = Merge(around.index, lowest_outside(around.segments.values(), inputs))
         lowest = min(item.lowest_sequence for item in inputs)
         slices = Slices(around.monotonic)
+        rows = []
         for source in inputs:
-            if source.live_bytes or source.tombstone_bytes or source.dead_bytes:
-                await self._copy_segment(source, merge, outputs, lowest, slices)
-        for fingerprint, (_, raw, salt_checksum, frame) in merge.touches.items():
-            output = await self._output_for(outputs, lowest, len(raw))
-            stamped = restamp(raw, salt_checksum, output.segment.salt_checksum)
-            assert stamped is not None, "its checksum was right when it was read"
-            merge.add(output, frame, stamped, fingerprint, inputs[0], 0)
-            if slices.due():
-                await slices.give_way()
+            skew, packed = await self._rows(source)
+            rows.append((source, skew, packed))
+            for some in _in_steps(packed):
+                merge.note_touches(INDEX_ROW.iter_unpack(some))
+                await slices.give_way_if_due()
+        for source, skew, packed in rows:
+            wanted: list[Source] = []
+            for some in _in_steps(packed):
+                for row in INDEX_ROW.iter_unpack(some):
+                    found = merge.wanted(row, source.number)
+                    if found is not None:
+                        wanted.append(found)
+                await slices.give_way_if_due()
+            await self._copy_frames(source, wanted, skew, merge, outputs, lowest, slices)
         if outputs:
             await self._finish(outputs[-1])
         return merge
 
-    async def _copy_segment(
-        self, source: Segment, merge: Merge, outputs: list[Output], lowest: int, slices: Slices
-    ) -> None:
-        at = SEGMENT_HEADER_BYTES
-        wanted = _CHUNK_BYTES
-        while at < source.length:
-            await self._pace(at)
-            data = await self._read(source, at, min(wanted, source.length - at))
-            used = await self._copy_chunk(source, at, data, merge, outputs, lowest, slices)
-            wanted = _CHUNK_BYTES
-            if not used:
-                needed = decode_frame(data, 0, source.salt_checksum)
-                if not isinstance(needed, Torn) or at + len(data) >= source.length:
-                    raise _Defect(source, at)
-                wanted = needed.needed_bytes
-            at += used
+    async def _rows(self, source: Segment) -> tuple[float, memoryview]:
+        """Return (skew, index rows) of an input, from its hint if they are not in memory."""
+        around = self._around
+        if source.rows is not None:
+            return around.skew(), memoryview(source.rows)
+        hint = await around.threads.read(
+            read_hint, around.files, around.directory, around.directory_id, source
+        )
+        if hint is None:
+            raise _NoRows(source)
+        return hint
 
-    async def _copy_chunk(
+    async def _copy_frames(
         self,
         source: Segment,
-        base: int,
-        data: bytes,
+        wanted: list[Source],
+        skew: float,
         merge: Merge,
         outputs: list[Output],
         lowest: int,
         slices: Slices,
-    ) -> int:
-        """Copy the live ones of the whole frames in `data`; return the bytes used."""
-        used = 0
-        while used < len(data):
-            frame = decode_frame(data, used, source.salt_checksum)
-            if isinstance(frame, Torn):
-                break
-            if not isinstance(frame, Frame):
-                raise _Defect(source, base + used)
-            raw = data[used : used + frame.length]
-            if frame.type == FrameType.TOUCH:
-                merge.keep_touch(frame, raw, source.salt_checksum)
-            elif merge.wanted(frame, source.number, base + used):
-                await self._copy_frame(source, base + used, frame, raw, merge, outputs, lowest)
-            used += frame.length
-            if slices.due():
-                await slices.give_way()
-        self.stats.bytes_read += used
-        return used
-
-    async def _copy_frame(
-        self,
-        source: Segment,
-        offset: int,
-        frame: Frame,
-        raw: bytes,
-        merge: Merge,
-        outputs: list[Output],
-        lowest: int,
     ) -> None:
-        output = await self._output_for(outputs, lowest, len(raw))
-        # Asked again: getting the output may have awaited, and the session may have moved on.
-        fingerprint = merge.wanted(frame, source.number, offset)
-        if fingerprint is None:
-            return
-        stamped = restamp(raw, source.salt_checksum, output.segment.salt_checksum)
-        if stamped is None:
-            raise _Defect(source, offset)
-        merge.add(output, frame, stamped, fingerprint, source, offset)
+        """Copy frames of one input, reading neighbours together."""
+        away = skew - self._around.skew()  # from the hint's time base to this run's
+        for start, end, group in _groups(wanted):
+            await self._pace()
+            data = await self._read(source, start, end - start)
+            self.stats.bytes_read += len(data)
+            for item in group:
+                raw = _frame_at(data, item.offset - start, item.length)
+                if raw is None:
+                    raise _Defect(source, item.offset)
+                output = await self._output_for(outputs, lowest, len(raw))
+                # Only now, behind the last await: the session may have moved on.
+                if not merge.is_current(item, source.number):
+                    continue
+                stamped = restamp(raw, source.salt_checksum, output.segment.salt_checksum)
+                if stamped is None:
+                    raise _Defect(source, item.offset)
+                if item.mark > ROW_IS_TOUCH or away:
+                    item = self._with_times_of_now(item, away)  # noqa: PLW2901 - the same frame
+                add_frame(output, item, stamped, source.number)
+                await slices.give_way_if_due()
+
+    def _with_times_of_now(self, item: Source, away: float) -> Source:
+        """Return `item` with what the index knows of a put, or with its times converted."""
+        row = self._around.index.get(item.fingerprint) if item.mark > ROW_IS_TOUCH else None
+        if row is not None:
+            return item._replace(accessed=row.accessed, deadline=row.deadline, cap=row.cap)
+        return item._replace(
+            accessed=item.accessed + away, deadline=item.deadline + away, cap=item.cap + away
+        )
 
     async def _output_for(self, outputs: list[Output], lowest: int, nbytes: int) -> Output:
         """Return the output that takes a frame of `nbytes`, with its buffer flushed when full."""
@@ -312,11 +322,11 @@ class Compactor:
                 read_exactly, self._around.files, fd, size, offset
             )
 
-    async def _pace(self, at: int) -> None:
+    async def _pace(self) -> None:
         """Keep to the rate limit, and notice that the tier is closing."""
         if self._stopping.is_set():
             raise _Stopped
-        if not self._bytes_per_second or self._urgent or at == SEGMENT_HEADER_BYTES:
+        if not self._bytes_per_second or self._urgent:
             return
         try:
             async with asyncio.timeout(_CHUNK_BYTES / self._bytes_per_second):
@@ -343,6 +353,7 @@ class Compactor:
     async def _write_hints(self, outputs: list[Output]) -> None:
         around = self._around
         for output in outputs:
+            rows = output.segment.rows = bytes(output.rows)
             await around.threads.read(
                 write_hint,
                 around.files,
@@ -350,8 +361,43 @@ class Compactor:
                 around.directory_id,
                 segment=output.segment,
                 skew=around.skew(),
-                rows=bytes(output.rows),
+                rows=rows,
             )
+            output.segment.rows = None
+
+
+def _in_steps(packed: memoryview) -> Iterator[memoryview]:
+    step = _ROWS_PER_STEP * INDEX_ROW_BYTES
+    for at in range(0, len(packed), step):
+        yield packed[at : at + step]
+
+
+def _groups(wanted: list[Source]) -> Iterator[tuple[int, int, list[Source]]]:
+    """Group frames that are read together: (start, end, frames), in the order of the file.
+
+    Touches and tombstones have no length in their row, but are never longer than `_MARK_BYTES`.
+    """
+    group: list[Source] = []
+    start = end = 0
+    for item in sorted(wanted, key=attrgetter("offset")):
+        item_end = item.offset + (item.length or _MARK_BYTES)
+        near = item.offset - end < _MAX_GAP_BYTES and item_end - start <= _CHUNK_BYTES
+        if group and not near:
+            yield start, end, group
+            group = []
+        if not group:
+            start = item.offset
+        group.append(item)
+        end = max(end, item_end) if len(group) > 1 else item_end
+    if group:
+        yield start, end, group
+
+
+def _frame_at(data: bytes, at: int, length: int) -> bytes | None:
+    """Cut one frame out of what was read; None when it is not all there."""
+    length = length or frame_length(data, at) or len(data) + 1
+    raw = data[at : at + length]
+    return raw if len(raw) == length else None
 
 
 def remove_segments(files: Files, directory: str, numbers: list[int]) -> None:

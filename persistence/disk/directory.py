@@ -63,17 +63,16 @@ def not_usable(directory: str, error: OSError) -> PersistenceError:
     )
 
 
-def open_manifest(files: Files, directory: str) -> Manifest:
-    """Return the manifest, making a fresh one in a directory that is new or empty.
+def check_ours(files: Files, directory: str) -> None:
+    """Refuse a directory that holds something, but not what this library writes.
 
     Raises:
-        DirectoryNotUsable: newer format, damaged manifest, segments without a manifest, or
-            files that are not ours. Nothing is changed.
+        DirectoryNotUsable: segments without a manifest, or files that are not ours. Nothing is
+            changed, not even a lock file is made.
     """
-    path = f"{directory}/{MANIFEST}"
-    if files.exists(path):
-        return read_manifest(files, directory)
     names = files.list_directory(directory)
+    if MANIFEST in names:
+        return
     if any(parse_segment(name) is not None for name in names):
         raise DirectoryNotUsable(
             f"{directory} holds segments but no {MANIFEST}: its file was lost; nothing was "
@@ -85,6 +84,19 @@ def open_manifest(files: Files, directory: str) -> Manifest:
             f"{directory} holds other files ({ascii(foreign[0])}) and no {MANIFEST}, so it is not "
             "a directory of this library; nothing was changed; choose an empty disk.path"
         )
+
+
+def open_manifest(files: Files, directory: str) -> Manifest:
+    """Return the manifest, making a fresh one in a directory that is new or empty.
+
+    Raises:
+        DirectoryNotUsable: newer format, damaged manifest, segments without a manifest, or
+            files that are not ours. Nothing is changed.
+    """
+    path = f"{directory}/{MANIFEST}"
+    if files.exists(path):
+        return read_manifest(files, directory)
+    check_ours(files, directory)
     manifest = Manifest.fresh()
     write_manifest(files, directory, manifest)
     # The names of the directory itself and of a new parent must survive a power loss as well.

@@ -284,6 +284,14 @@ def decode_frame(
 _KNOWN_TYPES: Final = frozenset({FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER})
 
 
+def frame_length(data: bytes, offset: int) -> int | None:
+    """Return the length that the frame header at `offset` says, unverified; None: no header."""
+    if len(data) < offset + FRAME_HEADER_BYTES or data[offset : offset + 4] != FRAME_MAGIC:
+        return None
+    _, _, _, key_bytes, payload_bytes, *_ = _unpack_header(data, offset)
+    return FRAME_OVERHEAD_BYTES + int(key_bytes) + int(payload_bytes)
+
+
 def restamp(
     data: bytes | memoryview, old_salt_checksum: int, new_salt_checksum: int
 ) -> bytes | None:
@@ -374,12 +382,13 @@ INDEX_ROW_FIELDS: Final = (
     ("sequence", "Q", "sequence number of the frame"),
     ("accessed", "d", "last accessed, seconds"),
     ("deadline", "d", "deadline, seconds; infinity: never expires"),
+    ("cap", "d", "deadline that no renewal moves, seconds; infinity: none"),
     ("segment", "I", "number of the segment"),
     ("offset", "I", "where the frame starts in it"),
     ("length", "I", "bytes of the frame; in hints 0 marks a tombstone, 1 a touch"),
     ("user", "I", "bits 0-30: CRC-32C of the user id, 0: none; bit 31: an access renews"),
 )
-INDEX_ROW: Final = Struct("<16sQddIIII")
+INDEX_ROW: Final = Struct("<16sQdddIIII")
 INDEX_ROW_BYTES: Final = INDEX_ROW.size
 USER_BITS: Final = (1 << 31) - 1
 ROW_RENEWS: Final = 1 << 31

@@ -1,6 +1,6 @@
 """The in-memory index of the log: where the newest frame of each session is.
 
-It keeps no session ids. Each session is a row of 56 bytes (`format.INDEX_ROW`) under a keyed
+It keeps no session ids. Each session is a row of 64 bytes (`format.INDEX_ROW`) under a keyed
 128-bit BLAKE2b fingerprint (Aumasson, Neves, Wilcox-O'Hearn, Winnerlein 2013) of its id. The key
 is random per directory, so nobody can choose ids that collide, and by chance two of ten million
 sessions collide with probability 2^-82. The id in the frame is compared on every read all the same.
@@ -9,7 +9,7 @@ Rows lie in small bytearrays, the *buckets*, found by the fingerprint's low bits
 the C search of `bytearray.find` does the probing. A bucket holds about 8 rows. 1,024 shards
 double their buckets independently, so that no growth step moves more than one shard.
 The garbage collector tracks one list per shard and nothing per session; a session costs about
-80 bytes of memory.
+90 bytes of memory.
 
 Invariants: a fingerprint is in at most one row; a row lies in the bucket of its fingerprint.
 Times are engine seconds (see `clock.EngineTime`).
@@ -37,23 +37,26 @@ _SEQUENCE: Final = Struct("<Q")
 _SEQUENCE_AT: Final = 16
 _TIMES_AT: Final = 24
 _PLACE: Final = Struct("<III")
+_SEGMENT_OFFSET: Final = Struct("<II")
 _unpack_place = _PLACE.unpack_from
-_PLACE_AT: Final = 40
-_USER_TOP_AT: Final = 55
+_PLACE_AT: Final = 48
+_USER_TOP_AT: Final = 63
+_THREE_TIMES: Final = Struct("<ddd")
 _RENEWS_TOP: Final = ROW_RENEWS >> 24
 _NEVER: Final = float("inf")
 
-assert INDEX_ROW_BYTES == 56
+assert INDEX_ROW_BYTES == 64
 assert 1 << _SHARD_BITS == SHARDS
 
 
 class Row(NamedTuple):
-    """One session's entry. `accessed` and `deadline` are engine seconds."""
+    """One session's entry. Times are engine seconds."""
 
     fingerprint: bytes
     sequence: int
     accessed: float
     deadline: float
+    cap: float
     segment: int
     offset: int
     length: int
@@ -95,6 +98,21 @@ class Index:
         at = _find(bucket, fingerprint)
         return None if at < 0 else Row._make(_unpack(bucket, at))
 
+    def place(self, fingerprint: bytes) -> tuple[int, int] | None:
+        """Return (segment, offset) of a session's newest frame."""
+        bucket = self._bucket(fingerprint)
+        at = _find(bucket, fingerprint)
+        return None if at < 0 else _SEGMENT_OFFSET.unpack_from(bucket, at + _PLACE_AT)
+
+    def sequence(self, fingerprint: bytes) -> int | None:
+        """Return the sequence number of a session's newest put."""
+        bucket = self._bucket(fingerprint)
+        at = _find(bucket, fingerprint)
+        if at < 0:
+            return None
+        sequence: int = _SEQUENCE.unpack_from(bucket, at + _SEQUENCE_AT)[0]
+        return sequence
+
     def put(self, rows: Iterable[bytes]) -> dict[int, int]:
         """Set rows, each given as `INDEX_ROW` packs it, whatever was there.
 
@@ -121,7 +139,7 @@ class Index:
                 replaced[segment] = replaced.get(segment, 0) + length
         return replaced
 
-    def put_newer(self, row: tuple[bytes, int, float, float, int, int, int, int]) -> None:
+    def put_newer(self, row: tuple[bytes, int, float, float, float, int, int, int, int]) -> None:
         """Set a row unless one with a higher sequence is there; for recovery."""
         fingerprint = row[0]
         bits = int.from_bytes(fingerprint[:6], "little")
@@ -227,10 +245,10 @@ class Index:
         """Move the deadlines that accesses renew by a `divisor`-th of their distance."""
         for bucket in self._shards[number]:
             for at in range(0, len(bucket), INDEX_ROW_BYTES):
-                accessed, deadline = _TIMES.unpack_from(bucket, at + _TIMES_AT)
+                accessed, deadline, cap = _THREE_TIMES.unpack_from(bucket, at + _TIMES_AT)
                 if deadline != _NEVER and bucket[at + _USER_TOP_AT] & _RENEWS_TOP:
-                    grant = max(0.0, deadline - accessed) / divisor
-                    _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline + grant)
+                    granted = deadline + max(0.0, deadline - accessed) / divisor
+                    _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, min(granted, cap))
 
     # --- snapshots ----------------------------------------------------------------------------
 

@@ -34,6 +34,9 @@ from persistence.errors import DirectoryNotUsable
 from persistence.record import MalformedValue, validate
 
 
+_LOOKS = 10
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentReport:
     """What is in one segment.
@@ -153,8 +156,17 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
 
 
 def _open(files: Files, path: str) -> tuple[Manifest, list[str]]:
+    """Return the manifest and the names that go with it.
+
+    A compaction may come between reading the one and listing the others; then segments seem to be
+    missing, and both are looked at again.
+    """
     try:
-        return read_manifest(files, path), files.list_directory(path)
+        for _ in range(_LOOKS):
+            manifest, names = read_manifest(files, path), files.list_directory(path)
+            if manifest.sealed <= set(map(parse_segment, names)):
+                break
+        return manifest, names
     except OSError as error:
         raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
 
@@ -181,7 +193,10 @@ def _size(files: Files, path: str) -> int:
 
 def _header(files: Files, path: str, number: int) -> SegmentHeader | None:
     name = f"{path}/{segment_name(number)}"
-    fd = files.open_read(name)
+    try:
+        fd = files.open_read(name)
+    except FileNotFoundError:
+        return None  # compacted away meanwhile; found out again when it is to be scanned
     try:
         return decode_segment_header(read_exactly(files, fd, SEGMENT_HEADER_BYTES, 0))
     except NewerFormat as error:

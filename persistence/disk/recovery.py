@@ -43,7 +43,6 @@ from persistence.disk.format import (
     INDEX_ROW,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
-    ROW_RENEWS,
     SEGMENT_HEADER_BYTES,
     TOUCH_PAYLOAD,
     Frame,
@@ -61,7 +60,7 @@ from persistence.disk.reader import scan_frames
 from persistence.disk.segments import Damage, Segment
 from persistence.disk.writer import encode_footer
 from persistence.errors import DirectoryNotUsable
-from persistence.record import RENEWS, flags_of, times_of, user_of
+from persistence.record import NEVER, cap_of, row_user_of, times_of
 
 _log = logging.getLogger("persistence.recovery")
 
@@ -383,13 +382,14 @@ class Recovery:
         """Add the index row of a frame that was scanned."""
         self.result.last_sequence = max(self.result.last_sequence, frame.sequence)
         user = 0
+        cap = NEVER
         length = frame.length
         if frame.type == FrameType.PUT:
             row = self._put_times(frame)
             if row is None:
                 self._damage(segment.number, offset, _text(frame.key), "the record is malformed")
-                row = (0.0, float("inf"), 0)
-            accessed, deadline, user = row
+                row = (0.0, NEVER, NEVER, 0)
+            accessed, deadline, cap, user = row
         elif frame.type == FrameType.TOUCH and len(frame.payload) == TOUCH_PAYLOAD.size:
             accessed, deadline = TOUCH_PAYLOAD.unpack(frame.payload)
             length = ROW_IS_TOUCH
@@ -406,6 +406,7 @@ class Recovery:
             frame.sequence,
             accessed,
             deadline,
+            cap,
             segment.number,
             offset,
             length,
@@ -413,17 +414,16 @@ class Recovery:
         )
 
     @staticmethod
-    def _put_times(frame: Frame) -> tuple[float, float, int] | None:
+    def _put_times(frame: Frame) -> tuple[float, float, float, int] | None:
         record = record_of(frame)
         if record is None:
             return None
         try:
             _, accessed, deadline, _ = times_of(record)
-            user = user_of(record)
-            renews = ROW_RENEWS if flags_of(record) & RENEWS else 0
+            cap = cap_of(record)
+            return accessed, min(deadline, cap), cap, row_user_of(record)
         except (StructError, IndexError):
             return None
-        return accessed, deadline, user | renews
 
     def _report(self, segment: Segment, offset: int, found: object, rows: bytearray) -> None:
         """Report a defect. Where the key is intact, let reads of that session meet the damage.
@@ -444,7 +444,8 @@ class Recovery:
                 self._fingerprints.of(key),
                 sequence,
                 0.0,
-                float("inf"),
+                NEVER,
+                NEVER,
                 segment.number,
                 offset,
                 length,
@@ -471,20 +472,12 @@ class Recovery:
         for count, row in enumerate(INDEX_ROW.iter_unpack(rows)):
             if count % _ROWS_PER_STEP == 0:
                 yield
-            fingerprint, sequence, accessed, deadline, _, offset, length, user = row
+            fingerprint, sequence, accessed, deadline, cap, number, offset, length, user = row
             highest = max(highest, sequence)
             if length > ROW_IS_TOUCH:
                 if skew:
-                    row = (  # noqa: PLW2901 - the row with its times as wall time
-                        fingerprint,
-                        sequence,
-                        accessed + skew,
-                        deadline + skew,
-                        segment.number,
-                        offset,
-                        length,
-                        user,
-                    )
+                    times = (accessed + skew, deadline + skew, cap + skew)
+                    row = (fingerprint, sequence, *times, number, offset, length, user)  # noqa: PLW2901 - the same row in wall time
                 put_newer(row)
             elif length == ROW_IS_DELETE:
                 segment.tombstone_bytes += _TOMBSTONE_BYTES
@@ -535,6 +528,7 @@ class Recovery:
 
     def _write_hint(self, segment: Segment, rows: bytes) -> None:
         """Write the hint of a segment that had none; it is only a cache, so failing is fine."""
+        segment.rows = rows
         try:
             write_hint(
                 self._files,
@@ -544,6 +538,7 @@ class Recovery:
                 skew=0.0,
                 rows=rows,
             )
+            segment.rows = None
         except OSError as error:
             _log.warning(
                 "%s/%s: not written: %s", self._directory, hint_name(segment.number), error.strerror

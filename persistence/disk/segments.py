@@ -25,6 +25,8 @@ class Segment:
         lowest_sequence: no frame in it has a lower sequence number.
         unapplied: frames that are in the file but not in the index yet; while there are any, a
             compaction would take them for dead.
+        rows: its index rows, in engine time, as long as its hint has not been written.
+        without_rows: its hint is gone; compaction leaves it alone until the next opening.
         sealed: it has its footer, nothing is appended any more.
         damaged: it has a defect: it stays as it is, and compaction leaves it alone.
     """
@@ -37,6 +39,8 @@ class Segment:
     tombstone_bytes: int = 0
     lowest_sequence: int = 0
     unapplied: int = 0
+    rows: bytes | None = None
+    without_rows: bool = False
     sealed: bool = False
     damaged: bool = False
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -15,7 +16,13 @@ from persistence.clock import EngineTime
 from persistence.config import DiskConfig
 from persistence.disk.caches import write_hint, write_snapshot
 from persistence.disk.compactor import Compactor, Surroundings, remove_segments
-from persistence.disk.directory import DirectoryLock, not_usable, open_manifest, write_manifest
+from persistence.disk.directory import (
+    DirectoryLock,
+    check_ours,
+    not_usable,
+    open_manifest,
+    write_manifest,
+)
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import Files
 from persistence.disk.format import (
@@ -137,7 +144,27 @@ class DiskTier:
             DirectoryNotUsable: newer format, foreign, read-only, not a directory.
             DiskFull: there is no space to create or repair it.
         """
-        files = files or Files()
+        # In a task of its own: a caller that is cancelled must not leave a thread behind that
+        # goes on recovering a directory whose lock has been given back.
+        cancelled = asyncio.Event()
+        opening = asyncio.create_task(
+            cls._open(config, time, files or Files(), cancelled), name="persistence-open"
+        )
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            cancelled.set()
+            while not opening.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([opening])
+            if not opening.cancelled() and opening.exception() is None:
+                await opening.result().close()
+            raise
+
+    @classmethod
+    async def _open(
+        cls, config: DiskConfig, time: EngineTime, files: Files, cancelled: asyncio.Event
+    ) -> DiskTier:
         threads = Threads()
         directory = os.fspath(config.path)
         lock: DirectoryLock | None = None
@@ -147,7 +174,8 @@ class DiskTier:
             recovery = Recovery(files, directory, manifest, fingerprints)
             steps = recovery.steps()
             while await threads.write(_some_steps, steps):
-                pass
+                if cancelled.is_set():
+                    raise asyncio.CancelledError
             tier = cls(
                 config, time, files, lock, manifest, threads, fingerprints, recovery.result
             )
@@ -300,6 +328,7 @@ class DiskTier:
         try:
             sealed = await self.threads.write(self.writer.seal)
             if sealed is not None:
+                sealed.segment.rows = bytes(sealed.rows)
                 self._run_in_background(self._sealed(sealed))
             segment = await self.threads.write(self.writer.create)
         except DiskFull:
@@ -315,6 +344,7 @@ class DiskTier:
 
     async def _sealed(self, active: ActiveSegment) -> None:
         """After a rotation: the hint, and the manifest. Both may fail; recovery copes."""
+        rows = active.segment.rows = active.segment.rows or bytes(active.rows)
         try:
             await self.threads.read(
                 write_hint,
@@ -323,8 +353,9 @@ class DiskTier:
                 self._manifest.directory_id,
                 segment=active.segment,
                 skew=self._time.skew(),
-                rows=bytes(active.rows),
+                rows=rows,
             )
+            active.segment.rows = None
             await self._write_manifest(self._manifest.dropped)
         except OSError as error:
             _log.warning("%s: after sealing a segment: %s", self.directory, error.strerror)
@@ -447,6 +478,7 @@ def key_of(frame: memoryview) -> bytes | None:
 
 def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest]:
     files.make_directory(directory)
+    check_ours(files, directory)
     lock = DirectoryLock(files, directory)
     try:
         return lock, open_manifest(files, directory)

@@ -67,6 +67,7 @@ class Write(Protocol):
     ids: bytes
     accessed: float
     deadline: float
+    cap: float
     user: int
     row: bytes
     segment: int
@@ -182,6 +183,7 @@ class LogWriter:
                 sequence,
                 write.accessed,
                 write.deadline,
+                write.cap,
                 number,
                 end,
                 length if kind == PUT else _ROW_MARKS[kind],

@@ -13,7 +13,10 @@ from operator import itemgetter
 
 
 def least_recently_used(shards: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Yield session ids, least recently used first, exactly and over all shards.
+    """Yield session ids, least recently used first, over all shards.
+
+    Exact as far as each shard is in order of access. (A session that was brought in without being
+    accessed counts as used when it came.)
 
     Args:
         shards: for each shard, session id -> last access (engine seconds), oldest first.

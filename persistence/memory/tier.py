@@ -18,7 +18,6 @@ deadline with its sign changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -36,17 +35,19 @@ _MAX_SHARDS: Final = 256
 
 
 class _Shard:
-    """`accessed` is in order of access, oldest first; the others are in no order.
+    """`accessed` is in order of use, oldest first; the others are in no order.
 
-    `lives` holds only those that differ from the default: usually none at all.
+    `lives` holds only those that differ from the default, `caps` only those that have a deadline
+    which no renewal moves: usually none at all.
     """
 
-    __slots__ = ("accessed", "lives", "records")
+    __slots__ = ("accessed", "caps", "lives", "records")
 
     def __init__(self) -> None:
         self.records: dict[str, bytes] = {}
         self.accessed: dict[str, float] = {}
         self.lives: dict[str, float] = {}
+        self.caps: dict[str, float] = {}
 
 
 def charge(session_id: str, record: bytes) -> int:
@@ -78,8 +79,6 @@ class MemoryTier:
         self.used_bytes = 0
         self.peak_bytes = 0
         self.hits = 0
-        self.caps: dict[str, float] = {}
-        """Absolute deadlines (``session.max_lifetime_seconds``); empty when not configured."""
         self._time = time
         self._base = time.base
         self._monotonic = clock.monotonic
@@ -109,7 +108,7 @@ class MemoryTier:
         lives = shard.lives
         life = lives.get(session_id, self.default_life) if lives else self.default_life
         if (last + life if life > 0 else -life) <= now or (
-            self.caps and self.caps.get(session_id, NEVER) <= now
+            shard.caps and shard.caps.get(session_id, NEVER) <= now
         ):
             shard.accessed[session_id] = last
             return None
@@ -127,8 +126,8 @@ class MemoryTier:
         """Return the record of a resident session, expired or not, without accessing it."""
         return self._shards[hash(session_id) & self._mask].records.get(session_id)
 
-    def live(self, session_id: str) -> tuple[bytes, float] | None:
-        """Return (record, life) of a resident, unexpired session, without accessing it."""
+    def live(self, session_id: str) -> tuple[bytes, float, float] | None:
+        """Return (record, life, cap) of a resident, unexpired session, without accessing it."""
         shard = self._shards[hash(session_id) & self._mask]
         record = shard.records.get(session_id)
         if record is None:
@@ -136,11 +135,10 @@ class MemoryTier:
         life = shard.lives.get(session_id, self.default_life)
         now = self._monotonic() + self._base
         last = shard.accessed[session_id]
-        if (last + life if life > 0 else -life) <= now or (
-            self.caps and self.caps.get(session_id, NEVER) <= now
-        ):
+        cap = shard.caps.get(session_id, NEVER) if shard.caps else NEVER
+        if (last + life if life > 0 else -life) <= now or cap <= now:
             return None
-        return record, life
+        return record, life, cap
 
     def times(self, session_id: str) -> tuple[float, float]:
         """Return (last access, life) of a resident session.
@@ -158,11 +156,17 @@ class MemoryTier:
             KeyError: it is not resident.
         """
         accessed, life = self.times(session_id)
-        return min(deadline_of(accessed, life), self.caps.get(session_id, NEVER))
+        return min(deadline_of(accessed, life), self.cap(session_id))
+
+    def cap(self, session_id: str) -> float:
+        """Return the deadline of a session that no renewal moves; infinity: none."""
+        return self._shards[hash(session_id) & self._mask].caps.get(session_id, NEVER)
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def put(self, session_id: str, record: bytes, accessed: float, life: float) -> None:
+    def put(
+        self, session_id: str, record: bytes, accessed: float, life: float, cap: float = NEVER
+    ) -> None:
         """Keep a session, as the most recently used one, replacing an older version of it."""
         shard = self._shards[hash(session_id) & self._mask]
         records = shard.records
@@ -185,6 +189,10 @@ class MemoryTier:
             shard.lives[session_id] = life
         elif shard.lives:
             shard.lives.pop(session_id, None)
+        if cap != NEVER:
+            shard.caps[session_id] = cap
+        elif shard.caps:
+            shard.caps.pop(session_id, None)
 
     def remove(self, session_id: str) -> bytes | None:
         """Drop a session; return its record, or None when it was not resident."""
@@ -193,16 +201,15 @@ class MemoryTier:
         if record is not None:
             del shard.accessed[session_id]
             shard.lives.pop(session_id, None)
-            self.caps.pop(session_id, None)
+            shard.caps.pop(session_id, None)
             self.used_bytes -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
         return record
 
     def clear(self) -> None:
         """Drop everything."""
         for shard in self._shards:
-            for table in (shard.records, shard.accessed, shard.lives):
+            for table in (shard.records, shard.accessed, shard.lives, shard.caps):
                 table.clear()
-        self.caps.clear()
         self.used_bytes = 0
 
     # --- who leaves ---------------------------------------------------------------------------------
@@ -236,18 +243,10 @@ class MemoryTier:
         """Return the sessions of one shard."""
         return list(self._shards[number].records)
 
-    def accessed_since(self, since: float) -> Iterator[str]:
-        """Yield the sessions that were accessed after `since`, latest first in each shard.
-
-        Only they can have an unrecorded renewal; the others are not looked at.
-        """
-        for shard in self._shards:
-            recent: list[str] = []
-            for session_id in reversed(shard.accessed):
-                if shard.accessed[session_id] <= since:
-                    break
-                recent.append(session_id)
-            yield from recent
+    def accessed_since(self, number: int, since: float) -> list[str]:
+        """Return the sessions of one shard that were accessed after `since`."""
+        accessed = self._shards[number].accessed
+        return [session_id for session_id, last in accessed.items() if last > since]
 
     def check(self) -> None:
         """Assert the invariants. For tests: takes time in proportion to the sessions."""
@@ -255,13 +254,9 @@ class MemoryTier:
         for shard in self._shards:
             keys = shard.records.keys()
             assert keys == shard.accessed.keys() >= shard.lives.keys(), "tables differ"
+            assert keys >= shard.caps.keys(), "caps of sessions that are not resident"
             total += sum(charge(name, record) for name, record in shard.records.items())
         assert total == self.used_bytes, (total, self.used_bytes)
-        assert self.caps.keys() <= set(self._all_ids()), "caps of sessions that are not resident"
-
-    def _all_ids(self) -> Iterable[str]:
-        for shard in self._shards:
-            yield from shard.records
 
 
 def deadline_of(accessed: float, life: float) -> float:
