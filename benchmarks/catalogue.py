@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import lag, resident
+from benchmarks import resident
 from benchmarks.access import Accesses
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import RATE, Contender, Metric
-from benchmarks.engine.busy import BusyLoop
+from benchmarks.engine import busy
 from benchmarks.engine.cold import ColdRestore, Mixed
 from benchmarks.engine.hot import HotRead
 from benchmarks.engine.memory import Resident
@@ -149,7 +149,7 @@ def _open(sizes: Sizes) -> list[Contender]:
 
 def _loop_lag(sizes: Sizes) -> list[Contender]:
     return [
-        BusyLoop(sizes.lag_samples, sizes.lag_sessions, memory_bytes=2 * MIB),
+        busy.BusyLoop(sizes.lag_samples, sizes.lag_sessions, memory_bytes=2 * MIB),
         idle.IdleLoop(sizes.lag_samples),
     ]
 
@@ -182,6 +182,7 @@ WORKLOADS = (
         resident.METRICS,
         _memory,
         (Bar("rss", Kind.AT_MOST, 1000), Bar("gc", Kind.AT_MOST, 10)),
+        repetitions=lambda sizes: sizes.fresh_repetitions,
     ),
     Workload(
         "open",
@@ -191,10 +192,11 @@ WORKLOADS = (
             Bar("seconds", Kind.AT_MOST, 3, ours=name) for name in (_CLEAN, _HINTS_ONLY, _KILLED)
         ),
         build=lambda sizes: Build(sizes.opened_sessions),
+        repetitions=lambda sizes: sizes.fresh_repetitions,
     ),
     Workload(
         "loop-lag",
-        (*lag.METRICS, Metric("operations", "/s", higher_is_better=True)),
+        busy.METRICS,
         _loop_lag,
         (Bar("p99.9", Kind.AT_MOST, 10),),
         repetitions=lambda sizes: sizes.lag_repetitions,

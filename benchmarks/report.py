@@ -41,7 +41,9 @@ class Printer:
         self.line(title, "bold")
         table = self._tables.Table()
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number < text_columns else "right")
+            table.add_column(
+                name, justify="left" if number < text_columns else "right", overflow="fold"
+            )
         for row in rows:
             table.add_row(*row)
         self._console.print(table)
@@ -89,7 +91,7 @@ def print_result(printer: Printer, result: Result) -> None:
 def _heading(metric: Metric, alone: bool) -> Cells:
     """Return the headings of one metric; alone in its table it has room for its spread."""
     name = metric.unit.strip() if alone else f"{metric.name}, {metric.unit.strip()}"
-    return [name, "min to max", f"{ENGINE} is"] if alone else [name]
+    return [name, "min to max", f"{ENGINE} is"] if alone else [name.removesuffix(", ")]
 
 
 def _cells(row: Row, result: Result) -> Cells:

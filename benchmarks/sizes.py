@@ -13,6 +13,7 @@ class Sizes:
 
     name: str
     repetitions: int = 7
+    fresh_repetitions: int = 5
     hot_sessions: int = 10_000
     hot_reads: int = 500_000
     update_sessions: int = 20_000
@@ -36,14 +37,15 @@ STANDARD = Sizes("standard")
 QUICK = Sizes(
     "quick",
     repetitions=5,
-    hot_reads=200_000,
+    fresh_repetitions=3,
+    hot_reads=100_000,
     updates=20_000,
     cold_sessions=20_000,
     cold_reads=5_000,
     spilled_sessions=10_000,
     lone_updates=100,
-    resident_sessions=50_000,
-    opened_sessions=50_000,
+    resident_sessions=30_000,
+    opened_sessions=30_000,
     lag_samples=2_000,
     lag_sessions=2_000,
     lag_repetitions=1,
@@ -66,6 +68,7 @@ FULL = Sizes(
 TINY = Sizes(
     "tiny",
     repetitions=1,
+    fresh_repetitions=1,
     hot_sessions=200,
     hot_reads=400,
     update_sessions=100,

@@ -616,7 +616,7 @@ class StateManager:
         deadline = now + life if life > 0 else -life
         if cap < deadline:
             deadline = cap
-        payload = rec.successor(before, now + skew, deadline + skew, cap + skew, fields)
+        payload, user = rec.successor(before, now + skew, deadline + skew, cap + skew, fields)
         if len(payload) > self._max_payload_bytes:
             self._refuse_size(session_id, len(payload))
         base_ids = before[: 2 * ID_BYTES]
@@ -634,7 +634,7 @@ class StateManager:
             deadline,
             cap,
             life,
-            rec.row_user_of(before),
+            user,
         )
         self._commits.submit(commit)
         return commit

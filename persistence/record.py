@@ -67,6 +67,7 @@ _FOUR_TIMES: Final = Struct("<dddd")
 
 _MAX_NESTED_EXTENSIONS: Final = 32
 _LARGE_FIELDS_BYTES: Final = 16 * 1024
+_SMALL_VALUE_BYTES: Final = 1024  # cannot claim enough to matter
 
 
 class ExtCode(IntEnum):
@@ -273,7 +274,25 @@ def _hook(depth: int) -> Callable[[int, bytes], object]:
     return partial(_unpack_extension, depth)
 
 
+def _check_counts(packed: bytes) -> None:
+    """Refuse an array that claims more elements than follow it.
+
+    The unpacker allocates what an array claims, up to the length of the input, before it looks
+    for the elements; arrays inside each other multiply that. Skipping allocates nothing.
+    """
+    if len(packed) <= _SMALL_VALUE_BYTES or not (b"\xdc" in packed or b"\xdd" in packed):
+        return
+    walker = msgpack.Unpacker(max_buffer_size=len(packed))
+    walker.feed(packed)
+    try:
+        while walker.tell() < len(packed):
+            walker.skip()
+    except msgpack.OutOfData:
+        raise MalformedValue("an array or a map ends too early") from None
+
+
 def _unpack_nested(data: bytes, depth: int) -> list[object]:
+    _check_counts(data)
     value = msgpack.unpackb(data, strict_map_key=False, ext_hook=_hook(depth + 1))
     if type(value) is not list:
         raise MalformedValue("a tuple is not stored as an array")
@@ -281,6 +300,7 @@ def _unpack_nested(data: bytes, depth: int) -> list[object]:
 
 
 def _unpack_elements(data: bytes, depth: int) -> list[object]:
+    _check_counts(data)
     unpacker = msgpack.Unpacker(
         strict_map_key=False, ext_hook=_hook(depth + 1), max_buffer_size=len(data) or 1
     )
@@ -303,6 +323,9 @@ def unpack_value(packed: bytes | memoryview) -> Any:
             what is there, so memory stays proportional to ``len(packed)``.
     """
     try:
+        if len(packed) > _SMALL_VALUE_BYTES:
+            packed = bytes(packed)
+            _check_counts(packed)
         return _unpackb(packed, strict_map_key=False, ext_hook=_hook_0)
     except MalformedValue:
         raise
@@ -398,6 +421,8 @@ def _walk_fields(view: memoryview) -> dict[str, bytes | memoryview]:
         size, at = _read_length(view, at, {}, {0xC4: 1, 0xC5: 2, 0xC6: 4})
         fields[name] = view[at : at + size]
         at += size
+    if at != len(view):
+        raise MalformedValue("the fields end elsewhere than the record")
     return fields
 
 
@@ -519,8 +544,8 @@ def successor(
     deadline: float,
     cap: float,
     fields: Mapping[str, bytes | memoryview],
-) -> bytes:
-    """Return the next version of `record` without its two leading ids.
+) -> tuple[bytes, int]:
+    """Return the next version of `record` without its two leading ids, and `row_user_of` it.
 
     Other fields and times, all else as it was: the same as `assemble` with the parts of `record`,
     in half the time, because every update comes by here.
@@ -528,7 +553,8 @@ def successor(
     version, created, _, _, ttl, _, word, user = _unpack_tail(record, _TAIL_AT)
     tail = _pack_tail(version + 1, created, accessed, deadline, ttl, cap, word, user)
     meta_end = PREFIX_BYTES + (word >> _META_BITS)
-    return b"".join((tail, record[PREFIX_BYTES:meta_end], _pack_field_map(fields)))
+    payload = b"".join((tail, record[PREFIX_BYTES:meta_end], _pack_field_map(fields)))
+    return payload, user | (word & RENEWS) << _RENEWS_SHIFT
 
 
 def validate(record: bytes) -> None:

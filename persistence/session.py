@@ -270,7 +270,7 @@ class SessionDraft(MutableMapping[str, Any]):
         """
         before = self._packed
         after: dict[str, bytes | memoryview] | None = None
-        if not self._removed.isdisjoint(before):
+        if self._removed and not self._removed.isdisjoint(before):
             after = {name: value for name, value in before.items() if name not in self._removed}
         for name, value in self._values.items():
             packed = rec.pack_value(value, name)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from persistence import StateConfig, StateManager
+from persistence.commit import CommitQueue
 from persistence.disk.files import Files
+from persistence.disk.tier import DiskTier
 from persistence.memory.tier import MemoryTier
 from persistence.residency import Residency
 
@@ -72,7 +74,8 @@ class ScriptedFiles(Files):
     """The system's files, except where a test says otherwise.
 
     Args:
-        durable: False: syncs return at once, which is enough where only processes crash.
+        durable: whether a sync is one. Processes that crash do not need it, and without it a test
+            takes a tenth of the time.
 
     Attributes:
         calls: how often each call was made.
@@ -84,7 +87,7 @@ class ScriptedFiles(Files):
             that every read goes through a thread.
     """
 
-    def __init__(self, *, durable: bool = True) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
         self.calls: Counter[str] = Counter()
         self.syncs = Gate()
         self.writes = Gate()
@@ -184,15 +187,41 @@ def residency_of(state: StateManager) -> Residency:
     return state._residency
 
 
+def disk_of(state: StateManager) -> DiskTier:
+    """Return the disk tier, for its index and its segments."""
+    return state._disk
+
+
+def commits_of(state: StateManager) -> CommitQueue:
+    """Return the queue of what is in flight."""
+    return state._commits
+
+
 def directory_of(state: StateManager) -> Path:
     """Return where the log is."""
     return Path(state.config.disk.path)
+
+
+def names_in(directory: Path) -> set[str]:
+    """Return the names of the files in a directory."""
+    return {path.name for path in directory.iterdir()}
 
 
 async def loop_steps(count: int) -> None:
     """Let the event loop run everything that is ready, `count` times."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def eventually(
+    condition: Callable[[], bool], meanwhile: Callable[[], Awaitable[object]] | None = None
+) -> None:
+    """Wait for what a background task does after some (short) time of the real clock."""
+    async with asyncio.timeout(_PATIENCE_SECONDS):
+        while not condition():
+            if meanwhile is not None:
+                await meanwhile()
+            await asyncio.sleep(0.005)
 
 
 async def outcomes(calls: Iterable[Awaitable[Any]]) -> list[Any]:

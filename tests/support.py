@@ -63,10 +63,12 @@ async def abandon(state: StateManager) -> None:
         disk.compactor._task,
         state._closing,
     ]
-    running = [task for task in tasks if task is not None and not task.done()]
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
+    disk.compactor._stopping.set()
+    running = {task for task in tasks if task is not None and not task.done()}
+    while running:  # one that was cleaning up after itself when it was cancelled goes on
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=0.05)
     disk.threads.close()
     disk.writer.close()
     disk._open_segments.close()

@@ -11,12 +11,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks import payloads
-from benchmarks.contender import Metrics, Stopwatch, check
+from benchmarks import lag, payloads
+from benchmarks.contender import Metric, Metrics, Stopwatch, check
 from benchmarks.engine.opened import MIB, Engine, in_tasks
-from benchmarks.lag import lag_metrics, sample_lag
+
+METRICS = (
+    *lag.METRICS,
+    Metric("accesses", "/s", higher_is_better=True),
+    Metric("spills", "/s", higher_is_better=True),
+    Metric("restores", "/s", higher_is_better=True),
+    Metric("compactions", "", higher_is_better=True),
+)
 
 _LARGEST_BYTES = 64 * 1024
+_ENOUGH_SAMPLES = 2000  # about two seconds: a segment is sealed and compacted well within them
 
 
 @dataclass
@@ -50,11 +58,21 @@ class BusyLoop(Engine):
         self._stop = False
         self._operations = count()
         load = [asyncio.create_task(self._load(seed)) for seed in range(self.task_count)]
+        before = await self.state.stats()
         with Stopwatch() as watch:
-            metrics = lag_metrics(await sample_lag(self.sample_count))
+            metrics = lag.lag_metrics(await lag.sample_lag(self.sample_count))
+        after = await self.state.stats()
         self._stop = True
         await asyncio.gather(*load)
-        return metrics | {"operations": next(self._operations) / watch.seconds}
+        counts = {
+            "accesses": next(self._operations) / watch.seconds,
+            "spills": (after.spilled - before.spilled) / watch.seconds,
+            "restores": (after.restored - before.restored) / watch.seconds,
+            "compactions": float(after.disk.compactions - before.disk.compactions),
+        }
+        if self.sample_count >= _ENOUGH_SAMPLES:
+            check(all(counts.values()), f"not everything was going on: {counts}")
+        return metrics | counts
 
     async def _load(self, seed: int) -> None:
         chance = random.Random(seed)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from itertools import islice
@@ -13,7 +14,6 @@ from typing import Any
 
 from benchmarks import payloads
 from benchmarks.contender import PROCESS_CRASH, SYNCED, Contender
-from benchmarks.optional import load
 
 MIB = 2**20
 TASK_COUNT = 1000
@@ -34,8 +34,7 @@ class Engine(Contender):
 
     async def open_state(self, directory: Path, **options: Any) -> None:
         """Open `state`; `options` as for `configuration`."""
-        manager = load("persistence").StateManager
-        self.state = await manager(None, configuration(directory, **options)).__aenter__()
+        self.state = await _manager(directory, **options).__aenter__()
 
     async def close(self) -> None:
         if self.state is not None:
@@ -46,7 +45,7 @@ def configuration(
     directory: Path, *, memory_bytes: int = 100 * MIB, fsync: str = "always", **disk: Any
 ) -> Any:
     """Build the engine's configuration: its defaults, but for what a workload sets."""
-    engine = load("persistence")
+    engine = _engine()
     return engine.StateConfig(
         memory=engine.MemoryConfig(max_bytes=memory_bytes),
         disk=engine.DiskConfig(path=str(directory / "engine"), fsync=fsync, **disk),
@@ -56,9 +55,17 @@ def configuration(
 @asynccontextmanager
 async def opened(directory: Path, **options: Any) -> AsyncIterator[Any]:
     """Open a manager for one `async with` block; `options` as for `configuration`."""
-    manager = load("persistence").StateManager
-    async with manager(None, configuration(directory, **options)) as state:
+    async with _manager(directory, **options) as state:
         yield state
+
+
+def _engine() -> Any:
+    """Import the engine in the contender's process: what it costs there is part of the result."""
+    return importlib.import_module("persistence")
+
+
+def _manager(directory: Path, **options: Any) -> Any:
+    return _engine().StateManager(None, configuration(directory, **options))
 
 
 async def in_tasks(

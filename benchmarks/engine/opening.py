@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import payloads
-from benchmarks.contender import Metrics, Stopwatch, check
+from benchmarks.contender import Metrics, Stopwatch, WrongResultError, check
 from benchmarks.engine.opened import Engine, every, fill, in_tasks, opened, wrong_sessions
 from benchmarks.resident import rss_bytes
 
@@ -61,6 +61,7 @@ class Opening(Engine):
 
     def __post_init__(self) -> None:
         self.name = self.occasion
+        self._hidden: list[Path] = []
 
     async def open(self, directory: Path) -> None:
         self._directory = directory
@@ -111,9 +112,13 @@ async def _update_and_die(directory: Path, session_count: int) -> str:
     process = context.Process(target=_mark_until_killed, args=(remote, directory, token, ids))
     process.start()
     remote.close()
-    await asyncio.to_thread(pipe.recv)
-    process.kill()
-    await asyncio.to_thread(process.join)
+    try:
+        await asyncio.to_thread(pipe.recv)
+    except EOFError:
+        raise WrongResultError("the previous owner ended before it was killed") from None
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.join)
     return token
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persistence.cli.accesslog import MAX_LINE_BYTES, Request, parse_line, read_lines
@@ -123,6 +123,7 @@ def test_what_is_in_neither_format_is_none(line: str) -> None:
     assert parse_line(line) is None
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(), max_size=300))
 def test_no_text_breaks_the_parser(line: str) -> None:
     parse_line(line)
@@ -132,6 +133,7 @@ WORD = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, 
 QUOTED = st.text(st.characters(exclude_characters="\r\n\0"), max_size=40)
 
 
+@settings(deadline=None)
 @given(
     client=WORD,
     agent=QUOTED,

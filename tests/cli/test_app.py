@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ["replay", "demo", "inspect", "verify", "export", "import"]
 
 
-def test_help_lists_every_command(command: Command) -> None:
-    result = command("--help")
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help_lists_every_command(command: Command, words: list[str]) -> None:
+    result = command(*words)
     assert result.code == 0
     for name in COMMANDS:
         assert name in result.out
@@ -72,14 +73,14 @@ def raising(error: BaseException) -> typer.Typer:
         (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied"),
         (OSError("odd"), 1, "odd"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (ValueError("two\nlines \x1b[31m"), 1, r"two\nlines \x1b[31m"),
+        (ValueError("two\nlines \x1b[31m"), 1, r"two; lines \x1b[31m"),
     ],
 )
 def test_whatever_is_raised_becomes_one_line(
     command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
     monkeypatch.setattr(app_module, "app", raising(error))
-    result = command()
+    result = command("--no-traceback")
     assert result.code == code
     assert result.err.count("\n") == 1
     assert line in result.err

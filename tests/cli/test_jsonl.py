@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persistence.cli.jsonl import LineError, decode, encode, from_json, to_json
@@ -72,6 +72,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(text, values, max_size=4))
 def test_every_value_comes_back_as_what_it_was(data: dict[str, Any]) -> None:
     line = encode({"id": "s", "data": data})
@@ -170,6 +171,7 @@ def test_a_wrong_line_says_what_is_wrong(line: bytes, reason: str) -> None:
         decode(line)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_decoder(line: bytes) -> None:
     with suppress(LineError):

@@ -25,7 +25,7 @@ from persistence.cli.replayer import (
     replay,
 )
 from persistence.cli.running import run
-from tests.cli.command import Command
+from tests.cli.command import Command, locked
 from tests.cli.generated import log_bytes, write_log
 
 KIB = 1024
@@ -155,16 +155,18 @@ def test_progress_is_told_while_it_runs(log: Path, tmp_path: Path) -> None:
     assert last.in_memory + last.on_disk > 0
 
 
-def test_the_real_log_verifies(command: Command, temporary: Path) -> None:
+@pytest.mark.parametrize("memory", ["256KiB", "64KiB"])
+def test_the_real_log_verifies(command: Command, temporary: Path, memory: str) -> None:
     if not REAL_LOG.exists():
         pytest.skip(f"{REAL_LOG.name} is not there")
-    result = command("replay", REAL_LOG, "--fsync", "never", "--json")
+    result = command("replay", REAL_LOG, "--memory", memory, "--fsync", "never", "--json")
     assert result.code == 0, result.out
     report = result.json
     assert (report["requests"], report["skipped_lines"]) == (10_000, 0)
     assert (report["sessions"], report["verified"]) == (1862, True)
     assert report["spilled"] > 0
     assert report["restored"] > 0
+    assert report["memory_peak_bytes"] <= report["memory_budget_bytes"] + 8 * KIB
 
 
 # --- resuming ---------------------------------------------------------------------------------
@@ -302,22 +304,9 @@ def test_a_directory_that_is_open_or_foreign_is_refused(
     foreign.mkdir()
     (foreign / "thesis.doc").write_text("years of work")
 
-    async def replay_too(_: StateManager) -> None:
-        await asyncio.to_thread(lambda: refusals.append(command_in_thread()))
-
-    refusals: list[bool] = []
-
-    def command_in_thread() -> bool:
-        from persistence.errors import DirectoryLocked
-
-        try:
-            asyncio.run(replay(ReplayOptions((log,), directory)))
-        except DirectoryLocked:
-            return True
-        return False
-
-    change_directory(directory, replay_too)
-    assert refusals == [True]
+    assert command("replay", log, "--directory", directory).code == 0
+    with locked(directory):
+        command("replay", log, "--directory", directory, "--resume").assert_refused("in use")
     command("replay", log, "--directory", foreign).assert_refused("foreign")
     assert (foreign / "thesis.doc").read_text() == "years of work"
 

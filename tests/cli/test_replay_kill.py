@@ -93,6 +93,7 @@ def chain(
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_replay_killed_at_any_moment_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     log = write_log(tmp_path / "access.log", REQUESTS)

@@ -18,7 +18,7 @@ from persistence import DiskConfig, SessionMetadata, ShutdownConfig, StateConfig
 from persistence.cli.app import run_command
 from persistence.cli.export import sessions_in
 from persistence.cli.jsonl import decode, encode
-from tests.cli.command import Command
+from tests.cli.command import Command, locked
 
 DATA: dict[str, Any] = {
     "plain": {"a": [1, 2.5, None, True, "ü\n"]},
@@ -133,10 +133,8 @@ def test_an_export_that_fails_leaves_the_file_of_before(
     output = tmp_path / "sessions.jsonl"
     output.write_text("of before")
 
-    async def export_too(_: StateManager) -> None:
-        await asyncio.to_thread(lambda: None)
-
-    with_state(source, export_too)
+    with locked(source):
+        command("export", source, "--output", output).assert_refused("in use")
     (tmp_path / "folder").mkdir()
     command("export", source, "--output", tmp_path / "folder" / "no" / "file").assert_refused("no")
     command("export", tmp_path / "nothing", "--output", output).assert_refused("does not exist")
@@ -229,6 +227,14 @@ def test_what_has_expired_is_left_out(command: Command, tmp_path: Path) -> None:
     result = command("import", tmp_path / "target", "--input", lines)
     assert "1 sessions created, 0 replaced, 1 left out" in result.err
     assert contents(tmp_path / "target").keys() == {"new"}
+
+
+def test_importing_into_a_directory_that_is_open_is_refused(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    lines = write_lines(tmp_path / "x.jsonl", encode({"id": "new"}))
+    with locked(source):
+        command("import", source, "--input", lines).assert_refused("in use")
 
 
 def test_a_missing_input_is_named(command: Command, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persistence.cli.accesslog import Request, parse_line
@@ -34,6 +34,7 @@ requests = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(requests)
 def test_the_fold_equals_the_updates_one_by_one(log: list[Request]) -> None:
     sessions: dict[str, dict[str, Any]] = {}
@@ -45,6 +46,7 @@ def test_the_fold_equals_the_updates_one_by_one(log: list[Request]) -> None:
         assert list(differences(expected[sid], data)) == []
 
 
+@settings(deadline=None)
 @given(requests, st.data())
 def test_applying_requests_again_changes_nothing(log: list[Request], draw: st.DataObject) -> None:
     sessions: dict[str, dict[str, Any]] = {}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gc
 import random
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -427,10 +426,3 @@ def test_check_notices_wrong_accounts(clock: ManualClock) -> None:
     tier.used_bytes += 1
     with pytest.raises(AssertionError):
         tier.check()
-
-
-def test_shards_grow_evenly_enough_that_no_resize_is_a_big_one(clock: ManualClock) -> None:
-    tier = filled(clock, 20_000)
-    sizes = sorted(len(tier.ids_of_shard(number)) for number in range(tier.shards))
-    assert sizes[-1] < 2 * 20_000 / tier.shards
-    assert all(small <= large for small, large in pairwise(sizes))
