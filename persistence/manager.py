@@ -15,7 +15,7 @@ from persistence.clock import Clock, EngineTime, SystemClock
 from persistence.commit import Commit, CommitQueue
 from persistence.config import StateConfig
 from persistence.disk.files import Files
-from persistence.disk.format import PUT, user_tag
+from persistence.disk.format import PUT, ROW_RENEWS, user_tag
 from persistence.disk.index import SHARDS, Row
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
@@ -152,7 +152,6 @@ class StateManager:
         )
         self._residency.attach(self._commits)
         self._now = self._time.now
-        self._wall = self._clock.wall
         self._fingerprint = self._disk.fingerprint
         self._commits.start()
         self._start_background()
@@ -390,13 +389,13 @@ class StateManager:
         base = await self._residency.acknowledged_base(session_id, key)
         if base is None:
             return None
-        record, life, _ = base
+        record, life, cap = base
         if session_id in self._memory:
             accessed = self._memory.times(session_id)[0]
         else:
             row = self._disk.index.get(self._disk.fingerprint(key))
             accessed = self._time.now() if row is None else row.accessed
-        return Session.view(session_id, record, accessed, life, self._time)
+        return Session.view(session_id, record, accessed, life, cap, self._time)
 
     def _access_uncached(self, session_id: str, key: bytes, base: Base) -> Session:
         """Return a view of a session that is too large to be resident, and renew it."""
@@ -405,7 +404,7 @@ class StateManager:
         deadline = min(deadline_of(now, life), cap)
         fingerprint = self._disk.fingerprint(key)
         self._residency.note_access(session_id, key, fingerprint, now, life, deadline)
-        return Session.view(session_id, record, now, life, self._time)
+        return Session.view(session_id, record, now, life, cap, self._time)
 
     async def has_session(self, session_id: str) -> bool:
         """Whether the session is alive. Renews nothing and reads nothing from disk."""
@@ -459,7 +458,13 @@ class StateManager:
             return self._renewed(session_id, session_id.encode(), base)
         commit = self._next_version(session_id, session_id.encode(), base, fields)
         await commit.done  # type: ignore[misc] - a future: submitted to be waited for
-        return Session.view(session_id, commit.record, commit.accessed, commit.life, self._time)  # type: ignore[arg-type] - an update carries its record
+        return self._view(session_id, commit)
+
+    def _view(self, session_id: str, commit: Commit) -> Session:
+        assert commit.record is not None, "an update carries its record"
+        return Session.view(
+            session_id, commit.record, commit.accessed, commit.life, commit.cap, self._time
+        )
 
     def _quick_base(self, session_id: str) -> Base | None:
         """Return what to build an update on if nothing has to be waited for; else None."""
@@ -571,8 +576,7 @@ class StateManager:
             return self._renewed(session_id, key, base)
         assert commit.done is not None, "submitted to be waited for"
         await commit.done
-        assert commit.record is not None, "an update carries its record"
-        return Session.view(session_id, commit.record, commit.accessed, commit.life, self._time)
+        return self._view(session_id, commit)
 
     def _changed(
         self,
@@ -612,11 +616,10 @@ class StateManager:
         """Submit the version after `base` with other fields. Never awaits. The hot path."""
         before, life, cap = base
         now = self._now()
-        skew = self._wall() - now
         deadline = now + life if life > 0 else -life
         if cap < deadline:
             deadline = cap
-        payload, user = rec.successor(before, now + skew, deadline + skew, cap + skew, fields)
+        payload, user, renews = rec.successor(before, fields)
         if len(payload) > self._max_payload_bytes:
             self._refuse_size(session_id, len(payload))
         base_ids = before[: 2 * ID_BYTES]
@@ -634,7 +637,7 @@ class StateManager:
             deadline,
             cap,
             life,
-            user,
+            user | ROW_RENEWS if renews else user,
         )
         self._commits.submit(commit)
         return commit
@@ -654,7 +657,6 @@ class StateManager:
     ) -> Commit:
         """Assemble the next version on `base` (None: a creation) and submit it. Never awaits."""
         now = self._time.now()
-        skew = self._clock.wall() - now
         head = None if base is None else rec.head(base[0])
         ttl = ttl_seconds if ttl_seconds is not None else head.ttl_seconds if head else 0.0
         flags = flags if flags is not None else head.flags if head else 0
@@ -667,13 +669,10 @@ class StateManager:
             incarnation=head.incarnation if head else self._commit_ids.next(),
             commit=head.commit if head and same_version else self._commit_ids.next(),
             version=head.version + (not same_version) if head else 1,
-            created=head.created if head else now + skew,
-            accessed=now + skew,
-            deadline=min(deadline, cap) + skew,
+            created=head.created if head else self._clock.wall(),
             ttl_seconds=ttl,
-            cap=cap + skew,
             flags=flags,
-            user=user if user is not None else head.user_tag if head else 0,
+            user=user if user is not None else head.user if head else 0,
             meta=meta if meta is not None else rec.packed_meta(base[0]) if base else b"",
             fields=fields,
         )

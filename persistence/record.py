@@ -13,16 +13,16 @@ offset bytes meaning
 16     16    commit id of the commit that wrote this record
 32     8     version, unsigned: 1 at creation, +1 for each commit that changes something
 40     8     created, wall seconds (float)
-48     8     last accessed when written, wall seconds (float)
-56     8     deadline when written, wall seconds (float); infinity: never expires
-64     8     TTL, seconds (float); 0: never expires
-72     8     cap: deadline that no renewal moves, wall seconds (float); infinity: none
-80     1     flags (`RENEWS`)
-81     3     length of the metadata, unsigned
-84     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
-88     ...   metadata: MessagePack map, only what is not empty; nothing at all when all is
+48     8     TTL, seconds (float); 0: never expires
+56     1     flags (`RENEWS`)
+57     3     length of the metadata, unsigned
+60     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
+64     ...   metadata: MessagePack map, only what is not empty; nothing at all when all is
 ...    ...   fields: MessagePack map ``name -> bin``, each bin one packed value
 ====== ===== ============================================================================
+
+When the session was last accessed and when it expires is not part of it: that changes without a
+new version, and is kept beside the record (in memory, in the index, in the frame's header).
 
 Values are plain MessagePack; what it does not hold natively is an extension type (`ExtCode`).
 Never pickle: unpacking stored bytes builds values and runs nothing.
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import IntEnum
 from functools import partial
@@ -48,26 +48,25 @@ RENEWS: Final = 1
 """Flag: an access moves the deadline (``auto_renew``)."""
 
 ID_BYTES: Final = 16
-FLAGS_AT: Final = 80
+FLAGS_AT: Final = 56
 NO_ID: Final = bytes(ID_BYTES)
 NEVER: Final = float("inf")
 
-_PREFIX: Final = Struct("<16s16sQdddddII")
-_TAIL: Final = Struct("<QdddddII")  # the prefix behind its two ids
+_PREFIX: Final = Struct("<16s16sQddII")
+_TAIL: Final = Struct("<QddII")  # the prefix behind its two ids
 _TAIL_AT: Final = 2 * ID_BYTES
 _pack_tail = _TAIL.pack
 _unpack_tail = _TAIL.unpack_from
 PREFIX_BYTES: Final = _PREFIX.size
-_RENEWS_SHIFT: Final = 31
-_META_BITS: Final = 8  # the word at 80 holds flags in its low byte, the metadata's length above
+_META_BITS: Final = 8  # the word at 56 holds flags in its low byte, the metadata's length above
 _WORD: Final = Struct("<I")
 _VERSION: Final = Struct("<Q")
 _DOUBLE: Final = Struct("<d")
-_FOUR_TIMES: Final = Struct("<dddd")
 
 _MAX_NESTED_EXTENSIONS: Final = 32
 _LARGE_FIELDS_BYTES: Final = 16 * 1024
 _SMALL_VALUE_BYTES: Final = 1024  # cannot claim enough to matter
+_SECOND: Final = timedelta(seconds=1)
 
 
 class ExtCode(IntEnum):
@@ -85,19 +84,16 @@ class ExtCode(IntEnum):
 
 
 class Head(NamedTuple):
-    """The fixed part of a record; times are wall seconds as they were when it was written."""
+    """The fixed part of a record; `created` is in wall seconds."""
 
     incarnation: bytes
     commit: bytes
     version: int
     created: float
-    accessed: float
-    deadline: float
     ttl_seconds: float
-    cap: float
     flags: int
     meta_bytes: int
-    user_tag: int
+    user: int
 
     @property
     def renews(self) -> bool:
@@ -146,8 +142,12 @@ def _type_name(kind: type) -> str:
 
 
 def _datetime_text(value: datetime) -> bytes:
-    if value.utcoffset() is None:
+    offset = value.utcoffset()
+    if offset is None:
         raise _Refused("naive datetime (without a time zone)")
+    if offset.microseconds and abs(offset) < _SECOND:
+        # `fromisoformat` takes such an offset for UTC.
+        raise _Refused("datetime with an offset of less than a second")
     return value.isoformat().encode("ascii")
 
 
@@ -305,9 +305,12 @@ def _unpack_elements(data: bytes, depth: int) -> list[object]:
         strict_map_key=False, ext_hook=_hook(depth + 1), max_buffer_size=len(data) or 1
     )
     unpacker.feed(data)
-    elements = list(unpacker)
-    if unpacker.tell() != len(data):
-        raise MalformedValue("a set ends in the middle of an element")
+    elements = []
+    try:
+        while unpacker.tell() < len(data):
+            elements.append(unpacker.unpack())
+    except msgpack.OutOfData:
+        raise MalformedValue("a set ends in the middle of an element") from None
     return elements
 
 
@@ -338,22 +341,9 @@ def unpack_value(packed: bytes | memoryview) -> Any:
 
 def head(record: bytes) -> Head:
     """Decode the fixed part of `record`."""
-    incarnation, commit, version, created, accessed, deadline, ttl, cap, word, user = (
-        _PREFIX.unpack_from(record)
-    )
-    return Head(
-        incarnation,
-        commit,
-        version,
-        created,
-        accessed,
-        deadline,
-        ttl,
-        cap,
-        word & (1 << _META_BITS) - 1,
-        word >> _META_BITS,
-        user,
-    )
+    incarnation, commit, version, created, ttl, word, user = _PREFIX.unpack_from(record)
+    flags = word & (1 << _META_BITS) - 1
+    return Head(incarnation, commit, version, created, ttl, flags, word >> _META_BITS, user)
 
 
 def incarnation_of(record: bytes) -> bytes:
@@ -372,25 +362,16 @@ def version_of(record: bytes) -> int:
     return version
 
 
-def times_of(record: bytes) -> tuple[float, float, float, float]:
-    """Return created, accessed, deadline (wall seconds) and TTL (seconds) of `record`."""
-    return _FOUR_TIMES.unpack_from(record, 40)
+def created_of(record: bytes) -> float:
+    """Return when the session was created, wall seconds."""
+    created: float = _DOUBLE.unpack_from(record, 40)[0]
+    return created
 
 
-def user_of(record: bytes) -> int:
-    """Return the tag of the user id of `record`."""
-    return int.from_bytes(record[84:88], "little")
-
-
-def row_user_of(record: bytes) -> int:
-    """Return the user tag with `ROW_RENEWS` on top if the session renews: an index row's `user`."""
-    return int.from_bytes(record[84:88], "little") | (record[FLAGS_AT] & RENEWS) << _RENEWS_SHIFT
-
-
-def cap_of(record: bytes) -> float:
-    """Return the deadline that no renewal moves, wall seconds when `record` was written."""
-    cap: float = _DOUBLE.unpack_from(record, 72)[0]
-    return cap
+def ttl_of(record: bytes) -> float:
+    """Return the TTL of `record`, seconds; 0: never expires."""
+    ttl_seconds: float = _DOUBLE.unpack_from(record, 48)[0]
+    return ttl_seconds
 
 
 def flags_of(record: bytes) -> int:
@@ -475,10 +456,7 @@ def assemble(
     commit: bytes,
     version: int,
     created: float,
-    accessed: float,
-    deadline: float,
     ttl_seconds: float,
-    cap: float,
     flags: int,
     user: int,
     meta: bytes,
@@ -494,10 +472,7 @@ def assemble(
         commit,
         version,
         created,
-        accessed,
-        deadline,
         ttl_seconds,
-        cap,
         flags | len(meta) << _META_BITS,
         user,
     )
@@ -538,23 +513,22 @@ def check_field_name(name: object) -> str:
     return name
 
 
-def successor(
-    record: bytes,
-    accessed: float,
-    deadline: float,
-    cap: float,
-    fields: Mapping[str, bytes | memoryview],
-) -> tuple[bytes, int]:
-    """Return the next version of `record` without its two leading ids, and `row_user_of` it.
+def successor(record: bytes, fields: Mapping[str, bytes | memoryview]) -> tuple[bytes, int, int]:
+    """Return the next version of `record` without its two leading ids, its user tag and flags.
 
-    Other fields and times, all else as it was: the same as `assemble` with the parts of `record`,
-    in half the time, because every update comes by here.
+    Other fields, all else as it was: the same as `assemble` with the parts of `record`, in half
+    the time, because every update comes by here.
     """
-    version, created, _, _, ttl, _, word, user = _unpack_tail(record, _TAIL_AT)
-    tail = _pack_tail(version + 1, created, accessed, deadline, ttl, cap, word, user)
+    version, created, ttl_seconds, word, user = _unpack_tail(record, _TAIL_AT)
+    tail = _pack_tail(version + 1, created, ttl_seconds, word, user)
     meta_end = PREFIX_BYTES + (word >> _META_BITS)
     payload = b"".join((tail, record[PREFIX_BYTES:meta_end], _pack_field_map(fields)))
-    return payload, user | (word & RENEWS) << _RENEWS_SHIFT
+    return payload, user, word & RENEWS
+
+
+def user_of(record: bytes) -> int:
+    """Return the tag of the user id of `record`."""
+    return int.from_bytes(record[60:64], "little")
 
 
 def validate(record: bytes) -> None:

@@ -20,11 +20,10 @@ from persistence.commit import Commit, CommitQueue
 from persistence.config import MemoryConfig
 from persistence.disk.format import (
     DELETE,
-    DELETE_PAYLOAD,
     NO_IDS,
     PUT,
+    ROW_RENEWS,
     TOUCH,
-    TOUCH_PAYLOAD,
 )
 from persistence.disk.index import Row
 from persistence.disk.tier import DiskTier
@@ -37,8 +36,8 @@ from persistence.record import (
     NO_ID,
     RENEWS,
     flags_of,
-    times_of,
-    row_user_of,
+    ttl_of,
+    user_of,
 )
 from persistence.slices import Slices
 
@@ -137,7 +136,7 @@ class Residency:
 
     def _restore(self, session_id: str, record: bytes, row: Row) -> Base:
         """Take in a record that was read from the log."""
-        ttl_seconds = times_of(record)[3]
+        ttl_seconds = ttl_of(record)
         life = life_of(ttl_seconds, bool(flags_of(record) & RENEWS), row.deadline)
         # Recovery may have granted more than one TTL from the last recorded access.
         accessed = max(row.accessed, row.deadline - life) if 0 < life < NEVER else row.accessed
@@ -218,7 +217,7 @@ class Residency:
                 record, row = found
                 if self.disk.index.get(fingerprint) == row:
                     renews = bool(flags_of(record) & RENEWS)
-                    return record, life_of(times_of(record)[3], renews, row.deadline), row.cap
+                    return record, life_of(ttl_of(record), renews, row.deadline), row.cap
 
     async def _read_in_thread(
         self, session_id: str, key: bytes, fingerprint: bytes
@@ -292,7 +291,7 @@ class Residency:
             session_id,
             key,
             self.disk.fingerprint(key),
-            DELETE_PAYLOAD.pack(self._clock.wall()),
+            b"",
             None,
             NO_IDS if record is None else record[:ID_BYTES] + NO_ID + record[ID_BYTES:_IDS_BYTES],
             now,
@@ -446,7 +445,7 @@ class Residency:
             min(deadline_of(accessed, life), cap),
             cap,
             life,
-            row_user_of(record),
+            user_of(record) | (ROW_RENEWS if flags_of(record) & RENEWS else 0),
         )
 
     async def adopt(
@@ -495,13 +494,12 @@ class Residency:
             return
         if session_id in self._commits.tails:
             return  # the put that is on its way carries a time of its own
-        skew = self._time.skew()
         commit = Commit(
             TOUCH,
             session_id,
             key,
             fingerprint,
-            TOUCH_PAYLOAD.pack(accessed + skew, deadline + skew),
+            b"",
             None,
             NO_IDS,
             accessed,

@@ -76,27 +76,35 @@ class Session:
     nothing but the caller's copy.
     """
 
-    __slots__ = ("_accessed", "_life", "_packed", "_record", "_time", "id")
+    __slots__ = ("_accessed", "_cap", "_life", "_packed", "_record", "_time", "id")
 
     # No __init__: views are made on the hottest path there is (`MemoryTier.access`), and an
-    # empty constructor plus five assignments takes half the time of a constructor in Python.
+    # empty constructor plus six assignments takes half the time of a constructor in Python.
     id: str
     _record: bytes
     _accessed: float
     _life: float
+    _cap: float
     _time: EngineTime
     _packed: dict[str, bytes | memoryview]
 
     @classmethod
     def view(
-        cls, session_id: str, record: bytes, accessed: float, life: float, time: EngineTime
+        cls,
+        session_id: str,
+        record: bytes,
+        accessed: float,
+        life: float,
+        cap: float,
+        time: EngineTime,
     ) -> Session:
-        """Return a view of `record`. `accessed` is in engine seconds, `life` as in memory."""
+        """Return a view of `record`. Times are engine seconds, `life` as in memory."""
         session = cls()
         session.id = session_id
         session._record = record
         session._accessed = accessed
         session._life = life
+        session._cap = cap
         session._time = time
         return session
 
@@ -165,7 +173,7 @@ class Session:
     @property
     def created_at(self) -> datetime:
         """When the session was created, aware UTC."""
-        return _datetime(rec.times_of(self._record)[0])
+        return _datetime(rec.created_of(self._record))
 
     @property
     def last_accessed(self) -> datetime:
@@ -176,13 +184,13 @@ class Session:
     def expires_at(self) -> datetime | None:
         """When the session expires if nobody accesses it again, aware UTC; None: never."""
         deadline = self._accessed + self._life if self._life > 0 else -self._life
-        wall_seconds = min(deadline + self._time.skew(), rec.cap_of(self._record))
-        return None if wall_seconds == rec.NEVER else _datetime(wall_seconds)
+        deadline = min(deadline, self._cap)
+        return None if deadline == rec.NEVER else _datetime(deadline + self._time.skew())
 
     @property
     def ttl_seconds(self) -> float:
         """The session's TTL, seconds; 0: never expires."""
-        return rec.times_of(self._record)[3]
+        return rec.ttl_of(self._record)
 
     @property
     def auto_renew(self) -> bool:

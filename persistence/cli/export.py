@@ -21,10 +21,11 @@ from persistence import (
 )
 from persistence.cli import screen
 from persistence.cli.directory import require_directory
-from persistence.cli.failure import EXIT_OK
+from persistence.cli.failure import EXIT_FAILED, EXIT_OK
 from persistence.cli.jsonl import encode
 from persistence.cli.options import DirectoryArgument, deep_values
 from persistence.cli.running import run
+from persistence.errors import CorruptionError
 
 
 def command(
@@ -35,13 +36,17 @@ def command(
 ) -> int:
     """Write every live session as one line of JSON, with its values as what they are.
 
-    The directory must not be open elsewhere. Sessions are neither changed nor renewed.
+    The directory must not be open elsewhere. Sessions are neither changed nor renewed. Damaged
+    ones are left out and named, and the exit code is 1.
     """
     require_directory(directory)
+    damages: list[CorruptionError] = []
     with _opened(output) as file, deep_values():
-        count = run(_export(directory, file))
+        count = run(_export(directory, file, damages))
+    for damage in damages:
+        screen.note(f"left out: {damage}")
     screen.note(f"{count:,} sessions exported")
-    return EXIT_OK
+    return EXIT_FAILED if damages else EXIT_OK
 
 
 @contextmanager
@@ -63,18 +68,23 @@ def _opened(output: Path | None) -> Iterator[IO[bytes]]:
             partial.unlink()
 
 
-async def _export(directory: Path, file: IO[bytes]) -> int:
+async def _export(directory: Path, file: IO[bytes], damages: list[CorruptionError]) -> int:
     count = 0
     # Closed here and now, so that the engine is, when the output takes no more.
-    async with aclosing(sessions_in(directory)) as sessions:
+    async with aclosing(sessions_in(directory, damages)) as sessions:
         async for session in sessions:
             file.write(encode(line_fields(session)))
             count += 1
     return count
 
 
-async def sessions_in(directory: Path) -> AsyncGenerator[Session, None]:
-    """Yield the live sessions of `directory`, without renewing them."""
+async def sessions_in(
+    directory: Path, damages: list[CorruptionError]
+) -> AsyncGenerator[Session, None]:
+    """Yield the live sessions of `directory`, without renewing them.
+
+    Damaged ones are added to `damages`: they are no reason to hold back the others.
+    """
     config = StateConfig(
         session=SessionConfig(cleanup_interval_seconds=0),
         disk=DiskConfig(path=str(directory)),
@@ -82,7 +92,11 @@ async def sessions_in(directory: Path) -> AsyncGenerator[Session, None]:
     )
     async with StateManager(config=config) as state:
         async for sid in state.iter_sessions():
-            session = await state.get_session(sid)
+            try:
+                session = await state.get_session(sid, renew=False)
+            except CorruptionError as error:
+                damages.append(error)
+                continue
             if session is not None:  # it may have expired since it was listed
                 yield session
 

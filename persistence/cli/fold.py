@@ -8,7 +8,7 @@ end, where the replay updates a stored session request by request.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from persistence.cli.accesslog import Request
@@ -66,14 +66,6 @@ class Fold:
         """Return the data that a session must hold; None: there must be no such session."""
         session = self._gathered.get(sid)
         return None if session is None else session.data()
-
-
-def fold(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
-    """Return the data that each session must hold after `requests`, by session id."""
-    folded = Fold()
-    for request in requests:
-        folded.add(request)
-    return {sid: folded.data(sid) or {} for sid in folded.ids()}
 
 
 def differences(

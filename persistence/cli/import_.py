@@ -164,7 +164,7 @@ async def _import_line(
             ttl_seconds = left
     sid = fields["id"]
     data = fields.get("data", {})
-    existing = await state.get_session(sid) if is_replacing else None
+    existing = await state.get_session(sid, renew=False) if is_replacing else None
     if existing is None:
         counts.created += 1
     else:

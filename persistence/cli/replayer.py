@@ -44,6 +44,7 @@ from persistence.cli.workload import (
     session_id,
 )
 from persistence.clock import SystemClock
+from persistence.errors import printable
 
 _Item = TypeVar("_Item")
 
@@ -449,7 +450,7 @@ async def replay(
         report.memory_peak_bytes = (await state.stats()).memory_peak_bytes
     report.differing_sessions = len(wrong)
     report.differences = [
-        f"session {sid}: {what}" for sid, found in wrong.items() for what in found
+        f"session {printable(sid)}: {what}" for sid, found in wrong.items() for what in found
     ][:_LISTED_DIFFERENCES]
     report.verified = not wrong
     return report

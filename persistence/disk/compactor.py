@@ -30,7 +30,6 @@ from persistence.disk.format import (
     INDEX_ROW_BYTES,
     MAX_KEY_BYTES,
     ROW_IS_TOUCH,
-    TOUCH_PAYLOAD,
     frame_length,
     restamp,
 )
@@ -43,7 +42,7 @@ _log = logging.getLogger("persistence.compaction")
 
 _CHUNK_BYTES: Final = 256 * 1024
 _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two frames that are read together
-_MARK_BYTES: Final = FRAME_OVERHEAD_BYTES + MAX_KEY_BYTES + TOUCH_PAYLOAD.size
+_MARK_BYTES: Final = FRAME_OVERHEAD_BYTES + MAX_KEY_BYTES
 _ROWS_PER_STEP: Final = 256
 
 

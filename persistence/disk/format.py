@@ -120,9 +120,13 @@ FRAME_HEADER_FIELDS: Final = (
     ("incarnation", "16s", "incarnation id of the session"),
     ("commit", "16s", "id of this commit"),
     ("base", "16s", "id of the commit it was built on; zeros at a creation"),
+    ("accessed", "d", "last accessed, wall seconds"),
+    ("deadline", "d", "deadline, wall seconds; infinity: never expires"),
+    ("cap", "d", "deadline that no renewal moves, wall seconds; infinity: none"),
+    ("user", "I", "bits 0-30: CRC-32C of the user id, 0: none; bit 31: an access renews"),
     ("header_checksum", "I", "CRC-32C of salt, header and key"),
 )
-_FRAME_HEADER: Final = Struct("<4sBBHIIQQ48s")
+_FRAME_HEADER: Final = Struct("<4sBBHIIQQ48sdddI")
 _CHECKSUM: Final = Struct("<I")
 _pack_header = _FRAME_HEADER.pack
 _pack_checksum = _CHECKSUM.pack
@@ -140,8 +144,8 @@ class FrameType(IntEnum):
     """Frame types. An unknown type with valid checksums is corruption."""
 
     PUT = 1  # a whole record without its two leading ids, which are in the header
-    DELETE = 2  # a tombstone; payload: DELETE_PAYLOAD
-    TOUCH = 3  # a renewal; payload: TOUCH_PAYLOAD
+    DELETE = 2  # a tombstone; no payload, `accessed` in the header says when
+    TOUCH = 3  # a renewal; no payload, its times are in the header
     PATCH = 4  # reserved: changed fields only
     FOOTER = 5  # the last frame of a sealed segment; payload: FOOTER_PAYLOAD
 
@@ -155,8 +159,6 @@ COMPRESSED: Final = 1
 COMPRESSION_MIN_BYTES: Final = 1024
 _RECORD_IDS_BYTES: Final = 32
 
-TOUCH_PAYLOAD: Final = Struct("<dd")  # last accessed, deadline: wall seconds
-DELETE_PAYLOAD: Final = Struct("<d")  # when: wall seconds
 FOOTER_PAYLOAD: Final = Struct("<QQQ")  # frames, lowest sequence, highest sequence
 
 
@@ -173,6 +175,10 @@ class Frame(NamedTuple):
     incarnation: bytes
     commit: bytes
     base: bytes
+    accessed: float
+    deadline: float
+    cap: float
+    user: int
 
     @property
     def length(self) -> int:
@@ -206,14 +212,18 @@ def encode_frame(
     payload: bytes | memoryview,
     sequence: int,
     durable_sequence: int,
-    ids: bytes,
+    ids: bytes = NO_IDS,
+    accessed: float = 0.0,
+    deadline: float = 0.0,
+    cap: float = 0.0,
+    user: int = 0,
     flags: int = 0,
     raw_bytes: int | None = None,
 ) -> bytes:
     """Encode one frame.
 
     `payload` is as it is to be stored (see `compress`); `ids` are incarnation, commit and base,
-    one behind the other.
+    one behind the other; times are wall seconds.
     """
     header = _pack_header(
         FRAME_MAGIC,
@@ -225,6 +235,10 @@ def encode_frame(
         sequence,
         durable_sequence,
         ids,
+        accessed,
+        deadline,
+        cap,
+        user,
     )
     header_checksum = _pack_checksum(crc32c(key, crc32c(header, salt_checksum)))
     body = b"".join((header, header_checksum, key, payload))
@@ -241,7 +255,7 @@ def decode_frame(
     here = len(data) - offset
     if here < FRAME_HEADER_BYTES:
         return Torn(FRAME_HEADER_BYTES)
-    (magic, kind, flags, key_bytes, payload_bytes, raw_bytes, sequence, durable, ids) = (
+    (magic, kind, flags, key_bytes, payload_bytes, raw_bytes, sequence, durable, ids, *rest) = (
         _unpack_header(data, offset)
     )
     if magic != FRAME_MAGIC:
@@ -278,6 +292,7 @@ def decode_frame(
         ids[:16],
         ids[16:32],
         ids[32:],
+        *rest,
     )
 
 

@@ -6,7 +6,7 @@ is random per directory, so nobody can choose ids that collide, and by chance tw
 sessions collide with probability 2^-82. The id in the frame is compared on every read all the same.
 
 Rows lie in small bytearrays, the *buckets*, found by the fingerprint's low bits; inside a bucket
-the C search of `bytearray.find` does the probing. A bucket holds about 8 rows. 1,024 shards
+the C search of `bytearray.find` does the probing. A bucket holds up to about 16 rows. 1,024 shards
 double their buckets independently, so that no growth step moves more than one shard.
 The garbage collector tracks one list per shard and nothing per session; a session costs about
 90 bytes of memory.

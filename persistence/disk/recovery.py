@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from struct import error as StructError  # noqa: N812 - the module calls it `error`
 from typing import Final
 
 from persistence.disk.caches import read_hint, read_snapshot, write_hint
@@ -38,13 +37,11 @@ from persistence.disk.filenames import (
 )
 from persistence.disk.files import NO_SPACE, Files, read_exactly, replace_file, write_exactly
 from persistence.disk.format import (
-    DELETE_PAYLOAD,
     FOOTER_PAYLOAD,
     INDEX_ROW,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SEGMENT_HEADER_BYTES,
-    TOUCH_PAYLOAD,
     Frame,
     FrameType,
     NewerFormat,
@@ -52,7 +49,6 @@ from persistence.disk.format import (
     SegmentKind,
     Torn,
     decode_segment_header,
-    record_of,
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index
 from persistence.disk.manifest import Manifest
@@ -60,7 +56,7 @@ from persistence.disk.reader import scan_frames
 from persistence.disk.segments import Damage, Segment
 from persistence.disk.writer import encode_footer
 from persistence.errors import DirectoryNotUsable
-from persistence.record import NEVER, cap_of, row_user_of, times_of
+from persistence.record import NEVER
 
 _log = logging.getLogger("persistence.recovery")
 
@@ -381,49 +377,26 @@ class Recovery:
     def _add_row(self, rows: bytearray, segment: Segment, offset: int, frame: Frame) -> None:
         """Add the index row of a frame that was scanned."""
         self.result.last_sequence = max(self.result.last_sequence, frame.sequence)
-        user = 0
-        cap = NEVER
         length = frame.length
-        if frame.type == FrameType.PUT:
-            row = self._put_times(frame)
-            if row is None:
-                self._damage(segment.number, offset, _text(frame.key), "the record is malformed")
-                row = (0.0, NEVER, NEVER, 0)
-            accessed, deadline, cap, user = row
-        elif frame.type == FrameType.TOUCH and len(frame.payload) == TOUCH_PAYLOAD.size:
-            accessed, deadline = TOUCH_PAYLOAD.unpack(frame.payload)
+        if frame.type == FrameType.FOOTER:
+            if len(frame.payload) != FOOTER_PAYLOAD.size:
+                self._damage(segment.number, offset, None, "the footer has a wrong size")
+            return
+        if frame.type == FrameType.TOUCH:
             length = ROW_IS_TOUCH
-        elif frame.type == FrameType.DELETE and len(frame.payload) == DELETE_PAYLOAD.size:
-            accessed = deadline = 0.0
+        elif frame.type == FrameType.DELETE:
             length = ROW_IS_DELETE
-        elif frame.type == FrameType.FOOTER and len(frame.payload) == FOOTER_PAYLOAD.size:
-            return
-        else:
-            self._damage(segment.number, offset, _text(frame.key), "the payload has a wrong size")
-            return
         rows += INDEX_ROW.pack(
             self._fingerprints.of(frame.key),
             frame.sequence,
-            accessed,
-            deadline,
-            cap,
+            frame.accessed,
+            frame.deadline,
+            frame.cap,
             segment.number,
             offset,
             length,
-            user,
+            frame.user,
         )
-
-    @staticmethod
-    def _put_times(frame: Frame) -> tuple[float, float, float, int] | None:
-        record = record_of(frame)
-        if record is None:
-            return None
-        try:
-            _, accessed, deadline, _ = times_of(record)
-            cap = cap_of(record)
-            return accessed, min(deadline, cap), cap, row_user_of(record)
-        except (StructError, IndexError):
-            return None
 
     def _report(self, segment: Segment, offset: int, found: object, rows: bytearray) -> None:
         """Report a defect. Where the key is intact, let reads of that session meet the damage.

@@ -109,6 +109,7 @@ class DiskTier:
             compression=config.compression == "lz4",
             next_number=self._next_number,
             last_sequence=recovered.last_sequence,
+            skew=time.skew,
         )
         self.compactor = Compactor(
             Surroundings(

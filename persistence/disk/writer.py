@@ -31,7 +31,6 @@ from persistence.disk.format import (
     FOOTER_PAYLOAD,
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
-    NO_IDS,
     PUT,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
@@ -99,6 +98,7 @@ class LogWriter:
         compression: whether payloads may be compressed.
         next_number: asked for the number of each new segment.
         last_sequence: the highest sequence number that was ever used.
+        skew: wall time minus engine time, seconds (see `clock.EngineTime`).
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class LogWriter:
         compression: bool,
         next_number: Callable[[], int],
         last_sequence: int,
+        skew: Callable[[], float],
     ) -> None:
         self._files = files
         self._directory = directory
@@ -118,6 +119,7 @@ class LogWriter:
         self._segment_bytes = segment_bytes
         self._compression = compression
         self._next_number = next_number
+        self._skew = skew
         self.sequence = last_sequence
         self.durable_sequence = last_sequence
         self.active: ActiveSegment | None = None
@@ -153,6 +155,7 @@ class LogWriter:
         salt_checksum = active.segment.salt_checksum
         number = active.segment.number
         durable_sequence = self.durable_sequence
+        skew = self._skew()  # frames carry wall time
         sequence = self.sequence
         end = self._pending_end
         rows = self._pending_rows
@@ -173,6 +176,10 @@ class LogWriter:
                 sequence,
                 durable_sequence,
                 write.ids,
+                write.accessed + skew,
+                write.deadline + skew,
+                write.cap + skew,
+                write.user,
                 flags,
                 raw_bytes,
             )
@@ -337,7 +344,6 @@ def encode_footer(salt_checksum: int, frames: int, lowest: int, highest: int) ->
         FOOTER_PAYLOAD.pack(frames, lowest, highest),
         sequence=highest,
         durable_sequence=highest,
-        ids=NO_IDS,
     )
 
 

@@ -107,9 +107,8 @@ class MemoryTier:
         now = self._monotonic() + self._base
         lives = shard.lives
         life = lives.get(session_id, self.default_life) if lives else self.default_life
-        if (last + life if life > 0 else -life) <= now or (
-            shard.caps and shard.caps.get(session_id, NEVER) <= now
-        ):
+        cap = shard.caps.get(session_id, NEVER) if shard.caps else NEVER
+        if (last + life if life > 0 else -life) <= now or cap <= now:
             shard.accessed[session_id] = last
             return None
         shard.accessed[session_id] = now
@@ -119,6 +118,7 @@ class MemoryTier:
         session._record = shard.records[session_id]
         session._accessed = now
         session._life = life
+        session._cap = cap
         session._time = self._time
         return session
 
