@@ -361,10 +361,8 @@ def record_of(frame: Frame) -> bytes | None:
     return None if raw is None else b"".join((frame.incarnation, frame.commit, raw))
 
 
-_FLAGS_AT: Final = 5
-_RAW_BYTES_AT: Final = 12
 _IDS_AT: Final = 32
-_PUT_START: Final = Struct("<4sB").pack(FRAME_MAGIC, FrameType.PUT)
+_unpack_start = Struct("<4sBBHII").unpack_from  # the frame header up to its lengths
 
 
 def read_put(frame: memoryview, key: bytes, salt_checksum: int) -> bytes | None:
@@ -374,20 +372,24 @@ def read_put(frame: memoryview, key: bytes, salt_checksum: int) -> bytes | None:
     """
     end = len(frame) - 4
     start = FRAME_HEADER_BYTES + len(key)
+    if end < start or _unpack_checksum(frame, end)[0] != crc32c(frame[:end], salt_checksum):
+        return None
+    magic, kind, flags, key_bytes, payload_bytes, raw_bytes = _unpack_start(frame)
     if (
-        end < start
-        or _unpack_checksum(frame, end)[0] != crc32c(frame[:end], salt_checksum)
-        or frame[:_FLAGS_AT] != _PUT_START
+        kind != PUT
+        or magic != FRAME_MAGIC
+        or key_bytes != len(key)
+        or payload_bytes != end - start
         or frame[FRAME_HEADER_BYTES:start] != key
     ):
         return None
-    if not frame[_FLAGS_AT]:
-        return b"".join((frame[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES], frame[start:end]))
-    raw_bytes = _unpack_checksum(frame, _RAW_BYTES_AT)[0]
-    raw = decompress(frame[_FLAGS_AT], bytes(frame[start:end]), raw_bytes)
-    if raw is None:
+    ids = frame[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES]
+    if not flags and raw_bytes == payload_bytes:
+        return b"".join((ids, frame[start:end]))
+    if flags != COMPRESSED:
         return None
-    return b"".join((frame[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES], raw))
+    raw = decompress(flags, bytes(frame[start:end]), raw_bytes)
+    return None if raw is None else b"".join((ids, raw))
 
 
 # --- index rows: entries of the in-memory index, of hints and of index snapshots -------------------

@@ -34,16 +34,14 @@ _pack = INDEX_ROW.pack
 _unpack = INDEX_ROW.unpack_from
 _TIMES: Final = Struct("<dd")
 _SEQUENCE: Final = Struct("<Q")
+_unpack_sequence = _SEQUENCE.unpack_from
 _SEQUENCE_AT: Final = 16
 _TIMES_AT: Final = 24
 _PLACE: Final = Struct("<III")
 _SEGMENT_OFFSET: Final = Struct("<II")
 _unpack_place = _PLACE.unpack_from
 _PLACE_AT: Final = 48
-_USER_TOP_AT: Final = 63
-_THREE_TIMES: Final = Struct("<ddd")
-_RENEWS_TOP: Final = ROW_RENEWS >> 24
-_NEVER: Final = float("inf")
+_BEHIND_SEQUENCE: Final = Struct("<dddIIII")
 
 assert INDEX_ROW_BYTES == 64
 assert 1 << _SHARD_BITS == SHARDS
@@ -126,12 +124,13 @@ class Index:
             fingerprint = row[:_FINGERPRINT_BYTES]
             bits = from_bytes(row[:6], "little")
             shard = shards[bits & _SHARD_MASK]
-            bucket = shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
+            place = (bits >> _SHARD_BITS) & (len(shard) - 1)
+            bucket = shard[place]
             at = bucket.find(fingerprint)
-            if at % INDEX_ROW_BYTES:  # also for -1
+            if at > 0 and at % INDEX_ROW_BYTES:
                 at = _find(bucket, fingerprint)
             if at < 0:
-                bucket += row
+                shard[place] = bucket + row  # not +=, which allocates an eighth more
                 self._grew(bits & _SHARD_MASK)
             else:
                 segment, _, length = _unpack_place(bucket, at + _PLACE_AT)
@@ -139,19 +138,35 @@ class Index:
                 replaced[segment] = replaced.get(segment, 0) + length
         return replaced
 
-    def put_newer(self, row: tuple[bytes, int, float, float, float, int, int, int, int]) -> None:
-        """Set a row unless one with a higher sequence is there; for recovery."""
-        fingerprint = row[0]
-        bits = int.from_bytes(fingerprint[:6], "little")
-        number = bits & _SHARD_MASK
-        shard = self._shards[number]
-        bucket = shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
-        at = _find(bucket, fingerprint)
-        if at < 0:
-            bucket += _pack(*row)
-            self._grew(number)
-        elif _SEQUENCE.unpack_from(bucket, at + _SEQUENCE_AT)[0] < row[1]:
-            bucket[at : at + INDEX_ROW_BYTES] = _pack(*row)
+    def reserve(self, count: int) -> None:
+        """Prepare an empty index for about `count` rows, so that loading them moves none."""
+        assert not self._count, "only an empty index"
+        buckets = 1
+        while buckets * _ROWS_PER_BUCKET * SHARDS < count:
+            buckets *= 2
+        self._shards = [[bytearray() for _ in range(buckets)] for _ in range(SHARDS)]
+
+    def load_newer(self, rows: bytes) -> None:
+        """Take packed rows, except where a row with a higher sequence is there.
+
+        For recovery: rows are counted, and full shards doubled, by `settle` only.
+        """
+        shards = self._shards
+        from_bytes = int.from_bytes
+        for start in range(0, len(rows), INDEX_ROW_BYTES):
+            row = rows[start : start + INDEX_ROW_BYTES]
+            fingerprint = row[:_FINGERPRINT_BYTES]
+            bits = from_bytes(row[:6], "little")
+            shard = shards[bits & _SHARD_MASK]
+            place = (bits >> _SHARD_BITS) & (len(shard) - 1)
+            bucket = shard[place]
+            at = bucket.find(fingerprint)
+            if at > 0 and at % INDEX_ROW_BYTES:
+                at = _find(bucket, fingerprint)
+            if at < 0:
+                shard[place] = bucket + row  # not +=, which allocates an eighth more
+            elif _unpack_sequence(bucket, at + _SEQUENCE_AT) < _unpack_sequence(row, _SEQUENCE_AT):
+                bucket[at : at + INDEX_ROW_BYTES] = row
 
     def _grew(self, number: int) -> None:
         """Count a new row of a shard; double its buckets when they are full."""
@@ -233,22 +248,28 @@ class Index:
         """Return the rows of one shard that carry this user tag (31 bits: verify the user)."""
         return [row for row in self.rows_of_shard(number) if row.user & USER_BITS == user]
 
-    def add_live_bytes(self, number: int, into: dict[int, int]) -> None:
-        """Add up, by segment, the lengths of the frames that the rows of one shard point to."""
-        place = _PLACE.unpack_from
-        for bucket in self._shards[number]:
-            for at in range(_PLACE_AT, len(bucket), INDEX_ROW_BYTES):
-                segment, _, length = place(bucket, at)
-                into[segment] = into.get(segment, 0) + length
+    def settle(self, number: int, divisor: int, live_bytes: dict[int, int]) -> None:
+        """End the loading of one shard: count its rows, double its buckets where they are full.
 
-    def grant_renewals(self, number: int, divisor: int) -> None:
-        """Move the deadlines that accesses renew by a `divisor`-th of their distance."""
-        for bucket in self._shards[number]:
-            for at in range(0, len(bucket), INDEX_ROW_BYTES):
-                accessed, deadline, cap = _THREE_TIMES.unpack_from(bucket, at + _TIMES_AT)
-                if deadline != _NEVER and bucket[at + _USER_TOP_AT] & _RENEWS_TOP:
-                    granted = deadline + max(0.0, deadline - accessed) / divisor
-                    _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, min(granted, cap))
+        Args:
+            number: the shard.
+            divisor: deadlines that accesses renew move by this fraction of their distance.
+            live_bytes: gets the lengths of the frames that the rows point to, by segment.
+        """
+        shard = self._shards[number]
+        count = sum(map(len, shard)) // INDEX_ROW_BYTES
+        self._count += count - self._counts[number]
+        self._counts[number] = count
+        while count > _ROWS_PER_BUCKET * len(shard):
+            shard = self._shards[number] = _doubled(shard)
+        unpack = _BEHIND_SEQUENCE.unpack_from
+        for bucket in shard:
+            for at in range(_TIMES_AT, len(bucket), INDEX_ROW_BYTES):
+                accessed, deadline, cap, segment, _, length, user = unpack(bucket, at)
+                live_bytes[segment] = live_bytes.get(segment, 0) + length
+                if user >= ROW_RENEWS and deadline < cap:
+                    granted = deadline + (deadline - accessed) / divisor
+                    _TIMES.pack_into(bucket, at, accessed, granted if granted < cap else cap)
 
     # --- snapshots ----------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from persistence.disk.files import NO_SPACE, Files, read_exactly, replace_file, 
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
     INDEX_ROW,
+    INDEX_ROW_BYTES,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SEGMENT_HEADER_BYTES,
@@ -63,6 +64,8 @@ _log = logging.getLogger("persistence.recovery")
 _ROWS_PER_STEP: Final = 2_000
 _FRAMES_PER_STEP: Final = 200
 _GRANT: Final = 8
+_SEQUENCE_COLUMN: Final = slice(2, None, INDEX_ROW_BYTES // 8)  # in rows as 64-bit numbers
+_LENGTH_COLUMN: Final = slice(14, None, INDEX_ROW_BYTES // 4)  # in rows as 32-bit numbers
 _TOMBSTONE_BYTES: Final = 128  # about; a hint does not tell the length
 
 
@@ -116,13 +119,13 @@ class Recovery:
         yield
         if self._take_snapshot(last_log):
             return
+        result.index.reserve(self._rows_at_most(headers))
         for number in sorted(headers):
             if number != last_log:
                 yield from self._load_sealed(headers[number])
         if last_log:
             yield from self._load_last(headers[last_log])
         yield from self._settle()
-        yield from self._count_live_bytes()
         assert all(segment.sealed for segment in result.segments.values()), "all must be sealed"
 
     # --- which segments there are ---------------------------------------------------------------
@@ -241,6 +244,19 @@ class Recovery:
         if last_log:
             result.segments[last_log].sealed = True  # a clean close seals before the snapshot
         return True
+
+    def _rows_at_most(self, headers: dict[int, SegmentHeader]) -> int:
+        """Return about how many rows the hints hold; segments without a hint do not count."""
+        total = 0
+        for number in headers:
+            path = f"{self._directory}/{hint_name(number)}"
+            if self._files.exists(path):
+                fd = self._files.open_read(path)
+                try:
+                    total += self._files.size(fd) // INDEX_ROW_BYTES
+                finally:
+                    self._files.close(fd)
+        return total
 
     def _load_sealed(self, header: SegmentHeader) -> Iterator[None]:
         segment = self.result.segments[header.number]
@@ -440,61 +456,65 @@ class Recovery:
 
     def _apply_rows(self, rows: memoryview, skew: float, segment: Segment) -> Iterator[None]:
         """Merge a segment's rows into the index; what is newest is decided by sequence."""
-        put_newer = self.result.index.put_newer
-        highest = self.result.last_sequence
-        for count, row in enumerate(INDEX_ROW.iter_unpack(rows)):
-            if count % _ROWS_PER_STEP == 0:
-                yield
+        if not rows:
+            return
+        result = self.result
+        result.last_sequence = max(
+            result.last_sequence, max(rows.cast("Q")[_SEQUENCE_COLUMN])
+        )
+        only_puts = min(rows.cast("I")[_LENGTH_COLUMN]) > ROW_IS_TOUCH
+        step = _ROWS_PER_STEP * INDEX_ROW_BYTES
+        for at in range(0, len(rows), step):
+            some = bytes(rows[at : at + step])
+            if not only_puts or skew:
+                some = self._puts_in_wall_time(some, skew, segment)
+            result.index.load_newer(some)
+            yield
+
+    def _puts_in_wall_time(self, rows: bytes, skew: float, segment: Segment) -> bytes:
+        """Return the puts among `rows`, in wall time; remember tombstones and touches."""
+        puts = []
+        for row in INDEX_ROW.iter_unpack(rows):
             fingerprint, sequence, accessed, deadline, cap, number, offset, length, user = row
-            highest = max(highest, sequence)
+            times = (accessed + skew, deadline + skew, cap + skew)
             if length > ROW_IS_TOUCH:
-                if skew:
-                    times = (accessed + skew, deadline + skew, cap + skew)
-                    row = (fingerprint, sequence, *times, number, offset, length, user)  # noqa: PLW2901 - the same row in wall time
-                put_newer(row)
+                puts.append(
+                    INDEX_ROW.pack(fingerprint, sequence, *times, number, offset, length, user)
+                )
             elif length == ROW_IS_DELETE:
                 segment.tombstone_bytes += _TOMBSTONE_BYTES
                 if sequence > self._deletes.get(fingerprint, 0):
                     self._deletes[fingerprint] = sequence
             elif sequence > self._touches.get(fingerprint, (0,))[0]:
-                self._touches[fingerprint] = (sequence, accessed + skew, deadline + skew)
-        self.result.last_sequence = highest
+                self._touches[fingerprint] = (sequence, *times[:2])
+        return b"".join(puts)
 
     def _settle(self) -> Iterator[None]:
-        """Apply tombstones and renewals, and grant the renewals that nobody recorded."""
-        index = self.result.index
-        for count, (fingerprint, sequence) in enumerate(self._deletes.items()):
-            row = index.get(fingerprint)
-            if row is not None and row.sequence < sequence:
-                index.remove(fingerprint)
-            if count % _ROWS_PER_STEP == 0:
-                yield
-        for count, (fingerprint, (sequence, accessed, deadline)) in enumerate(
-            self._touches.items()
-        ):
-            row = index.get(fingerprint)
-            if row is not None and row.sequence < sequence:
-                index.touch(fingerprint, accessed, deadline)
-            if count % _ROWS_PER_STEP == 0:
-                yield
-        yield from self._grant()
-
-    def _grant(self) -> Iterator[None]:
-        """Move each sliding deadline by an eighth of its TTL.
+        """Apply tombstones and renewals, grant the renewals that nobody recorded, count bytes.
 
         Renewals are recorded once an eighth of the TTL is unrecorded, so after a crash a session
         may have been renewed by that much without a trace. Too long is better than too short.
         """
-        for shard in range(SHARDS):
-            self.result.index.grant_renewals(shard, _GRANT)
-            if shard % 16 == 0:
+        index = self.result.index
+        for count, (fingerprint, (sequence, accessed, deadline)) in enumerate(
+            self._touches.items()
+        ):
+            put = index.sequence(fingerprint)
+            if put is not None and put < sequence:
+                index.touch(fingerprint, accessed, deadline)
+            if count % _ROWS_PER_STEP == 0:
                 yield
-
-    def _count_live_bytes(self) -> Iterator[None]:
         live: dict[int, int] = {}
         for shard in range(SHARDS):
-            self.result.index.add_live_bytes(shard, live)
-            if shard % 16 == 0:
+            index.settle(shard, _GRANT, live)
+            if shard % 8 == 0:
+                yield
+        for count, (fingerprint, deleted) in enumerate(self._deletes.items()):
+            row = index.get(fingerprint)
+            if row is not None and row.sequence < deleted:
+                index.remove(fingerprint)
+                live[row.segment] -= row.length
+            if count % _ROWS_PER_STEP == 0:
                 yield
         for number, segment in self.result.segments.items():
             segment.live_bytes = live.get(number, 0)
