@@ -17,7 +17,6 @@ from persistence.disk.index import SHARDS, Index
 from persistence.disk.segments import Segment
 
 _COVERED = Struct("<QQI")
-_MAX_SNAPSHOT_SKEW_SECONDS = 1.0
 _SNAPSHOT_HEADER = Struct("<QQ")  # last sequence, number of segments
 _SNAPSHOT_SEGMENT = Struct("<QQ")  # live bytes, tombstone bytes; in the segments' order
 
@@ -68,14 +67,13 @@ def write_snapshot(
     index: Index,
     segments: Iterable[Segment],
     last_sequence: int,
-    skew: float,
 ) -> None:
-    """Write the snapshot of the whole index."""
+    """Write the snapshot of the whole index, whose times must be wall time by now."""
     ordered = sorted(segments, key=lambda item: item.number)
     counts = [_SNAPSHOT_SEGMENT.pack(item.live_bytes, item.tombstone_bytes) for item in ordered]
     start = _SNAPSHOT_HEADER.pack(last_sequence, len(ordered))
     body = b"".join((start, *counts, *index.images()))
-    data = encode_cache(directory_id, covers(ordered), skew, body)
+    data = encode_cache(directory_id, covers(ordered), 0.0, body)
     replace_file(files, directory, INDEX_SNAPSHOT, temporary_name(INDEX_SNAPSHOT), data)
 
 
@@ -84,16 +82,14 @@ def read_snapshot(
 ) -> tuple[Index, int, list[tuple[int, int]]] | None:
     """Return the index, the last sequence and each segment's (live, tombstone) bytes.
 
-    None unless the snapshot is intact and covers exactly `segments`. One that was taken while the
-    wall clock had been set is ignored too: its times would need converting one by one, which is
-    what hints are for.
+    None unless the snapshot is intact and covers exactly `segments`.
     """
     try:
         data = read_all(files, f"{directory}/{INDEX_SNAPSHOT}")
     except OSError:
         return None
     decoded = decode_cache(data, directory_id, covers(segments))
-    if decoded is None or abs(decoded[0]) > _MAX_SNAPSHOT_SKEW_SECONDS:
+    if decoded is None:
         return None
     try:
         return _decode_snapshot(decoded[1])

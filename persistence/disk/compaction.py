@@ -28,6 +28,7 @@ from typing import Any, Final, NamedTuple
 from persistence.disk.filenames import segment_name, temporary_name
 from persistence.disk.files import Files, write_exactly
 from persistence.disk.format import (
+    FOOTER_BYTES,
     INDEX_ROW,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
@@ -52,26 +53,29 @@ _LENGTH: Final = 7  # the column of an index row
 def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
     """Return the segments to merge next, or none. Pure.
 
-    In this order: segments with nothing live; segments that are dead to `_MIN_DEAD_FRACTION`, the
-    deadest first, as many as fill one output; the oldest segments, when tombstones have piled up
-    (only together with everything older can they go); many small ones.
+    In this order: segments that are dead to `_MIN_DEAD_FRACTION`, the deadest first, as many as
+    fill one output; the oldest segments, when tombstones have piled up (only together with
+    everything older can they go); many small ones.
+
+    A merge always makes progress, so merging comes to an end: its outputs hold nothing that counts
+    as dead, and tombstones that had to be kept are looked at again only when what they wait for
+    has changed.
     """
+    everything = list(segments)
     usable = [
         item
-        for item in segments
+        for item in everything
         if item.sealed and not (item.damaged or item.unapplied or item.without_rows)
     ]
-    empty = [item for item in usable if not item.live_bytes and not item.tombstone_bytes]
-    if empty:
-        return empty[:_MAX_INPUTS]
     dead = sorted(
-        (item for item in usable if item.dead_bytes >= _MIN_DEAD_FRACTION * item.length),
+        (item for item in usable if item.dead_bytes > _MIN_DEAD_FRACTION * item.length),
         key=lambda item: item.dead_bytes / item.length,
         reverse=True,
     )
-    if dead:
-        return _as_many_as_fit(dead, segment_bytes)
-    buried = _oldest_with_tombstones(usable)
+    empty = [item for item in usable if item.length <= SEGMENT_HEADER_BYTES + FOOTER_BYTES]
+    if dead or empty:
+        return _as_many_as_fit([*empty, *dead], segment_bytes)
+    buried = _oldest_with_tombstones(usable, everything)
     if buried:
         return buried
     small = [item for item in usable if item.length < segment_bytes * _SMALL_FRACTION]
@@ -89,15 +93,18 @@ def _as_many_as_fit(segments: list[Segment], segment_bytes: int) -> list[Segment
     return chosen
 
 
-def _oldest_with_tombstones(usable: list[Segment]) -> list[Segment]:
+def _oldest_with_tombstones(usable: list[Segment], everything: list[Segment]) -> list[Segment]:
     """Return the oldest segments up to the first with tombstones that can go, if it pays."""
     total = sum(item.length for item in usable)
     buried = sum(item.tombstone_bytes for item in usable)
     if buried <= _MAX_TOMBSTONE_FRACTION * total:
         return []
     ordered = sorted(usable, key=lambda item: item.lowest_sequence)
-    worth = [place for place, item in enumerate(ordered) if item.tombstone_bytes * 8 > item.length]
-    return ordered[: worth[0] + 1] if worth else []
+    for place, item in enumerate(ordered):
+        chosen = ordered[: place + 1]
+        if item.tombstone_bytes and lowest_outside(everything, chosen) > item.kept_until:
+            return chosen
+    return []
 
 
 def lowest_outside(segments: Iterable[Segment], inputs: Iterable[Segment]) -> int:
@@ -208,6 +215,8 @@ def add_frame(output: Output, source: Source, stamped: bytes, segment: int) -> N
         output.moved.append((source.fingerprint, place, (number, offset), len(stamped)))
     elif length == ROW_IS_DELETE:
         output.segment.tombstone_bytes += len(stamped)
+    else:
+        output.segment.touch_bytes += len(stamped)
     output.rows += INDEX_ROW.pack(
         source.fingerprint,
         source.sequence,
@@ -272,10 +281,15 @@ def finish_output(files: Files, directory: str, output: Output) -> None:
     files.sync_directory(directory)
 
 
-def abandon_output(files: Files, output: Output) -> None:
-    """Remove an output that will not be used."""
+def abandon_output(files: Files, directory: str, output: Output) -> None:
+    """Remove an output that will not be used, under whichever name it has by now.
+
+    Left behind, it would be a segment that nobody knows: after the next opening it could bring
+    back what a tombstone, dropped by then, had hidden.
+    """
     if output.fd >= 0:
         files.close(output.fd)
         output.fd = -1
     files.remove(output.path)
-
+    files.remove(f"{directory}/{segment_name(output.segment.number)}")
+    files.sync_directory(directory)

@@ -194,14 +194,17 @@ class Compactor:
 
     async def _abandon(self, outputs: list[Output]) -> None:
         for output in outputs:
-            await self._around.threads.read(abandon_output, self._around.files, output)
+            await self._around.threads.read(
+                abandon_output, self._around.files, self._around.directory, output
+            )
 
     # --- copying ----------------------------------------------------------------------------------
 
     async def _copy(self, inputs: list[Segment], outputs: list[Output]) -> Merge:
         """Copy what is live in `inputs`; `outputs` grows while it goes on."""
         around = self._around
-        merge = Merge(around.index, lowest_outside(around.segments.values(), inputs))
+        outside = lowest_outside(around.segments.values(), inputs)
+        merge = Merge(around.index, outside)
         lowest = min(item.lowest_sequence for item in inputs)
         slices = Slices(around.monotonic)
         rows = []
@@ -222,6 +225,8 @@ class Compactor:
             await self._copy_frames(source, wanted, skew, merge, outputs, lowest, slices)
         if outputs:
             await self._finish(outputs[-1])
+        for output in outputs:
+            output.segment.kept_until = outside
         return merge
 
     async def _rows(self, source: Segment) -> tuple[float, memoryview]:

@@ -160,6 +160,7 @@ COMPRESSION_MIN_BYTES: Final = 1024
 _RECORD_IDS_BYTES: Final = 32
 
 FOOTER_PAYLOAD: Final = Struct("<QQQ")  # frames, lowest sequence, highest sequence
+FOOTER_BYTES: Final = FRAME_OVERHEAD_BYTES + FOOTER_PAYLOAD.size
 
 
 class Frame(NamedTuple):

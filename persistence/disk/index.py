@@ -41,6 +41,7 @@ _PLACE: Final = Struct("<III")
 _SEGMENT_OFFSET: Final = Struct("<II")
 _unpack_place = _PLACE.unpack_from
 _PLACE_AT: Final = 48
+_THREE_TIMES: Final = Struct("<ddd")
 _BEHIND_SEQUENCE: Final = Struct("<dddIIII")
 
 assert INDEX_ROW_BYTES == 64
@@ -270,6 +271,15 @@ class Index:
                 if user >= ROW_RENEWS and deadline < cap:
                     granted = deadline + (deadline - accessed) / divisor
                     _TIMES.pack_into(bucket, at, accessed, granted if granted < cap else cap)
+
+    def shift_times(self, number: int, seconds: float) -> None:
+        """Add `seconds` to all times of one shard: from engine to wall time, after a clock jump."""
+        for bucket in self._shards[number]:
+            for at in range(_TIMES_AT, len(bucket), INDEX_ROW_BYTES):
+                accessed, deadline, cap = _THREE_TIMES.unpack_from(bucket, at)
+                _THREE_TIMES.pack_into(
+                    bucket, at, accessed + seconds, deadline + seconds, cap + seconds
+                )
 
     # --- snapshots ----------------------------------------------------------------------------
 

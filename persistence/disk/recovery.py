@@ -25,6 +25,7 @@ from typing import Final
 
 from persistence.disk.caches import read_hint, read_snapshot, write_hint
 from persistence.disk.filenames import (
+    INDEX_SNAPSHOT,
     MAX_SEGMENT_NUMBER,
     QUARANTINE,
     TEMPORARY_SUFFIX,
@@ -241,6 +242,9 @@ class Recovery:
         ):
             segment.live_bytes, segment.tombstone_bytes = live_bytes, tombstone_bytes
         result.clean = True
+        # Used up: a crash from now on is not a clean close, even if nothing is written before it.
+        self._files.remove(f"{self._directory}/{INDEX_SNAPSHOT}")
+        self._files.sync_directory(self._directory)
         if last_log:
             result.segments[last_log].sealed = True  # a clean close seals before the snapshot
         return True
@@ -485,8 +489,11 @@ class Recovery:
                 segment.tombstone_bytes += _TOMBSTONE_BYTES
                 if sequence > self._deletes.get(fingerprint, 0):
                     self._deletes[fingerprint] = sequence
-            elif sequence > self._touches.get(fingerprint, (0,))[0]:
-                self._touches[fingerprint] = (sequence, *times[:2])
+            else:
+                if segment.kind == SegmentKind.MERGED:
+                    segment.touch_bytes += _TOMBSTONE_BYTES
+                if sequence > self._touches.get(fingerprint, (0,))[0]:
+                    self._touches[fingerprint] = (sequence, *times[:2])
         return b"".join(puts)
 
     def _settle(self) -> Iterator[None]:

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import Files
-from persistence.disk.format import SEGMENT_HEADER_BYTES, SegmentHeader, SegmentKind
+from persistence.disk.format import (
+    FOOTER_BYTES,
+    SEGMENT_HEADER_BYTES,
+    SegmentHeader,
+    SegmentKind,
+)
 
 
 @dataclass(slots=True)
@@ -22,6 +27,11 @@ class Segment:
         length: bytes up to the end of the last good frame.
         live_bytes: bytes of frames that the index points to.
         tombstone_bytes: bytes of delete frames.
+        touch_bytes: bytes of touches that a merge found worth keeping. (In a log segment touches
+            count as dead: most of them are.)
+        kept_until: the tombstones in a merged segment were kept because older frames of their
+            sessions may be in a segment that goes back to this sequence number. Merging it again
+            is of use only when that has changed.
         lowest_sequence: no frame in it has a lower sequence number.
         unapplied: frames that are in the file but not in the index yet; while there are any, a
             compaction would take them for dead.
@@ -37,6 +47,8 @@ class Segment:
     length: int = SEGMENT_HEADER_BYTES
     live_bytes: int = 0
     tombstone_bytes: int = 0
+    touch_bytes: int = 0
+    kept_until: int = 0
     lowest_sequence: int = 0
     unapplied: int = 0
     rows: bytes | None = None
@@ -57,7 +69,8 @@ class Segment:
     @property
     def dead_bytes(self) -> int:
         """Bytes that a compaction would free for certain (tombstones are not counted)."""
-        return self.length - SEGMENT_HEADER_BYTES - self.live_bytes - self.tombstone_bytes
+        kept = self.live_bytes + self.tombstone_bytes + self.touch_bytes
+        return max(0, self.length - SEGMENT_HEADER_BYTES - FOOTER_BYTES - kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from persistence.disk.format import (
     PUT,
     read_put,
 )
-from persistence.disk.index import Fingerprints, Index, Row
+from persistence.disk.index import SHARDS, Fingerprints, Index, Row
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovered, Recovery
@@ -44,6 +44,7 @@ from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
 _log = logging.getLogger("persistence.disk")
 
 _STEPS_PER_HOP: Final = 4
+_NEGLIGIBLE_SKEW_SECONDS: Final = 1.0
 _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after which to look again
 
 
@@ -217,6 +218,7 @@ class DiskTier:
             if active is not None:
                 await self._sealed(active)
             await self._write_manifest(self._manifest.dropped)
+            await self._turn_into_wall_time()
             await self.threads.write(
                 write_snapshot,
                 self._files,
@@ -225,10 +227,18 @@ class DiskTier:
                 index=self.index,
                 segments=list(self.segments.values()),
                 last_sequence=self.writer.sequence,
-                skew=self._time.skew(),
             )
         except (OSError, DiskFull) as error:
             _log.warning("%s: no index snapshot at close: %s", self.directory, error)
+
+    async def _turn_into_wall_time(self) -> None:
+        """Convert the index' times for the snapshot; nothing to do unless the clock was set."""
+        skew = self._time.skew()
+        if abs(skew) < _NEGLIGIBLE_SKEW_SECONDS:
+            return
+        for shard in range(SHARDS):
+            self.index.shift_times(shard, skew)
+            await asyncio.sleep(0)
 
     def abandon(self) -> None:
         """Let go of everything without a word to the disk: after a fork, in the child."""

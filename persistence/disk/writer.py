@@ -29,7 +29,6 @@ from persistence.disk.format import (
     COMPRESSION_MIN_BYTES,
     DELETE,
     FOOTER_PAYLOAD,
-    FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
     PUT,
     ROW_IS_DELETE,
@@ -49,7 +48,6 @@ from persistence.errors import DiskFull, WriteOutcomeUnknown
 
 _pack_row = INDEX_ROW.pack
 _ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
-FOOTER_BYTES: Final = FRAME_OVERHEAD_BYTES + FOOTER_PAYLOAD.size
 
 
 class Write(Protocol):
@@ -231,6 +229,7 @@ class LogWriter:
                 write_exactly(self._files, active.fd, chunk, end)
                 end += len(chunk)
         except OSError as error:
+            self._pending_rows.clear()
             self._cut_back(active, error)
         if sync:
             self._sync(active.fd, active.path)
