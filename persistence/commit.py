@@ -207,14 +207,14 @@ class CommitQueue:
     def submit(self, commit: Commit, *, wait: bool = True) -> None:
         """Queue `commit`; with `wait`, its ``done`` resolves or fails once it is decided.
 
-        A put or a tombstone becomes the tail of its session's chain. No await may lie between
-        looking at the chain and this call.
+        A put or a tombstone becomes the tail of its session's chain (a spill does not: it is no
+        new version). No await may lie between looking at the chain and this call.
         """
         if self._closing:
             raise self._broken or ManagerClosed("the manager is closing: no more updates")
         if wait:
             commit.done = asyncio.Future(loop=self._loop)
-        if commit.kind != TOUCH:
+        if commit.kind != TOUCH and not commit.spills:
             commit.previous = self.tails.get(commit.session_id)
             self.tails[commit.session_id] = commit
         if commit.creates:
@@ -436,7 +436,11 @@ class CommitQueue:
 
     def _fail(self, commits: list[Commit], error: PersistenceError) -> None:
         """Fail `commits` and everything in the queue that was built on one of them."""
-        sessions = {commit.session_id for commit in commits if commit.kind != TOUCH}
+        sessions = {
+            commit.session_id
+            for commit in commits
+            if commit.kind != TOUCH and not commit.spills
+        }
         built_on_them = [commit for commit in self._queue if commit.session_id in sessions]
         if built_on_them:
             self._queue = deque(

@@ -17,7 +17,7 @@ _MIN_SWEEP_SECONDS: Final = 0.05
 _MAX_SWEEP_SECONDS: Final = 30.0
 
 
-def life_of(ttl_seconds: float, renews: bool, deadline: float) -> float:
+def life_of(ttl_seconds: float, renews: bool | int, deadline: float) -> float:
     """Return the *life* of a session, as the memory tier keeps it.
 
     Positive: a TTL that runs from the last access (infinite: never expires). Negative: a fixed

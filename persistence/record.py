@@ -374,6 +374,12 @@ def ttl_of(record: bytes) -> float:
     return ttl_seconds
 
 
+def ttl_and_flags_of(record: bytes) -> tuple[float, int]:
+    """Return the TTL of `record`, seconds, and its flags."""
+    ttl_seconds: float = _DOUBLE.unpack_from(record, 48)[0]
+    return ttl_seconds, record[FLAGS_AT]
+
+
 def flags_of(record: bytes) -> int:
     """Return the flags of `record`."""
     return record[FLAGS_AT]

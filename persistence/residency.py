@@ -5,7 +5,9 @@ Restoring copies the same bytes back. Concurrent reads of one cold session do on
 
 Invariants:
 - what memory holds is the newest acknowledged version;
-- a session is in the index, or in `unlogged` (and then resident), or it does not exist.
+- a session is in the index, or in `unlogged` (and then resident or leaving), or it does not exist.
+  *Leaving* means that it has left memory and is on its way into the log; until it is there, it is
+  found in the commit that carries it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ from persistence.disk.format import (
 )
 from persistence.disk.index import Row
 from persistence.disk.tier import DiskTier
-from persistence.errors import ManagerClosed, PersistenceError, SessionNotFound
+from persistence.errors import (
+    DiskFull,
+    ManagerClosed,
+    PersistenceError,
+    SessionNotFound,
+    printable,
+)
 from persistence.expiry import life_of, must_record, sweep_seconds
 from persistence.memory.tier import MemoryTier, charge, deadline_of
 from persistence.record import (
@@ -36,7 +44,7 @@ from persistence.record import (
     NO_ID,
     RENEWS,
     flags_of,
-    ttl_of,
+    ttl_and_flags_of,
     user_of,
 )
 from persistence.slices import Slices
@@ -74,6 +82,7 @@ class Residency:
         self.memory = memory
         self.disk = disk
         self.unlogged: set[str] = set()
+        self._leaving: dict[str, Commit] = {}
         self.restored = 0
         self.spilled = 0
         self.spill_failures = 0
@@ -106,18 +115,31 @@ class Residency:
                     self.unlogged.discard(commit.session_id)
                 if not commit.spills:
                     self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
-                elif memory.peek(commit.session_id) is record:
-                    self._leave(commit.session_id, commit.key, commit.fingerprint)
+                elif self._leaving.get(commit.session_id) is commit:
+                    del self._leaving[commit.session_id]
+                    self.spilled += 1
                 if memory.used_bytes > self._threshold_bytes:
                     self.spill_down()
             elif commit.kind == DELETE:
                 memory.remove(commit.session_id)
+                self._leaving.pop(commit.session_id, None)
                 self.unlogged.discard(commit.session_id)
 
     def failed(self, commit: Commit) -> None:
-        """A commit failed: a spill leaves its session in memory."""
-        if commit.spills:
-            self.spill_failures += 1
+        """A commit failed: a spilled session comes back into memory."""
+        if not commit.spills:
+            return
+        self.spill_failures += 1
+        if self._leaving.get(commit.session_id) is commit:
+            self._come_back(commit)
+
+    def _come_back(self, commit: Commit) -> None:
+        """Make a leaving session resident again."""
+        assert commit.record is not None, "a spill carries its record"
+        del self._leaving[commit.session_id]
+        self.memory.put(
+            commit.session_id, commit.record, commit.accessed, commit.life, commit.cap
+        )
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -136,14 +158,17 @@ class Residency:
 
     def _restore(self, session_id: str, record: bytes, row: Row) -> Base:
         """Take in a record that was read from the log."""
-        ttl_seconds = ttl_of(record)
-        life = life_of(ttl_seconds, bool(flags_of(record) & RENEWS), row.deadline)
+        _, _, accessed, deadline, cap, *_ = row
+        ttl_seconds, flags = ttl_and_flags_of(record)
+        life = life_of(ttl_seconds, flags & RENEWS, deadline)
         # Recovery may have granted more than one TTL from the last recorded access.
-        accessed = max(row.accessed, row.deadline - life) if 0 < life < NEVER else row.accessed
-        self._keep(session_id, record, accessed, life, row.cap)
+        if 0 < life < NEVER and deadline - life > accessed:
+            accessed = deadline - life
+        self._keep(session_id, record, accessed, life, cap)
         self.restored += 1
-        self.spill_down(spare=session_id)
-        return record, life, row.cap
+        if self.memory.used_bytes > self._threshold_bytes:
+            self.spill_down(spare=session_id)
+        return record, life, cap
 
     def _is_over(self, commit: Commit) -> bool:
         """Whether a version in flight has no session any more: an end, or past its deadline."""
@@ -198,6 +223,9 @@ class Residency:
             if session_id in self.memory:
                 await self.expire(session_id, key)
                 return None
+            if self._leaving and session_id in self._leaving:
+                self._come_back(self._leaving[session_id])
+                continue
             fingerprint = self.disk.fingerprint(key)
             row = self.disk.index.get(fingerprint)
             if row is None:
@@ -216,8 +244,8 @@ class Residency:
                 # version if its row has not changed; else look again.
                 record, row = found
                 if self.disk.index.get(fingerprint) == row:
-                    renews = bool(flags_of(record) & RENEWS)
-                    return record, life_of(ttl_of(record), renews, row.deadline), row.cap
+                    ttl_seconds, flags = ttl_and_flags_of(record)
+                    return record, life_of(ttl_seconds, flags & RENEWS, row.deadline), row.cap
 
     async def _read_in_thread(
         self, session_id: str, key: bytes, fingerprint: bytes
@@ -259,6 +287,9 @@ class Residency:
         """Return the deadline of the acknowledged version of a session; None: there is none."""
         if session_id in self.memory:
             return self.memory.deadline(session_id)
+        leaving = self._leaving.get(session_id)
+        if leaving is not None:
+            return leaving.deadline
         row = self.disk.index.get(self.disk.fingerprint(key))
         return None if row is None else row.deadline
 
@@ -323,13 +354,11 @@ class Residency:
         memory = self.memory
         if memory.used_bytes <= self._threshold_bytes:
             return
-        limit = _VICTIMS_PER_WRITE
         while True:
-            victims = memory.victims(self._target_bytes, limit)
-            left = [self._evict(victim) for victim in victims if victim != spare]
-            if memory.used_bytes <= memory.budget_bytes or not any(left):
+            victims = memory.victims(self._target_bytes, _VICTIMS_PER_WRITE)
+            self._evict([victim for victim in victims if victim != spare])
+            if memory.used_bytes <= memory.budget_bytes or victims in ([], [spare]):
                 break
-            limit = _VICTIMS_PER_STEP
         if memory.used_bytes > self._target_bytes:
             self._spill_in_background()
 
@@ -352,34 +381,46 @@ class Residency:
         Gives up when the disk takes nothing; the sessions stay in memory.
         """
         slices = Slices(self._clock.monotonic)
+        failures = self.spill_failures
         while self.memory.used_bytes > target_bytes:
-            failures = self.spill_failures
-            left = 0
-            for session_id in self.memory.victims(target_bytes, _VICTIMS_PER_STEP):
-                left += self._evict(session_id)
-                if slices.due():
-                    await slices.give_way()
+            victims = self.memory.victims(target_bytes, _VICTIMS_PER_STEP)
+            for start in range(0, len(victims), _VICTIMS_PER_WRITE):
+                self._evict(victims[start : start + _VICTIMS_PER_WRITE])
+                await slices.give_way_if_due()
                 if self._commits.is_full:
                     await self._commits.admission()
-            if not left:
-                # All of them have to be logged first and are on their way.
-                await self._commits.flush()
-            if self.spill_failures > failures or not (left or self.memory.used_bytes):
+            if not victims or self.spill_failures > failures:
                 return
-            await slices.give_way()
 
-    def _evict(self, session_id: str) -> bool:
-        """Let a session leave memory; False when it is not in the log yet (it will follow)."""
-        record = self.memory.peek(session_id)
-        if record is None:
-            return False
-        key = session_id.encode()
-        fingerprint = self.disk.fingerprint(key)
-        if session_id in self.unlogged:
-            self._submit_spill(session_id, key, fingerprint, record)
-            return False
-        self._leave(session_id, key, fingerprint)
-        return True
+    def _evict(self, session_ids: Sequence[str]) -> None:
+        """Let sessions leave memory; those that are not in the log yet are on their way then."""
+        take = self.memory.take
+        fingerprint_of = self.disk.fingerprint
+        for session_id in session_ids:
+            taken = take(session_id)
+            if taken is None:
+                continue
+            key = session_id.encode()
+            if self.unlogged and session_id in self.unlogged:
+                self._submit_spill(session_id, key, *taken)
+                continue
+            _, accessed, life, cap = taken
+            deadline = accessed + life if life > 0 else -life
+            if cap < deadline:
+                deadline = cap
+            self.note_access(session_id, key, fingerprint_of(key), accessed, life, deadline)
+            self.spilled += 1
+
+    def _submit_spill(
+        self, session_id: str, key: bytes, record: bytes, accessed: float, life: float, cap: float
+    ) -> None:
+        commit = self.put_commit(session_id, key, record, accessed, life, cap)
+        commit.spills = True
+        self._leaving[session_id] = commit
+        try:
+            self._commits.submit(commit, wait=False)
+        except PersistenceError:  # closing, or broken
+            self.failed(commit)
 
     async def spill(self, session_id: str, key: bytes) -> None:
         """Let one session leave memory, committing it first where it has to be.
@@ -388,33 +429,16 @@ class Residency:
             DiskFull, WriteOutcomeUnknown: it could not be committed and stays in memory.
         """
         await self._commits.decided(session_id)
-        record = self.memory.peek(session_id)
-        if record is not None and session_id in self.unlogged:
-            commit = self._put_of_resident(session_id, key, record)
-            commit.spills = True
-            self._commits.submit(commit)
-            assert commit.done is not None, "submitted to be waited for"
-            await commit.done
-        elif record is not None and session_id not in self._commits.tails:
-            self._leave(session_id, key, self.disk.fingerprint(key))
-
-    def _leave(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
-        self._note_resident(session_id, key, fingerprint)
-        self.memory.remove(session_id)
-        self.spilled += 1
-
-    def _submit_spill(
-        self, session_id: str, key: bytes, fingerprint: bytes, record: bytes
-    ) -> None:
-        if session_id in self._commits.tails:
-            return  # on its way already, or replaced by something newer that is
-        commit = self._put_of_resident(session_id, key, record)
-        commit.fingerprint = fingerprint
-        commit.spills = True
-        try:
-            self._commits.submit(commit, wait=False)
-        except ManagerClosed:
-            self.spill_failures += 1
+        failures = self.spill_failures
+        unlogged = session_id in self.unlogged
+        self._evict([session_id])
+        if unlogged:
+            await self._commits.flush()
+            if session_id in self.unlogged and self.spill_failures > failures:
+                raise DiskFull(
+                    f"session {printable(session_id)} could not be logged and stays in memory; "
+                    "free some space"
+                )
 
     def _put_of_resident(self, session_id: str, key: bytes, record: bytes) -> Commit:
         accessed, life = self.memory.times(session_id)
@@ -490,7 +514,7 @@ class Residency:
     ) -> None:
         """Bring a last access into the index, and into the log if that is due."""
         before = self.disk.index.touch(fingerprint, accessed, deadline)
-        if before is None or not must_record(before, accessed, life):
+        if before is None or accessed == before or not must_record(before, accessed, life):
             return
         if session_id in self._commits.tails:
             return  # the put that is on its way carries a time of its own

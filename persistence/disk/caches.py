@@ -18,7 +18,7 @@ from persistence.disk.segments import Segment
 
 _COVERED = Struct("<QQI")
 _SNAPSHOT_HEADER = Struct("<QQ")  # last sequence, number of segments
-_SNAPSHOT_SEGMENT = Struct("<QQ")  # live bytes, tombstone bytes; in the segments' order
+_SNAPSHOT_SEGMENT = Struct("<QQQ")  # live, tombstone, touch bytes; in the segments' order
 
 
 def covers(segments: Iterable[Segment]) -> bytes:
@@ -70,7 +70,10 @@ def write_snapshot(
 ) -> None:
     """Write the snapshot of the whole index, whose times must be wall time by now."""
     ordered = sorted(segments, key=lambda item: item.number)
-    counts = [_SNAPSHOT_SEGMENT.pack(item.live_bytes, item.tombstone_bytes) for item in ordered]
+    counts = [
+        _SNAPSHOT_SEGMENT.pack(item.live_bytes, item.tombstone_bytes, item.touch_bytes)
+        for item in ordered
+    ]
     start = _SNAPSHOT_HEADER.pack(last_sequence, len(ordered))
     body = b"".join((start, *counts, *index.images()))
     data = encode_cache(directory_id, covers(ordered), 0.0, body)
@@ -79,8 +82,8 @@ def write_snapshot(
 
 def read_snapshot(
     files: Files, directory: str, directory_id: bytes, segments: Iterable[Segment]
-) -> tuple[Index, int, list[tuple[int, int]]] | None:
-    """Return the index, the last sequence and each segment's (live, tombstone) bytes.
+) -> tuple[Index, int, list[tuple[int, int, int]]] | None:
+    """Return the index, the last sequence and each segment's (live, tombstone, touch) bytes.
 
     None unless the snapshot is intact and covers exactly `segments`.
     """
@@ -97,7 +100,7 @@ def read_snapshot(
         return None
 
 
-def _decode_snapshot(body: memoryview) -> tuple[Index, int, list[tuple[int, int]]] | None:
+def _decode_snapshot(body: memoryview) -> tuple[Index, int, list[tuple[int, int, int]]] | None:
     last_sequence, count = _SNAPSHOT_HEADER.unpack_from(body, 0)
     at = _SNAPSHOT_HEADER.size
     behind = at + count * _SNAPSHOT_SEGMENT.size

@@ -82,6 +82,17 @@ def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segme
     return _as_many_as_fit(small, segment_bytes) if len(small) >= _MIN_SMALL_SEGMENTS else []
 
 
+def fade_touches(segments: Iterable[Segment], frames: int, sessions: int) -> None:
+    """Let a part of the kept touches count as dead, or they would pile up, merge after merge.
+
+    Nobody knows which touches are superseded, but `frames` frames have been written since the last
+    call, and each made the touch of one of `sessions` sessions superfluous.
+    """
+    for item in segments:
+        faded = -(-item.touch_bytes * frames // max(1, sessions))
+        item.touch_bytes -= min(item.touch_bytes, faded)
+
+
 def _as_many_as_fit(segments: list[Segment], segment_bytes: int) -> list[Segment]:
     chosen: list[Segment] = []
     nbytes = 0

@@ -18,6 +18,7 @@ from persistence.disk.compaction import (
     add_frame,
     choose_inputs,
     create_output,
+    fade_touches,
     finish_output,
     flush_output,
     lowest_outside,
@@ -81,7 +82,8 @@ class Surroundings:
     """What the compactor works on; owned by the disk tier.
 
     `publish` writes the manifest for (outputs, inputs): the moment of truth. `monotonic` and
-    `skew` are the clock's. `damage` reports a defect.
+    `skew` are the clock's. `damage` reports a defect. `frames_applied` counts the frames that the
+    index has taken in.
     """
 
     files: Files
@@ -96,6 +98,7 @@ class Surroundings:
     publish: Callable[[list[Segment], list[Segment]], Awaitable[None]]
     forget: Callable[[list[Segment]], Awaitable[None]]
     damage: Callable[[Segment, int, str], None]
+    frames_applied: Callable[[], int]
     monotonic: Callable[[], float]
     skew: Callable[[], float]
 
@@ -118,6 +121,7 @@ class Compactor:
         self._idle = asyncio.Event()
         self._idle.set()
         self._urgent = False
+        self._frames_seen = 0
         self._task: asyncio.Task[None] | None = None
         self.stats = CompactionStats()
 
@@ -147,6 +151,7 @@ class Compactor:
         while not self._stopping.is_set():
             await self._work.wait()
             self._work.clear()
+            self._fade_touches()  # once, so that traffic does not keep the merging going
             try:
                 while await self._merge_once():
                     pass
@@ -162,6 +167,12 @@ class Compactor:
             if not self._work.is_set():
                 self._idle.set()
         self._idle.set()
+
+    def _fade_touches(self) -> None:
+        around = self._around
+        frames = around.frames_applied()
+        fade_touches(around.segments.values(), frames - self._frames_seen, len(around.index))
+        self._frames_seen = frames
 
     async def _merge_once(self) -> bool:
         around = self._around

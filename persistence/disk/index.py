@@ -30,6 +30,7 @@ _SHARD_MASK: Final = SHARDS - 1
 _ROWS_PER_BUCKET: Final = 16
 _FINGERPRINT_BYTES: Final = 16
 
+_from_bytes = int.from_bytes
 _pack = INDEX_ROW.pack
 _unpack = INDEX_ROW.unpack_from
 _TIMES: Final = Struct("<dd")
@@ -46,6 +47,9 @@ _BEHIND_SEQUENCE: Final = Struct("<dddIIII")
 
 assert INDEX_ROW_BYTES == 64
 assert 1 << _SHARD_BITS == SHARDS
+
+
+_new_row = tuple.__new__  # Row._make checks the length first, in Python
 
 
 class Row(NamedTuple):
@@ -87,15 +91,17 @@ class Index:
         return self._count
 
     def _bucket(self, fingerprint: bytes) -> bytearray:
-        bits = int.from_bytes(fingerprint[:6], "little")
+        bits = _from_bytes(fingerprint[:6], "little")
         shard = self._shards[bits & _SHARD_MASK]
         return shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
 
     def get(self, fingerprint: bytes) -> Row | None:
         """Return the row of `fingerprint`, or None."""
         bucket = self._bucket(fingerprint)
-        at = _find(bucket, fingerprint)
-        return None if at < 0 else Row._make(_unpack(bucket, at))
+        at = bucket.find(fingerprint)
+        if at > 0 and at % INDEX_ROW_BYTES:
+            at = _find(bucket, fingerprint)
+        return None if at < 0 else _new_row(Row, _unpack(bucket, at))
 
     def place(self, fingerprint: bytes) -> tuple[int, int] | None:
         """Return (segment, offset) of a session's newest frame."""
@@ -180,7 +186,9 @@ class Index:
     def touch(self, fingerprint: bytes, accessed: float, deadline: float) -> float | None:
         """Set the times of a row; return its last access before, None when there is no row."""
         bucket = self._bucket(fingerprint)
-        at = _find(bucket, fingerprint)
+        at = bucket.find(fingerprint)
+        if at > 0 and at % INDEX_ROW_BYTES:
+            at = _find(bucket, fingerprint)
         if at < 0:
             return None
         before: float = _TIMES.unpack_from(bucket, at + _TIMES_AT)[0]

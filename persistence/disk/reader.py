@@ -37,6 +37,8 @@ class FrameReader:
         self._files = files
         self._segments = segments
         self._threads = threads
+        self._read_cached = files.read_cached
+        self._fd = segments.fd
         self._buffer = memoryview(bytearray(64 * 1024))
         self._can_ask = True
         self.cached_reads = 0
@@ -50,7 +52,7 @@ class FrameReader:
             self._buffer = memoryview(bytearray(length))
         buffer = self._buffer[:length]
         try:
-            got = self._files.read_cached(self._segments.fd(segment), buffer, offset)
+            got = self._read_cached(self._fd(segment), buffer, offset)
         except NotImplementedError:
             self._can_ask = False
             return None

@@ -80,6 +80,8 @@ class Recovered:
         segments: by number; all sealed.
         last_sequence: the highest sequence number in use.
         last_number: the highest segment number that was ever used.
+        unusable: segments that are missing, or whose header is damaged. The manifest goes on
+            naming them, so that each opening reports them and none removes what is left of them.
         damages: defects; sessions that they do not concern stay readable.
         clean: whether the directory had been closed cleanly.
         cut_bytes: length of the torn tail.
@@ -89,6 +91,7 @@ class Recovered:
     segments: dict[int, Segment] = field(default_factory=dict)
     last_sequence: int = 0
     last_number: int = 0
+    unusable: set[int] = field(default_factory=set)
     damages: list[Damage] = field(default_factory=list)
     clean: bool = False
     cut_bytes: int = 0
@@ -151,12 +154,17 @@ class Recovery:
             raise DirectoryNotUsable(f"{self._directory} has used up all segment numbers")
         headers = self._read_headers(sorted(live))
         for missing in sorted(manifest.sealed - numbers):
-            self._damage(missing, 0, None, "the segment is missing")
+            self._set_aside(missing, "the segment is missing")
         self._remove_dead(names, live)
         return headers
 
+    def _set_aside(self, number: int, reason: str) -> None:
+        self._damage(number, 0, None, reason)
+        self.result.unusable.add(number)
+
     def _read_headers(self, numbers: list[int]) -> dict[int, SegmentHeader]:
         headers = {}
+        headless: dict[int, bytes] = {}
         for number in numbers:
             fd = self._files.open_read(self._path(number))
             try:
@@ -177,10 +185,15 @@ class Recovery:
                         "move it away"
                     )
                 headers[number] = header
-            elif number == max(numbers) and number not in self._manifest.sealed:
+            else:
+                headless[number] = data
+        logs = [number for number, header in headers.items() if header.kind == SegmentKind.LOG]
+        for number, data in headless.items():
+            # Log segments are made one after the other, so only the newest can be half made.
+            if number > max(logs, default=0) and number not in self._manifest.sealed:
                 self._remove_torn_creation(number, data)
             else:
-                self._damage(number, 0, None, "the segment's header is damaged")
+                self._set_aside(number, "the segment's header is damaged")
         return headers
 
     def _remove_torn_creation(self, number: int, data: bytes) -> None:
@@ -193,7 +206,7 @@ class Recovery:
             self._files.close(fd)
         if size > SEGMENT_HEADER_BYTES:
             # More than a header: not a torn creation, whatever it is. It stays.
-            self._damage(number, 0, None, "the segment's header is damaged")
+            self._set_aside(number, "the segment's header is damaged")
             return
         if data.strip(b"\0"):
             self._quarantine(number, 0, data)
@@ -203,20 +216,26 @@ class Recovery:
     def _remove_dead(self, names: list[str], live: set[int]) -> None:
         """Unlink what a crash left behind: temporaries, replaced segments, hints of neither."""
         known = live | self._manifest.sealed
+        dead = []
         for name in names:
             number = parse_segment(name)
             hint = parse_hint(name)
-            dead = (
+            if (
                 (name.endswith(TEMPORARY_SUFFIX) and is_ours(name))
                 or (number is not None and number not in known)
                 or (hint is not None and hint not in known)
-            )
-            if dead:
-                self._files.remove(f"{self._directory}/{name}")
+            ):
+                dead.append(name)
+        if dead:
+            # A crash may have come before the manifest that dropped them was durable.
+            self._files.sync_directory(self._directory)
+        for name in dead:
+            self._files.remove(f"{self._directory}/{name}")
 
     def _open_sealed(self, headers: dict[int, SegmentHeader], last_log: int) -> None:
         for number, header in headers.items():
             segment = self.result.segments[number] = Segment.of(header)
+            self.result.last_sequence = max(self.result.last_sequence, header.base_sequence)
             fd = self._files.open_read(self._path(number))
             try:
                 segment.length = self._files.size(fd)
@@ -237,10 +256,11 @@ class Recovery:
         if found is None:
             return False
         result.index, result.last_sequence, counts = found
-        for segment, (live_bytes, tombstone_bytes) in zip(
+        for segment, (live_bytes, tombstone_bytes, touch_bytes) in zip(
             sorted(result.segments.values(), key=lambda item: item.number), counts, strict=True
         ):
             segment.live_bytes, segment.tombstone_bytes = live_bytes, tombstone_bytes
+            segment.touch_bytes = touch_bytes
         result.clean = True
         # Used up: a crash from now on is not a clean close, even if nothing is written before it.
         self._files.remove(f"{self._directory}/{INDEX_SNAPSHOT}")
@@ -295,9 +315,11 @@ class Recovery:
             self._damage(segment.number, segment.length, None, "the sealed segment has no footer")
 
     def _load_last(self, header: SegmentHeader) -> Iterator[None]:
-        """The last log segment: sealed if it has a hint, else whatever a crash made of it."""
+        """The last log segment: sealed if manifest or hint say so, else as a crash left it."""
         segment = self.result.segments[header.number]
-        if read_hint(self._files, self._directory, self._manifest.directory_id, segment):
+        if header.number in self._manifest.sealed or read_hint(
+            self._files, self._directory, self._manifest.directory_id, segment
+        ):
             segment.sealed = True
             yield from self._load_sealed(header)
         else:
@@ -421,7 +443,8 @@ class Recovery:
     def _report(self, segment: Segment, offset: int, found: object, rows: bytearray) -> None:
         """Report a defect. Where the key is intact, let reads of that session meet the damage.
 
-        Its older versions must not come back: that would be a wrong value.
+        Its older versions must not come back: that would be a wrong value. For the same reason a
+        damaged tombstone still is one: all that it says is in its header, which is intact.
         """
         if isinstance(found, Torn):
             self._damage(segment.number, offset, None, "the frame is cut off")
@@ -430,9 +453,12 @@ class Recovery:
         reason = getattr(found, "reason", "damaged")
         self._damage(segment.number, offset, None if key is None else _text(key), reason)
         sequence = getattr(found, "sequence", None)
-        if key and sequence is not None and getattr(found, "type", None) == FrameType.PUT:
+        kind = getattr(found, "type", None)
+        if key and sequence is not None and kind in (FrameType.PUT, FrameType.DELETE):
             self.result.last_sequence = max(self.result.last_sequence, sequence)
             length = getattr(found, "length", None) or 0
+            if kind == FrameType.DELETE:
+                length = ROW_IS_DELETE
             rows += INDEX_ROW.pack(
                 self._fingerprints.of(key),
                 sequence,

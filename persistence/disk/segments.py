@@ -27,8 +27,9 @@ class Segment:
         length: bytes up to the end of the last good frame.
         live_bytes: bytes of frames that the index points to.
         tombstone_bytes: bytes of delete frames.
-        touch_bytes: bytes of touches that a merge found worth keeping. (In a log segment touches
-            count as dead: most of them are.)
+        touch_bytes: bytes of touches that a merge found worth keeping, as far as they are still
+            believed to be (see `compaction.fade_touches`). In a log segment touches count as dead:
+            most of them are.
         kept_until: the tombstones in a merged segment were kept because older frames of their
             sessions may be in a segment that goes back to this sequence number. Merging it again
             is of use only when that has changed.
@@ -116,7 +117,8 @@ class OpenSegments:
 
     def fd(self, number: int) -> int:
         """Return an open file of segment `number`, for use before the next await."""
-        return self._file(number).fd
+        file = self._open.get(number)
+        return self._file(number).fd if file is None else file.fd
 
     def _file(self, number: int) -> _OpenFile:
         file = self._open.get(number)

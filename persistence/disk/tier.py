@@ -98,7 +98,10 @@ class DiskTier:
         self.damages: list[Damage] = recovered.damages
         self.opened_clean = recovered.clean
         self._last_number = recovered.last_number
+        self._next_log_number = recovered.last_number + 1  # at least
+        self._unusable = recovered.unusable
         self._dead_since_check = 0
+        self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)
@@ -126,6 +129,7 @@ class DiskTier:
                 publish=self._publish,
                 forget=self._forget,
                 damage=self._note_damage,
+                frames_applied=lambda: self._frames_applied,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -338,6 +342,9 @@ class DiskTier:
     async def _rotate(self) -> None:
         try:
             sealed = await self.threads.write(self.writer.seal)
+            # Taken before the thread takes the number itself: a manifest that is written in
+            # between must not know of the new segment, or it would pass for a dead one.
+            self._next_log_number = self._last_number + 1
             if sealed is not None:
                 sealed.segment.rows = bytes(sealed.rows)
                 self._run_in_background(self._sealed(sealed))
@@ -376,6 +383,7 @@ class DiskTier:
         """Let the index know frames of one segment that have been written, in order."""
         segment = self.segments[writes[0].segment]
         segment.unapplied -= len(writes)
+        self._frames_applied += len(writes)
         start = 0
         for at, write in enumerate(writes):
             if write.kind != PUT:
@@ -417,13 +425,16 @@ class DiskTier:
     async def _write_manifest(self, dropped: frozenset[int]) -> None:
         async with self._manifest_lock:
             active = self.writer.active
+            sealed = {item.number for item in self.segments.values() if item.sealed}
             manifest = Manifest(
                 self._manifest.directory_id,
                 self._manifest.fingerprint_key,
-                frozenset(item.number for item in self.segments.values() if item.sealed) - dropped,
+                frozenset(sealed | self._unusable) - dropped,
                 dropped,
-                active.segment.number if active is not None else self._last_number + 1,
+                active.segment.number if active is not None else self._next_log_number,
             )
+            if manifest == self._manifest:
+                return
             await self.threads.read(write_manifest, self._files, self.directory, manifest)
             self._manifest = manifest
 

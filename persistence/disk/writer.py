@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -360,9 +361,10 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
         files.sync(fd)
         files.sync_directory(directory)
     except OSError as error:
-        if fd >= 0:
-            files.close(fd)
-            files.remove(path)
+        with suppress(OSError):  # the first error is the one to report
+            if fd >= 0:
+                files.close(fd)
+                files.remove(path)
         if error.errno in NO_SPACE:
             raise DiskFull(
                 f"{path}: no space left for a new segment ({error.strerror}); reads and memory "

@@ -127,7 +127,10 @@ class MemoryTier:
         return self._shards[hash(session_id) & self._mask].records.get(session_id)
 
     def live(self, session_id: str) -> tuple[bytes, float, float] | None:
-        """Return (record, life, cap) of a resident, unexpired session, without accessing it."""
+        """Return (record, life, cap) of a resident, unexpired session, without accessing it.
+
+        None: not resident, or expired; `in` tells which.
+        """
         shard = self._shards[hash(session_id) & self._mask]
         record = shard.records.get(session_id)
         if record is None:
@@ -196,14 +199,20 @@ class MemoryTier:
 
     def remove(self, session_id: str) -> bytes | None:
         """Drop a session; return its record, or None when it was not resident."""
+        taken = self.take(session_id)
+        return None if taken is None else taken[0]
+
+    def take(self, session_id: str) -> tuple[bytes, float, float, float] | None:
+        """Remove a session; return its record, last access, life and cap; None: not resident."""
         shard = self._shards[hash(session_id) & self._mask]
         record = shard.records.pop(session_id, None)
-        if record is not None:
-            del shard.accessed[session_id]
-            shard.lives.pop(session_id, None)
-            shard.caps.pop(session_id, None)
-            self.used_bytes -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
-        return record
+        if record is None:
+            return None
+        self.used_bytes -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+        accessed = shard.accessed.pop(session_id)
+        life = shard.lives.pop(session_id, self.default_life) if shard.lives else self.default_life
+        cap = shard.caps.pop(session_id, NEVER) if shard.caps else NEVER
+        return record, accessed, life, cap
 
     def clear(self) -> None:
         """Drop everything."""
