@@ -1,15 +1,20 @@
-"""Bars: what a workload's result has to reach, judged on medians."""
+"""Bars: what a workload's result has to reach.
+
+Compared is within a repetition, where both had the same machine a moment apart; the median of
+these ratios (or differences) is judged. Medians taken first would compare a quiet minute of one
+contender with a busy minute of the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from benchmarks.contender import ENGINE, Metrics
+from benchmarks.contender import ENGINE, Metrics, median
 
-Medians = Mapping[str, Metrics]
-"""Contender's name -> metric's name -> median."""
+Samples = Mapping[str, Sequence[Metrics]]
+"""Contender's name -> what each of its repetitions measured."""
 
 
 class Kind(Enum):
@@ -44,20 +49,33 @@ class Verdict:
     passed: bool | None
 
 
-def judge(bar: Bar, medians: Medians, unit: str) -> Verdict:
+def judge(bar: Bar, samples: Samples, unit: str) -> Verdict:
     """Judge `bar`; `unit` is that of its metric."""
-    against = bar.against or ""
-    compared = bar.kind.value.format(limit=bar.limit, against=against, unit=unit)
+    compared = bar.kind.value.format(limit=bar.limit, against=bar.against or "", unit=unit)
     claim = f"{bar.metric} of {bar.ours} {compared}"
-    ours = medians.get(bar.ours, {}).get(bar.metric)
-    theirs = medians.get(against, {}).get(bar.metric)
-    if ours is None or (bar.against is not None and theirs is None):
+    ours = values(samples.get(bar.ours, ()), bar.metric)
+    theirs = values(samples.get(bar.against or "", ()), bar.metric)
+    if not ours or (bar.against is not None and not theirs):
         return Verdict(claim, "not measured", None)
     if bar.kind is Kind.RATIO_AT_LEAST:
-        assert theirs, f"a ratio bar needs a peer: {bar}"
-        return Verdict(claim, f"{ours / theirs:.2f} ×", ours / theirs >= bar.limit)
+        measured = paired(ours, theirs, lambda our, their: our / their)
+        return Verdict(claim, f"{measured:.2f} ×", measured >= bar.limit)
     if bar.kind is Kind.EXCESS_AT_MOST:
-        assert theirs is not None, f"an excess bar needs a peer: {bar}"
-        return Verdict(claim, f"{ours - theirs:+,.0f}{unit}", ours - theirs <= bar.limit)
-    passed = ours >= bar.limit if bar.kind is Kind.AT_LEAST else ours <= bar.limit
-    return Verdict(claim, f"{ours:,.3g}{unit}" if ours < 1000 else f"{ours:,.0f}{unit}", passed)
+        measured = paired(ours, theirs, lambda our, their: our - their)
+        return Verdict(claim, f"{measured:+,.0f}{unit}", measured <= bar.limit)
+    measured = median(ours)
+    passed = measured >= bar.limit if bar.kind is Kind.AT_LEAST else measured <= bar.limit
+    digits = ",.3g" if measured < 1000 else ",.0f"
+    return Verdict(claim, f"{measured:{digits}}{unit}", passed)
+
+
+def values(samples: Sequence[Metrics], metric: str) -> list[float]:
+    """Return what was measured of `metric`, in the order of the repetitions."""
+    return [sample[metric] for sample in samples if metric in sample]
+
+
+def paired(
+    ours: Sequence[float], theirs: Sequence[float], compare: Callable[[float, float], float]
+) -> float:
+    """Return the median of `compare` over the repetitions that both have."""
+    return median(map(compare, ours, theirs))

@@ -14,10 +14,8 @@ from benchmarks.report import Printer, as_json, print_environment, print_result
 from benchmarks.runner import Result, run
 from benchmarks.sizes import FULL, QUICK, STANDARD, TINY, Sizes
 
-_LEGEND = (
-    "Medians of interleaved repetitions, each contender in a process of its own. 'survives': what "
-    "a write survives once it is acknowledged."
-)
+_LEGEND = """Medians of interleaved repetitions, each contender in a process of its own; ratios are
+medians of the ratios within a repetition. 'survives': what a write survives once acknowledged."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from benchmarks.bars import paired
 from benchmarks.contender import ENGINE, Metric
 from benchmarks.optional import UnavailableError, load
 from benchmarks.runner import Result, Row
@@ -22,8 +23,8 @@ _WIDTH = 120  # of what is written to a file or a pipe
 class Printer:
     """Prints tables: with rich where it is installed, else as aligned plain text."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
-        self._out = out
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out = out or sys.stdout
         try:
             self._tables = load("rich.table")
             console = load("rich.console").Console
@@ -85,7 +86,7 @@ def print_result(printer: Printer, result: Result) -> None:
     for verdict in result.verdicts:
         text = f"  {_PASSED[verdict.passed]}  {verdict.claim}: {verdict.measured}"
         printer.line(text, _STYLE[verdict.passed])
-    printer.line("")
+    printer.line(f"  took {result.seconds:.0f} s\n")
 
 
 def _heading(metric: Metric, alone: bool) -> Cells:
@@ -108,11 +109,11 @@ def _cells(row: Row, result: Result) -> Cells:
 
 def _ratio(metric: Metric, row: Row, result: Result) -> str:
     """Say how many times as fast, or as small, the first row is than this one."""
-    ours = result.rows[0].medians().get(metric.name)
-    theirs = row.medians()[metric.name]
-    if row is result.rows[0] or not ours or not theirs:
+    ours, theirs = result.rows[0].values(metric.name), row.values(metric.name)
+    if row is result.rows[0] or not ours:
         return ""
-    return f"{ours / theirs if metric.higher_is_better else theirs / ours:.2f} ×"
+    ratio = paired(ours, theirs, lambda our, their: our / their)
+    return f"{ratio if metric.higher_is_better else 1 / ratio:.2f} ×"
 
 
 def _number(value: float) -> str:
@@ -135,6 +136,7 @@ def _workload_json(result: Result) -> dict[str, Any]:
     return {
         "name": workload.name,
         "definition": workload.definition,
+        "seconds": result.seconds,
         "rows": [_row_json(row, workload.metrics) for row in result.rows],
         "bars": [asdict(verdict) for verdict in result.verdicts],
     }

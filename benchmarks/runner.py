@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.bars import Verdict, judge
+from benchmarks.bars import Verdict, judge, values
 from benchmarks.catalogue import Workload
-from benchmarks.contender import Contender, Metrics, median
+from benchmarks.contender import Contender, Metrics, Stopwatch, median
 from benchmarks.isolation import Failure, Isolated, Reply
 from benchmarks.scratch import Scratch
 from benchmarks.sizes import Sizes
@@ -28,7 +28,7 @@ class Row:
 
     def values(self, metric: str) -> list[float]:
         """Return what was measured of `metric`, in the order of the repetitions."""
-        return [sample[metric] for sample in self.samples if metric in sample]
+        return values(self.samples, metric)
 
     def medians(self) -> Metrics:
         """Return the median of every metric; {} when there is no sample."""
@@ -39,11 +39,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """A workload's rows, and its bars judged on their medians."""
+    """A workload's rows, its bars judged, and how long all of it took."""
 
     workload: Workload
     rows: list[Row]
     verdicts: list[Verdict]
+    seconds: float
 
     @property
     def broken(self) -> bool:
@@ -60,7 +61,7 @@ def run(workload: Workload, sizes: Sizes, scratch: Scratch, progress: Progress) 
     """Run one workload at `sizes` in directories of `scratch`; tell `progress` what happens."""
     contenders = workload.contenders(sizes)
     rows = [Row(each.name, each.durability) for each in contenders]
-    with scratch.directory(workload.name) as directory:
+    with Stopwatch() as watch, scratch.directory(workload.name) as directory:
         failure = _build(workload, sizes, directory, progress)
         if failure is not None:
             for row in rows:
@@ -71,10 +72,10 @@ def run(workload: Workload, sizes: Sizes, scratch: Scratch, progress: Progress) 
                 for number, (contender, row) in enumerate(zip(contenders, rows, strict=True))
             ]
             _interleave(workload, sizes, lanes, progress)
-    medians = {row.contender: row.medians() for row in rows}
+    samples = {row.contender: row.samples for row in rows}
     units = {metric.name: metric.unit for metric in workload.metrics}
-    verdicts = [judge(bar, medians, units[bar.metric]) for bar in workload.bars]
-    return Result(workload, rows, verdicts)
+    verdicts = [judge(bar, samples, units[bar.metric]) for bar in workload.bars]
+    return Result(workload, rows, verdicts, watch.seconds)
 
 
 def _build(workload: Workload, sizes: Sizes, directory: Path, progress: Progress) -> Failure | None:

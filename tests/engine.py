@@ -39,11 +39,14 @@ class Gate:
         self._changed = threading.Condition()
         self._passes = math.inf
         self._waiting = 0
+        self._calls = 0
+        self._free_from = math.inf
 
     def hold(self) -> None:
         """Hold every call from now on."""
         with self._changed:
             self._passes = 0
+            self._free_from = math.inf
 
     def let_pass(self, count: float = math.inf) -> None:
         """Let the next `count` calls through: by default all, the gate is open again."""
@@ -51,9 +54,18 @@ class Gate:
             self._passes += count
             self._changed.notify_all()
 
+    def let_others_pass(self) -> None:
+        """Go on holding the calls that stand here now, and no others."""
+        with self._changed:
+            self._free_from = self._calls
+
     def go_through(self) -> None:
         """Called in the thread that wants to pass."""
         with self._changed:
+            number = self._calls
+            self._calls += 1
+            if number >= self._free_from:
+                return
             self._waiting += 1
             self._changed.notify_all()
             passed = self._changed.wait_for(lambda: self._passes > 0, _PATIENCE_SECONDS)
@@ -81,6 +93,7 @@ class ScriptedFiles(Files):
         calls: how often each call was made.
         syncs: the gate before each sync of the log.
         writes: the gate before each write of the log.
+        reads: the gate before each read in a thread.
         full: whether the disk takes no more bytes.
         sync_error: what every sync of the log raises.
         tells_cached: False: like a file system that cannot tell what is in the page cache, so
@@ -91,6 +104,7 @@ class ScriptedFiles(Files):
         self.calls: Counter[str] = Counter()
         self.syncs = Gate()
         self.writes = Gate()
+        self.reads = Gate()
         self.full = False
         self.sync_error: BaseException | None = None
         self.tells_cached = True
@@ -101,6 +115,7 @@ class ScriptedFiles(Files):
         """Let everything through again."""
         self.syncs.let_pass()
         self.writes.let_pass()
+        self.reads.let_pass()
 
     def image(self, source: Path | str, target: Path) -> Path:
         """Copy a directory as a SIGKILL at this moment would leave it: between two calls."""
@@ -114,6 +129,8 @@ class ScriptedFiles(Files):
             return super().create(path)
 
     def read_at(self, fd: int, size: int, offset: int) -> bytes:
+        if _thread_name().startswith("persistence-reader"):
+            self.reads.go_through()
         self.calls["read_at"] += 1
         return super().read_at(fd, size, offset)
 
@@ -124,7 +141,7 @@ class ScriptedFiles(Files):
         return super().read_cached(fd, buffer, offset)
 
     def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> int:
-        if _in_writer_thread():
+        if _thread_name().startswith("persistence-writer"):
             self.writes.go_through()
         with self._still:
             self.calls["write_at"] += 1
@@ -164,8 +181,8 @@ class ScriptedFiles(Files):
             super().remove(path)
 
 
-def _in_writer_thread() -> bool:
-    return threading.current_thread().name.startswith("persistence-writer")
+def _thread_name() -> str:
+    return threading.current_thread().name
 
 
 def config_for(path: Path, **sections: dict[str, Any]) -> StateConfig:

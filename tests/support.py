@@ -35,12 +35,15 @@ def config(path: str = PATH, *, ttl_seconds: float = 3600, **disk: Any) -> State
 async def opened(
     files: Files, configuration: StateConfig | None = None, *, clock: Clock | None = None
 ) -> AsyncIterator[StateManager]:
-    """Open a manager; close it at the end if nobody did, and abandon it when it cannot close."""
-    state = StateManager(config=configuration or config(), clock=clock or ManualClock(), files=files)
+    """Open a manager; close it at the end, unless its disk is dead by then or it was abandoned."""
+    state = StateManager(
+        config=configuration or config(), clock=clock or ManualClock(), files=files
+    )
     await state.open()
     try:
         yield state
-        await state.close()
+        if not (isinstance(files, MemoryFiles) and files.is_dead):
+            await state.close()
     finally:
         await abandon(state)
 

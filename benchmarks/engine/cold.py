@@ -11,6 +11,7 @@ from benchmarks import payloads
 from benchmarks.access import Accesses
 from benchmarks.contender import Metrics, Stopwatch, check
 from benchmarks.engine.opened import DURABILITY, Engine, fill, in_tasks, wrong_sessions
+from benchmarks.pagecache import warm
 
 
 @dataclass
@@ -23,9 +24,11 @@ class ColdRestore(Engine):
     async def open(self, directory: Path) -> None:
         await self.open_state(directory, memory_bytes=self.memory_bytes)
         await fill(self.state, self.accesses.session_count)
+        self._directory = directory
         self._seed = 0
 
     async def measure(self) -> Metrics:
+        warm(self._directory)
         self._seed += 1
         indexes = self.accesses.indexes(self._seed)
         ids = [payloads.session_id(index) for index in indexes]

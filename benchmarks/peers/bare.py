@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.access import Accesses
 from benchmarks.contender import SYNCED, Contender, Metrics, Stopwatch, median
+from benchmarks.pagecache import warm
 
 LONE_APPEND = "bare write + fdatasync"
 
@@ -83,8 +84,10 @@ class Pread(Contender):
         frame = random.Random(3).randbytes(FRAME_BYTES)
         for _ in range(self.accesses.session_count):
             os.write(self._file, frame)
+        self._directory = directory
 
     async def measure(self) -> Metrics:
+        warm(self._directory)
         pread, file = os.pread, self._file
         indexes = self.accesses.indexes()
         with Stopwatch() as watch:

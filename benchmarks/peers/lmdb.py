@@ -15,6 +15,7 @@ from benchmarks import payloads
 from benchmarks.access import Accesses
 from benchmarks.contender import SYNCED, Contender, Metrics, Stopwatch, check
 from benchmarks.optional import load
+from benchmarks.pagecache import warm
 
 READ_MODIFY_WRITE = "LMDB read-modify-write"
 COMPRESSED_READ = "LMDB + LZ4 + msgpack"
@@ -114,9 +115,11 @@ class CompressedRead(Contender):
             for index in range(self.accesses.session_count):
                 value = block.compress(msgpack.packb(payloads.session(index)))
                 transaction.put(payloads.session_id(index).encode(), value)
+        self._directory = directory
         self._seed = 0
 
     async def measure(self) -> Metrics:
+        warm(self._directory)
         self._seed += 1
         indexes = self.accesses.indexes(self._seed)
         keys = [payloads.session_id(index) for index in indexes]

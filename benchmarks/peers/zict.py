@@ -14,6 +14,7 @@ from benchmarks import payloads
 from benchmarks.access import Accesses
 from benchmarks.contender import Contender, Metrics, Stopwatch, check
 from benchmarks.optional import load
+from benchmarks.pagecache import warm
 
 LRU_OF_BYTES = "zict.LRU of packed bytes"
 BUFFER_OVER_FILE = "zict.Buffer over File"
@@ -113,10 +114,12 @@ class BufferOverFile(Contender):
         self._buffer = zict.Buffer({}, slow, n=self.resident_count)
         for index in range(self.accesses.session_count):
             self._buffer[payloads.session_id(index)] = payloads.session(index)
+        self._directory = directory
         self._seed = 0
 
     async def measure(self) -> Metrics:
         keys = self._next_keys()
+        warm(self._directory)
         buffer = self._buffer
         with Stopwatch() as watch:
             for key, update in keys:

@@ -5,7 +5,10 @@ import pytest
 from benchmarks.bars import Bar, Kind, judge
 from benchmarks.contender import ENGINE, median, percentile
 
-MEDIANS = {ENGINE: {"rate": 150.0, "us": 320.0}, "peer": {"rate": 100.0, "us": 130.0}}
+SAMPLES = {
+    ENGINE: [{"rate": 150.0, "us": 320.0}],
+    "peer": [{"rate": 100.0, "us": 130.0}],
+}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +25,7 @@ MEDIANS = {ENGINE: {"rate": 150.0, "us": 320.0}, "peer": {"rate": 100.0, "us": 1
     ],
 )
 def test_a_bar_passes_exactly_when_its_claim_holds(bar: Bar, passed: bool) -> None:
-    assert judge(bar, MEDIANS, "/s").passed is passed
+    assert judge(bar, SAMPLES, "/s").passed is passed
 
 
 @pytest.mark.parametrize(
@@ -34,7 +37,15 @@ def test_a_bar_passes_exactly_when_its_claim_holds(bar: Bar, passed: bool) -> No
     ],
 )
 def test_a_bar_without_its_numbers_is_open_not_passed(bar: Bar) -> None:
-    assert judge(bar, MEDIANS, "").passed is None
+    assert judge(bar, SAMPLES, "").passed is None
+
+
+def test_contenders_are_compared_within_a_repetition() -> None:
+    # Twice as fast in two very different minutes out of three; the plain medians say 1 ×.
+    ours = [{"rate": 20.0}, {"rate": 200.0}, {"rate": 100.0}]
+    theirs = [{"rate": 10.0}, {"rate": 100.0}, {"rate": 100.0}]
+    bar = Bar("rate", Kind.RATIO_AT_LEAST, 2.0, "peer")
+    assert judge(bar, {ENGINE: ours, "peer": theirs}, "/s").measured == "2.00 ×"
 
 
 def test_medians_and_percentiles_are_samples() -> None:

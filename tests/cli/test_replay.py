@@ -228,7 +228,7 @@ def test_a_changed_session_is_found_and_listed(command: Command, log: Path, tmp_
     text = "\n".join(report["differences"])
     assert "field requests is -1" in text
     assert "is missing" in text
-    assert "stranger: is there, but no request in the log belongs to it" in text
+    assert "session 'stranger': is there, but no request in the log belongs to it" in text
     human = command("replay", log, "--directory", directory, "--resume")
     assert human.code == 1
     assert "NOT VERIFIED: 3 sessions differ" in human.out

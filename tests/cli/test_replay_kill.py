@@ -65,7 +65,9 @@ def state_of(directory: Path) -> State:
     """Return what the directory holds, by way of its export."""
 
     async def collected() -> State:
-        lines = [decode(encode(line_fields(session))) async for session in sessions_in(directory)]
+        lines = [
+            decode(encode(line_fields(session))) async for session in sessions_in(directory, [])
+        ]
         return {line["id"]: (line["data"], line.get("metadata")) for line in lines}
 
     return asyncio.run(collected())

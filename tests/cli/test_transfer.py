@@ -59,7 +59,7 @@ def contents(directory: Path) -> dict[str, tuple[Any, ...]]:
                 session.auto_renew,
                 session.max_requests,
             )
-            async for session in sessions_in(directory)
+            async for session in sessions_in(directory, [])
         }
 
     return asyncio.run(collected())
@@ -125,6 +125,23 @@ def test_exporting_does_not_change_the_sessions(
         assert command("export", source, "--output", output).code == 0
         exports.append(sorted(output.read_bytes().splitlines()))
     assert exports[0] == exports[1]
+
+
+def test_damaged_sessions_are_named_and_hold_back_no_others(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    segment = next(path for path in source.iterdir() if b"203.0.113.9" in path.read_bytes())
+    data = segment.read_bytes()
+    segment.write_bytes(data.replace(b"203.0.113.9", b"203.0.113.8"))
+    output = tmp_path / "sessions.jsonl"
+    result = command("export", source, "--output", output)
+    assert result.code == 1
+    assert f"left out: {segment} at offset" in result.err
+    assert "session 'full'" in result.err
+    assert {line["id"] for line in map(decode, output.read_bytes().splitlines())} == {
+        "for ever",
+        "日本\n\x1b",
+    }
 
 
 def test_an_export_that_fails_leaves_the_file_of_before(
@@ -269,4 +286,5 @@ def test_lines_tell_versions_and_times_for_information(
         line for line in map(decode, lines.read_bytes().splitlines()) if line["id"] == "full"
     )
     assert full["version"] == 1
-    assert full["expires_at"] - full["created_at"] == timedelta(seconds=600)
+    lives = full["expires_at"] - full["created_at"]
+    assert lives.total_seconds() == pytest.approx(600, abs=0.001)

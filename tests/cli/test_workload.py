@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persistence.cli.accesslog import Request, parse_line
-from persistence.cli.fold import differences, fold, same
+from persistence.cli.fold import Fold, differences, same
 from persistence.cli.workload import HISTORY_ENTRIES, apply_request, clean, session_id, status_class
 
 
@@ -20,6 +20,13 @@ def request(
     status: int | None = 200,
 ) -> Request:
     return Request(client, None, "t", "GET", url, "HTTP/1.1", status, 7, None, agent)
+
+
+def fold(log: list[Request]) -> dict[str, dict[str, Any]]:
+    folded = Fold()
+    for item in log:
+        folded.add(item)
+    return {sid: folded.data(sid) or {} for sid in folded.ids()}
 
 
 requests = st.lists(

@@ -111,7 +111,7 @@ class MemoryFiles(Files):
         self._open: dict[int, tuple[_File, str]] = {}
         self._next_fd = _FIRST_FD
 
-    # --- for tests: what is there -------------------------------------------------------------------
+    # --- for tests: what is there -----------------------------------------------------------------
 
     def contents(self, directory: str = "/") -> dict[str, bytes]:
         """Return every file below `directory`: path -> bytes."""
@@ -147,7 +147,7 @@ class MemoryFiles(Files):
         """The paths under which files were opened that are still open."""
         return sorted(path for _, path in self._open.values())
 
-    # --- for tests: crashes -------------------------------------------------------------------------
+    # --- for tests: crashes -----------------------------------------------------------------------
 
     def kill(self) -> None:
         """Let the process be dead: every later call raises `Killed` and does nothing."""
@@ -180,7 +180,7 @@ class MemoryFiles(Files):
             again._files[path] = again._durable[path] = file
         return again
 
-    # --- one call -----------------------------------------------------------------------------------
+    # --- one call ---------------------------------------------------------------------------------
 
     def _entering(self, call: Call) -> AbstractContextManager[int | None]:
         return _Entered(self, call)
@@ -239,7 +239,7 @@ class MemoryFiles(Files):
         if self.free_bytes is not None:
             self.free_bytes += nbytes
 
-    # --- Files ----------------------------------------------------------------------------------------
+    # --- Files ------------------------------------------------------------------------------------
 
     def make_directory(self, path: str) -> None:
         call = Call("make_directory", path)
