@@ -103,6 +103,7 @@ class StateManager:
         self._closing: asyncio.Task[None] | None = None
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
         self._resident: Callable[[str], Session | None] = self._refuse
+        self._restore_now: Callable[[str], Session | None] = self._refuse
 
     # --- opening and closing ------------------------------------------------------------------------
 
@@ -156,6 +157,7 @@ class StateManager:
         self._commits.start()
         self._start_background()
         self._resident = self._memory.access
+        self._restore_now = self._residency.restore_now
         self._is_open = True
         _open_managers.add(self)
 
@@ -363,8 +365,8 @@ class StateManager:
         if not renew:
             return await self._peek(session_id)
         try:
-            session = self._resident(session_id)
-        except TypeError:  # not hashable, so no str: _get_cold says it better
+            session = self._resident(session_id) or self._restore_now(session_id)
+        except TypeError:  # not hashable, so no session id: _get_cold says it better
             session = None
         if session is not None:
             return session

@@ -104,7 +104,8 @@ class Session:
         session._record = record
         session._accessed = accessed
         session._life = life
-        session._cap = cap
+        if cap != rec.NEVER:  # the hot path leaves it out
+            session._cap = cap
         session._time = time
         return session
 
@@ -184,7 +185,7 @@ class Session:
     def expires_at(self) -> datetime | None:
         """When the session expires if nobody accesses it again, aware UTC; None: never."""
         deadline = self._accessed + self._life if self._life > 0 else -self._life
-        deadline = min(deadline, self._cap)
+        deadline = min(deadline, getattr(self, "_cap", rec.NEVER))
         return None if deadline == rec.NEVER else _datetime(deadline + self._time.skew())
 
     @property

@@ -373,24 +373,25 @@ def read_put(frame: memoryview, key: bytes, salt_checksum: int) -> bytes | None:
     """
     end = len(frame) - 4
     start = FRAME_HEADER_BYTES + len(key)
-    if end < start or _unpack_checksum(frame, end)[0] != crc32c(frame[:end], salt_checksum):
+    data = frame.tobytes()  # slicing bytes takes half the time of slicing a view
+    if end < start or _unpack_checksum(data, end)[0] != crc32c(frame[:end], salt_checksum):
         return None
-    magic, kind, flags, key_bytes, payload_bytes, raw_bytes = _unpack_start(frame)
+    magic, kind, flags, key_bytes, payload_bytes, raw_bytes = _unpack_start(data)
     if (
         kind != PUT
         or magic != FRAME_MAGIC
         or key_bytes != len(key)
         or payload_bytes != end - start
-        or frame[FRAME_HEADER_BYTES:start] != key
+        or data[FRAME_HEADER_BYTES:start] != key
     ):
         return None
-    ids = frame[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES]
+    ids = data[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES]
     if not flags and raw_bytes == payload_bytes:
-        return b"".join((ids, frame[start:end]))
+        return ids + data[start:end]
     if flags != COMPRESSED:
         return None
-    raw = decompress(flags, bytes(frame[start:end]), raw_bytes)
-    return None if raw is None else b"".join((ids, raw))
+    raw = decompress(flags, data[start:end], raw_bytes)
+    return None if raw is None else ids + raw
 
 
 # --- index rows: entries of the in-memory index, of hints and of index snapshots -------------------

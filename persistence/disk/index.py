@@ -44,6 +44,7 @@ _unpack_place = _PLACE.unpack_from
 _PLACE_AT: Final = 48
 _THREE_TIMES: Final = Struct("<ddd")
 _BEHIND_SEQUENCE: Final = Struct("<dddIIII")
+_unpack_behind_sequence = _BEHIND_SEQUENCE.unpack_from
 
 assert INDEX_ROW_BYTES == 64
 assert 1 << _SHARD_BITS == SHARDS
@@ -102,6 +103,29 @@ class Index:
         if at > 0 and at % INDEX_ROW_BYTES:
             at = _find(bucket, fingerprint)
         return None if at < 0 else _new_row(Row, _unpack(bucket, at))
+
+    def find(
+        self, fingerprint: bytes
+    ) -> tuple[bytearray, int, tuple[float, float, float, int, int, int, int]] | None:
+        """Return where the row of `fingerprint` is, and all of it behind the sequence number.
+
+        (bucket, place in it, (accessed, deadline, cap, segment, offset, length, user)). Valid
+        until the index changes; `set_times` stores new times there without searching again.
+        """
+        bits = _from_bytes(fingerprint[:6], "little")
+        shard = self._shards[bits & _SHARD_MASK]
+        bucket = shard[(bits >> _SHARD_BITS) & (len(shard) - 1)]
+        at = bucket.find(fingerprint)
+        if at > 0 and at % INDEX_ROW_BYTES:
+            at = _find(bucket, fingerprint)
+        if at < 0:
+            return None
+        return bucket, at, _unpack_behind_sequence(bucket, at + _TIMES_AT)
+
+    @staticmethod
+    def set_times(bucket: bytearray, at: int, accessed: float, deadline: float) -> None:
+        """Set the times of a row that `find` found."""
+        _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
 
     def place(self, fingerprint: bytes) -> tuple[int, int] | None:
         """Return (segment, offset) of a session's newest frame."""

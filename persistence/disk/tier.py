@@ -252,10 +252,14 @@ class DiskTier:
 
     def read_now(self, row: Row, key: bytes) -> bytes | None:
         """Return the record that `row` points to if that needs no waiting, else None."""
-        frame = self.reader.cached(row.segment, row.offset, row.length)
+        return self.read_at(row.segment, row.offset, row.length, key)
+
+    def read_at(self, number: int, offset: int, length: int, key: bytes) -> bytes | None:
+        """Return the record at a place in the log if that needs no waiting, else None."""
+        frame = self.reader.cached(number, offset, length)
         if frame is None:
             return None
-        segment = self.segments.get(row.segment)
+        segment = self.segments.get(number)
         return None if segment is None else read_put(frame, key, segment.salt_checksum)
 
     async def read(self, fingerprint: bytes, key: bytes) -> tuple[bytes, Row] | None:

@@ -38,16 +38,18 @@ class _Shard:
     """`accessed` is in order of use, oldest first; the others are in no order.
 
     `lives` holds only those that differ from the default, `caps` only those that have a deadline
-    which no renewal moves: usually none at all.
+    which no renewal moves: usually none at all. `noted` holds, for restored sessions, the last
+    access that the index knows already: one that was not accessed again leaves without a word.
     """
 
-    __slots__ = ("accessed", "caps", "lives", "records")
+    __slots__ = ("accessed", "caps", "lives", "noted", "records")
 
     def __init__(self) -> None:
         self.records: dict[str, bytes] = {}
         self.accessed: dict[str, float] = {}
         self.lives: dict[str, float] = {}
         self.caps: dict[str, float] = {}
+        self.noted: dict[str, float] = {}
 
 
 def charge(session_id: str, record: bytes) -> int:
@@ -105,10 +107,10 @@ class MemoryTier:
         if last is None:
             return None
         now = self._monotonic() + self._base
-        lives = shard.lives
-        life = lives.get(session_id, self.default_life) if lives else self.default_life
-        cap = shard.caps.get(session_id, NEVER) if shard.caps else NEVER
-        if (last + life if life > 0 else -life) <= now or cap <= now:
+        if shard.lives or shard.caps:
+            return self._access_unusual(shard, session_id, last, now)
+        life = self.default_life
+        if last + life <= now:
             shard.accessed[session_id] = last
             return None
         shard.accessed[session_id] = now
@@ -118,9 +120,21 @@ class MemoryTier:
         session._record = shard.records[session_id]
         session._accessed = now
         session._life = life
-        session._cap = cap
         session._time = self._time
         return session
+
+    def _access_unusual(
+        self, shard: _Shard, session_id: str, last: float, now: float
+    ) -> Session | None:
+        """The same where some session of the shard has a life of its own, or a cap."""
+        life = shard.lives.get(session_id, self.default_life)
+        cap = shard.caps.get(session_id, NEVER)
+        if deadline_of(last, life) <= now or cap <= now:
+            shard.accessed[session_id] = last
+            return None
+        shard.accessed[session_id] = now
+        self.hits += 1
+        return Session.view(session_id, shard.records[session_id], now, life, cap, self._time)
 
     def peek(self, session_id: str) -> bytes | None:
         """Return the record of a resident session, expired or not, without accessing it."""
@@ -196,14 +210,37 @@ class MemoryTier:
             shard.caps[session_id] = cap
         elif shard.caps:
             shard.caps.pop(session_id, None)
+        if shard.noted:
+            shard.noted.pop(session_id, None)
+
+    def put_noted(
+        self, session_id: str, record: bytes, accessed: float, life: float, cap: float
+    ) -> None:
+        """Keep a session that is not resident, whose last access the index knows already."""
+        shard = self._shards[hash(session_id) & self._mask]
+        self.used_bytes = used = (
+            self.used_bytes + len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+        )
+        if used > self.peak_bytes:
+            self.peak_bytes = used
+        shard.records[session_id] = record
+        shard.accessed[session_id] = shard.noted[session_id] = accessed
+        if life != self.default_life:
+            shard.lives[session_id] = life
+        if cap != NEVER:
+            shard.caps[session_id] = cap
 
     def remove(self, session_id: str) -> bytes | None:
         """Drop a session; return its record, or None when it was not resident."""
         taken = self.take(session_id)
         return None if taken is None else taken[0]
 
-    def take(self, session_id: str) -> tuple[bytes, float, float, float] | None:
-        """Remove a session; return its record, last access, life and cap; None: not resident."""
+    def take(self, session_id: str) -> tuple[bytes, float, float, float, bool] | None:
+        """Remove a session; None: not resident.
+
+        Returns:
+            its record, last access, life and cap, and whether the index knows that last access.
+        """
         shard = self._shards[hash(session_id) & self._mask]
         record = shard.records.pop(session_id, None)
         if record is None:
@@ -212,12 +249,13 @@ class MemoryTier:
         accessed = shard.accessed.pop(session_id)
         life = shard.lives.pop(session_id, self.default_life) if shard.lives else self.default_life
         cap = shard.caps.pop(session_id, NEVER) if shard.caps else NEVER
-        return record, accessed, life, cap
+        noted = shard.noted.pop(session_id, None) == accessed if shard.noted else False
+        return record, accessed, life, cap, noted
 
     def clear(self) -> None:
         """Drop everything."""
         for shard in self._shards:
-            for table in (shard.records, shard.accessed, shard.lives, shard.caps):
+            for table in (shard.records, shard.accessed, shard.lives, shard.caps, shard.noted):
                 table.clear()
         self.used_bytes = 0
 
@@ -264,6 +302,7 @@ class MemoryTier:
             keys = shard.records.keys()
             assert keys == shard.accessed.keys() >= shard.lives.keys(), "tables differ"
             assert keys >= shard.caps.keys(), "caps of sessions that are not resident"
+            assert keys >= shard.noted.keys(), "notes on sessions that are not resident"
             total += sum(charge(name, record) for name, record in shard.records.items())
         assert total == self.used_bytes, (total, self.used_bytes)
 
