@@ -1,7 +1,10 @@
-"""A small executor of our own: threads that run only calls which release the interpreter lock.
+"""The disk tier's own threads. They run only calls which release the interpreter lock.
 
 Never the loop's default executor, which an application may have filled with slow work. One thread
-is the writer: appends and syncs happen in order. The others read and compact.
+is the *writer*: appends and syncs happen in order. It takes its calls from a plain queue and
+resolves loop futures itself, because that is on the way of every durable update and an executor
+costs a third more: its own future, a second one for the loop, and one more turn of the loop to
+copy the result. The *readers*, which read what is not cached and compact, are an executor.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, ParamSpec, TypeVar
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Final, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,29 +24,67 @@ _READERS: Final = 4
 
 
 class Threads:
-    """The disk tier's threads. Started on first use, joined by `close`."""
+    """Started on first use, joined by `close`. Used from one event loop."""
 
     def __init__(self) -> None:
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="persistence-writer")
+        self._calls: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
+        self._calls = SimpleQueue()
+        self._writer: Thread | None = None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="persistence-reader")
 
     def write(
         self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """Run `call` in the writer thread, after all earlier ones."""
-        return asyncio.get_running_loop().run_in_executor(
-            self._writer, lambda: call(*args, **kwargs)
-        )
+        loop = asyncio.get_running_loop()
+        if self._writer is None:
+            self._writer = Thread(
+                target=self._run, args=(loop,), name="persistence-writer", daemon=True
+            )
+            self._writer.start()
+        done: asyncio.Future[T] = loop.create_future()
+        self._calls.put((partial(call, *args, **kwargs), done))
+        return done
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (item := self._calls.get()) is not None:
+            call, done = item
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the call
+                resolve = partial(_fail, done, error)
+            else:
+                resolve = partial(_resolve, done, result)
+            try:
+                loop.call_soon_threadsafe(resolve)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
 
     def read(
         self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """Run `call` in one of the other threads."""
         return asyncio.get_running_loop().run_in_executor(
-            self._readers, lambda: call(*args, **kwargs)
+            self._readers, partial(call, *args, **kwargs)
         )
 
     def close(self) -> None:
         """Wait for what is running and end the threads."""
-        self._writer.shutdown(wait=True)
+        if self._writer is not None:
+            self._calls.put(None)
+            self._writer.join()
+            self._writer = None
         self._readers.shutdown(wait=True)
+
+
+def _resolve(done: asyncio.Future[T], result: T) -> None:
+    if not done.done():
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
+    if done.done():
+        return
+    if isinstance(error, StopIteration):  # a future does not take it
+        error = RuntimeError(f"the call raised {error!r}")
+    done.set_exception(error)
