@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -54,7 +55,8 @@ class Commit:
         nbytes: about how many bytes the frame takes, before compression.
         creates: it makes a session that was not there.
         previous: the commit in flight that this one was built on.
-        settled, failed: it has been decided, against it.
+        number: its place in the order of submission.
+        settled, failed, error: it has been decided, against it, and why.
         spills: drop the session from memory when this is in the log.
         done: resolved when acknowledged; None when nobody waits.
     """
@@ -69,6 +71,7 @@ class Commit:
         "creates",
         "deadline",
         "done",
+        "error",
         "failed",
         "fingerprint",
         "ids",
@@ -77,6 +80,7 @@ class Commit:
         "length",
         "life",
         "nbytes",
+        "number",
         "payload",
         "previous",
         "record",
@@ -119,6 +123,8 @@ class Commit:
         self.spills = False
         self.creates = False
         self.failed = False
+        self.error: PersistenceError | None = None
+        self.number = 0
         self.settled = False
         self.previous: Commit | None = None
         self.done: asyncio.Future[None] | None = None
@@ -166,7 +172,6 @@ class CommitQueue:
         self._work = asyncio.Event()
         self._closing = False
         self._submitted = 0
-        self._settled = 0
         self._inflight: list[list[Commit]] = []
         self._broken: WriteOutcomeUnknown | None = None
         self._admissions: deque[asyncio.Future[None]] = deque()
@@ -184,8 +189,11 @@ class CommitQueue:
 
     @property
     def is_full(self) -> bool:
-        """Whether a caller should wait in `admission` before it builds an update."""
-        return self.pending_bytes >= self._max_pending_bytes
+        """Whether a caller should wait in `admission` before it builds an update.
+
+        Also while others wait: whoever comes later gets its turn later.
+        """
+        return self.pending_bytes >= self._max_pending_bytes or bool(self._admissions)
 
     async def admission(self) -> None:
         """Wait while more than ``disk.queue_bytes`` are in flight: the back-pressure.
@@ -193,15 +201,21 @@ class CommitQueue:
         Woken one after the other: each wakes the next once it has got through, and by then has
         usually submitted, so that a thousand waiters do not overshoot the bound together.
         """
-        while self.is_full:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._admissions.append(turn)
+        if not self.is_full:
+            return
+        self._admissions.append(turn := self._loop.create_future())
+        while True:
             try:
                 await turn
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._admit()
+                if turn in self._admissions:
+                    self._admissions.remove(turn)
+                else:
+                    self._admit()  # it was this one's turn: pass it on
                 raise
+            if self.pending_bytes < self._max_pending_bytes:
+                break
+            self._admissions.appendleft(turn := self._loop.create_future())  # keep the place
         self._admit()
 
     def submit(self, commit: Commit, *, wait: bool = True) -> None:
@@ -221,6 +235,7 @@ class CommitQueue:
             self.creating += 1
         self.pending_bytes += commit.nbytes
         self._submitted += 1
+        commit.number = self._submitted
         if not self._queue:
             self._work.set()
         self._queue.append(commit)
@@ -255,6 +270,18 @@ class CommitQueue:
 
         tail.done.add_done_callback(resolve)
         await decided
+
+    async def outcome(self, session_id: str) -> None:
+        """Wait until what is in flight of one session is acknowledged.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: it failed.
+        """
+        tail = self.tails.get(session_id)
+        while tail is not None and not tail.settled:
+            await self.decided(session_id)
+        if tail is not None and tail.error is not None:
+            raise type(tail.error)(str(tail.error))
 
     async def close(self) -> None:
         """Decide what is queued, sync, and end the task."""
@@ -302,7 +329,7 @@ class CommitQueue:
                 written = []
             if writing is not None:
                 written = await self._finish(*writing)
-            if self._sync_due or any(target <= self._settled for target, _ in self._flushes):
+            if self._sync_due or self._flushes_due():
                 await self._sync()
         if self._disk.writer.poisoned is None:
             await self._sync()
@@ -414,7 +441,6 @@ class CommitQueue:
                 if commit.creates:
                     self.creating -= 1
             self._acknowledged(some)
-            self._settled += len(some)
             self.pending_bytes -= nbytes
             for commit in some:
                 done = commit.done
@@ -428,7 +454,7 @@ class CommitQueue:
 
     def _admit(self) -> None:
         """Wake whoever has waited longest for admission, if there is room."""
-        while self._admissions and not self.is_full:
+        while self._admissions and self.pending_bytes < self._max_pending_bytes:
             turn = self._admissions.popleft()
             if not turn.done():
                 turn.set_result(None)
@@ -449,9 +475,9 @@ class CommitQueue:
         doomed = [*commits, *built_on_them]
         for commit in doomed:
             commit.settled = commit.failed = True
+            commit.error = error
         for commit in doomed:
             self._withdraw(commit)
-            self._settled += 1
             self.pending_bytes -= commit.nbytes
             self._failed(commit)
             if commit.done is not None and not commit.done.done():
@@ -491,10 +517,21 @@ class CommitQueue:
         else:
             self._resolve_flushes(None)
 
+    def _oldest_undecided(self) -> float:
+        """Return the number of the first commit that has not been decided."""
+        for batch in self._inflight:
+            for commit in batch:
+                if not commit.settled:
+                    return commit.number
+        return self._queue[0].number if self._queue else math.inf
+
+    def _flushes_due(self) -> bool:
+        return bool(self._flushes) and self._oldest_undecided() > self._flushes[0][0]
+
     def _resolve_flushes(self, error: PersistenceError | None) -> None:
         waiting = []
         for target, flushed in self._flushes:
-            if error is None and self._settled < target:
+            if error is None and self._oldest_undecided() <= target:
                 waiting.append((target, flushed))
             elif not flushed.done():
                 if error is None:

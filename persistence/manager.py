@@ -271,6 +271,8 @@ class StateManager:
             }
         )
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
+        if self._residency.is_alive(session_id, key):
+            raise SessionExists(session_id)
         await self._check_session_limit()
         await self._admit()
         # From here to the submission nothing awaits, so two creations cannot both succeed.
@@ -388,7 +390,7 @@ class StateManager:
         """Return a view without counting it as an access."""
         self._check_open()
         key = check_session_id(session_id)
-        base = await self._residency.acknowledged_base(session_id, key)
+        base = await self._residency.acknowledged_base(session_id, key, access=False)
         if base is None:
             return None
         record, life, cap = base
@@ -457,7 +459,7 @@ class StateManager:
             return await self._update(session_id, lambda record: _drafted(record, function))
         fields = _drafted(base[0], function)
         if fields is None:
-            return self._renewed(session_id, session_id.encode(), base)
+            return await self._unchanged(session_id, session_id.encode(), base)
         commit = self._next_version(session_id, session_id.encode(), base, fields)
         await commit.done  # type: ignore[misc] - a future: submitted to be waited for
         return self._view(session_id, commit)
@@ -470,9 +472,14 @@ class StateManager:
 
     def _quick_base(self, session_id: str) -> Base | None:
         """Return what to build an update on if nothing has to be waited for; else None."""
-        if self._is_open and session_id not in self._locks.holders and not self._commits.is_full:
-            return self._residency.base_now(session_id)
-        return None
+        if not self._is_open or self._commits.is_full:
+            return None
+        try:
+            if session_id in self._locks.holders:
+                return None
+        except TypeError:  # not hashable, so no session id: _update says it better
+            return None
+        return self._residency.base_now(session_id)
 
     async def replace_session(
         self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
@@ -575,7 +582,7 @@ class StateManager:
                     session_id, key, base, change, change_meta, ttl_seconds, same_version
                 )
         if commit is None:
-            return self._renewed(session_id, key, base)
+            return await self._unchanged(session_id, key, base)
         assert commit.done is not None, "submitted to be waited for"
         await commit.done
         return self._view(session_id, commit)
@@ -607,8 +614,15 @@ class StateManager:
             same_version=same_version,
         )
 
-    def _renewed(self, session_id: str, key: bytes, base: Base) -> Session:
-        """Count an update that changed nothing as an access."""
+    async def _unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
+        """Answer an update that changed nothing: with an access, and what is there.
+
+        What it found may be in flight still; it is only said to be so once that is durable.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: what it found could not be written.
+        """
+        await self._commits.outcome(session_id)
         session = self._memory.access(session_id)
         return session or self._access_uncached(session_id, key, base)
 
@@ -721,9 +735,12 @@ class StateManager:
         """
         self._check_open()
         key = check_session_id(session_id)
-        if not self._residency.is_alive(session_id, key):
-            await self._commits.decided(session_id)  # its end may be on its way; be sure of it
-            return False
+        while not self._residency.is_alive(session_id, key):
+            if session_id not in self._commits.tails:
+                await self._residency.expire_if_over(session_id, key)
+                return False
+            # Its end is on its way. Be sure of it: should that fail, it is still alive.
+            await self._commits.decided(session_id)
         await self._committed(self._residency.submit_delete(session_id, key))
         return True
 
@@ -854,8 +871,8 @@ class StateManager:
             rows = self._disk.index.user_in_shard(shard, tag)
             for session_id in await self._live_ids(rows) if rows else ():
                 # The tag has 31 bits only: look at the user itself.
-                base = await self._residency.acknowledged_base(session_id, session_id.encode())
-                if base is not None and rec.meta_of(base[0]).get(USER_ID) == user_id:
+                record = await self._residency.peek(session_id, session_id.encode())
+                if record is not None and rec.meta_of(record).get(USER_ID) == user_id:
                     found.append(session_id)
             if slices.due():
                 await slices.give_way()
@@ -872,6 +889,7 @@ class StateManager:
         self._check_open()
         key = check_session_id(session_id)
         if not self._residency.is_alive(session_id, key):
+            await self._residency.expire_if_over(session_id, key)
             return False
         await self._residency.spill(session_id, key)
         return True
@@ -884,7 +902,7 @@ class StateManager:
         """
         self._check_open()
         key = check_session_id(session_id)
-        return await self._residency.acknowledged_base(session_id, key) is not None
+        return await self._residency.acknowledged_base(session_id, key, access=False) is not None
 
     async def flush(self) -> None:
         """Wait until every update so far, and every due renewal, is synced; in every mode.
@@ -1023,7 +1041,7 @@ class _Edit:
                 "could not be written, so the edit cannot either; edit again"
             )
         if fields is None:
-            manager._renewed(self._session_id, self._key, now)
+            await manager._unchanged(self._session_id, self._key, now)
             return None
         return manager._next_version(self._session_id, self._key, now, fields)
 

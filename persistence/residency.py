@@ -160,7 +160,7 @@ class Residency:
             self._shortest_ttl = life
             self._shorter_ttl.set()
 
-    def _restore(self, session_id: str, record: bytes, row: Row) -> Base:
+    def _restore(self, session_id: str, record: bytes, row: Row, *, access: bool) -> Base:
         """Take in a record that was read from the log."""
         _, _, accessed, deadline, cap, *_ = row
         ttl_seconds, flags = ttl_and_flags_of(record)
@@ -168,6 +168,8 @@ class Residency:
         # Recovery may have granted more than one TTL from the last recorded access.
         if 0 < life < NEVER and deadline - life > accessed:
             accessed = deadline - life
+        if access and deadline > self._time.now():
+            accessed = self._time.now()
         self._keep(session_id, record, accessed, life, cap)
         self.restored += 1
         if self.memory.used_bytes > self._threshold_bytes:
@@ -176,17 +178,22 @@ class Residency:
 
     def _is_over(self, commit: Commit) -> bool:
         """Whether a version in flight has no session any more: an end, or past its deadline."""
-        return commit.record is None or commit.deadline <= self._time.now()
+        if commit.record is None:
+            return True
+        if commit.deadline > self._time.now():
+            return False
+        return self.memory.live(commit.session_id) is None  # or a read has renewed it since
 
     def base_now(self, session_id: str) -> Base | None:
         """Return the newest version of a live session if it is in flight or resident.
 
         None means "look closer": `base` does.
         """
+        resident = self.memory.renew(session_id)  # an update is an access when it is made
         tail = self._commits.tails.get(session_id)
         if tail is None:
-            return self.memory.live(session_id)
-        if tail.record is None or tail.deadline <= self._time.now():
+            return resident
+        if tail.record is None or (tail.deadline <= self._time.now() and resident is None):
             return None
         return tail.record, tail.life, tail.cap
 
@@ -215,10 +222,13 @@ class Residency:
             if session_id not in self._commits.tails:
                 return base
 
-    async def acknowledged_base(self, session_id: str, key: bytes) -> Base | None:
+    async def acknowledged_base(
+        self, session_id: str, key: bytes, *, access: bool = True
+    ) -> Base | None:
         """Return the acknowledged version of a live session, bringing it into memory.
 
-        None: missing, or expired; then its removal has been logged.
+        None: missing, or expired; then its removal has been logged. `access`: a session that is
+        brought in counts as accessed now.
         """
         while True:
             live = self.memory.live(session_id)
@@ -239,8 +249,10 @@ class Residency:
                 return None
             record = self.disk.read_now(row, key)
             if record is not None:
-                return self._restore(session_id, record, row)
-            found = await self._read_in_thread(session_id, key, fingerprint)
+                return self._restore(session_id, record, row, access=access)
+            found = await self._read_in_thread(
+                session_id, key, fingerprint, access=access
+            )
             if found is None:
                 return None
             if self.memory.peek(session_id) is None:
@@ -290,7 +302,7 @@ class Residency:
         return Session.view(session_id, record, now, life, cap, self._time)
 
     async def _read_in_thread(
-        self, session_id: str, key: bytes, fingerprint: bytes
+        self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool
     ) -> tuple[bytes, Row] | None:
         """Read a session in a task of its own, shared by everybody who wants it now.
 
@@ -300,19 +312,38 @@ class Residency:
         task = self._reading.get(session_id)
         if task is None:
             task = asyncio.create_task(
-                self._read_and_restore(session_id, key, fingerprint), name="persistence-read"
+                self._read_and_restore(session_id, key, fingerprint, access=access),
+                name="persistence-read"
             )
             self._reading[session_id] = task
             task.add_done_callback(lambda _: self._reading.pop(session_id, None))
         return await asyncio.shield(task)
 
     async def _read_and_restore(
-        self, session_id: str, key: bytes, fingerprint: bytes
+        self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool
     ) -> tuple[bytes, Row] | None:
         found = await self.disk.read(fingerprint, key)
         if found is not None and self.memory.peek(session_id) is None:
-            self._restore(session_id, *found)
+            self._restore(session_id, *found, access=access)
         return found
+
+    async def peek(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the acknowledged record of a session, neither restoring nor renewing it."""
+        record = self.memory.peek(session_id)
+        if record is None and session_id in self._leaving:
+            record = self._leaving[session_id].record
+        if record is not None:
+            return record
+        fingerprint = self.disk.fingerprint(key)
+        row = self.disk.index.get(fingerprint)
+        if row is None:
+            return None
+        record = self.disk.read_now(row, key)
+        if record is None:
+            reading = asyncio.ensure_future(self.disk.read(fingerprint, key))
+            found = await asyncio.shield(reading)
+            record = None if found is None else found[0]
+        return record
 
     def is_alive(self, session_id: str, key: bytes) -> bool:
         """Whether a session exists and has not expired, without reading or renewing it."""
@@ -353,6 +384,13 @@ class Residency:
                 await self._commits.decided(session_id)
         except PersistenceError as error:
             _log.warning("an expired session could not be removed: %s", error)
+
+    async def expire_if_over(self, session_id: str, key: bytes) -> None:
+        """Log the end of a session that is there but past its deadline; whoever is told that it
+        is absent must not see it come back."""
+        deadline = self.acknowledged_deadline(session_id, key)
+        if deadline is not None and deadline <= self._time.now():
+            await self.expire(session_id, key)
 
     def submit_delete(self, session_id: str, key: bytes, *, wait: bool = True) -> Commit:
         """Submit a tombstone on top of whatever there is."""

@@ -14,6 +14,7 @@ from persistence.disk.format import (
     SegmentHeader,
     SegmentKind,
 )
+from persistence.errors import ManagerClosed
 
 
 @dataclass(slots=True)
@@ -114,6 +115,7 @@ class OpenSegments:
         self._directory = directory
         self._max_open = max_open
         self._open: dict[int, _OpenFile] = {}
+        self._closed = False
 
     def fd(self, number: int) -> int:
         """Return an open file of segment `number`, for use before the next await."""
@@ -123,6 +125,8 @@ class OpenSegments:
     def _file(self, number: int) -> _OpenFile:
         file = self._open.get(number)
         if file is None:
+            if self._closed:
+                raise ManagerClosed("the manager is closed")
             path = f"{self._directory}/{segment_name(number)}"
             file = self._open[number] = _OpenFile(self._files.open_read(path))
             if len(self._open) > self._max_open:
@@ -153,6 +157,7 @@ class OpenSegments:
             file.fd = -1
 
     def close(self) -> None:
-        """Close all."""
+        """Close all; nothing is opened any more."""
+        self._closed = True
         for number in list(self._open):
             self.forget(number)

@@ -17,6 +17,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Final, ParamSpec, TypeVar
 
+from persistence.errors import ManagerClosed
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -30,12 +32,14 @@ class Threads:
         self._calls: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
         self._calls = SimpleQueue()
         self._writer: Thread | None = None
+        self._closed = False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="persistence-reader")
 
     def write(
         self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """Run `call` in the writer thread, after all earlier ones."""
+        self._check_open()
         loop = asyncio.get_running_loop()
         if self._writer is None:
             self._writer = Thread(
@@ -64,12 +68,18 @@ class Threads:
         self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """Run `call` in one of the other threads."""
+        self._check_open()
         return asyncio.get_running_loop().run_in_executor(
             self._readers, partial(call, *args, **kwargs)
         )
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ManagerClosed("the manager is closed")
+
     def close(self) -> None:
         """Wait for what is running and end the threads."""
+        self._closed = True
         if self._writer is not None:
             self._calls.put(None)
             self._writer.join()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Final
 
 from persistence.clock import EngineTime
@@ -97,6 +98,7 @@ class DiskTier:
         self.segments: dict[int, Segment] = recovered.segments
         self.damages: list[Damage] = recovered.damages
         self.opened_clean = recovered.clean
+        self._number_lock = Lock()
         self._last_number = recovered.last_number
         self._next_log_number = recovered.last_number + 1  # at least
         self._unusable = recovered.unusable
@@ -296,23 +298,32 @@ class DiskTier:
 
         Damaged ones are passed over; they are reported when they are read.
         """
-        places = [(row, self.segments.get(row.segment)) for row in rows]
         found = []
-        for row, segment in places:
-            if segment is None:
-                continue
-            frame: memoryview | bytes | None
-            size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
-            frame = self.reader.cached(row.segment, row.offset, size)
-            if frame is None:
-                try:
-                    frame = await self.reader.waiting(row.segment, row.offset, size)
-                except OSError:
-                    continue
-            key = key_of(memoryview(frame))
-            if key is not None and self.fingerprint(key) == row.fingerprint:
+        for wanted in rows:
+            row: Row | None = wanted
+            while row is not None:
+                key = await self._read_key(row)
+                now = self.index.get(row.fingerprint)
+                if key is not None or now == row:
+                    break
+                row = now  # it was updated, or compaction moved it, while we looked
+            if row is not None and key is not None and self.fingerprint(key) == row.fingerprint:
                 found.append((key, row))
         return found
+
+    async def _read_key(self, row: Row) -> bytes | None:
+        """Return the key of the frame that `row` points to; None: not readable there."""
+        if row.segment not in self.segments:
+            return None
+        size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
+        frame: memoryview | bytes | None = self.reader.cached(row.segment, row.offset, size)
+        if frame is None:
+            reading = asyncio.ensure_future(self.reader.waiting(row.segment, row.offset, size))
+            try:
+                frame = await asyncio.shield(reading)  # the thread must not lose its file
+            except OSError:
+                return None
+        return key_of(memoryview(frame))
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -423,8 +434,9 @@ class DiskTier:
     # --- the manifest and compaction --------------------------------------------------------------
 
     def _next_number(self) -> int:
-        self._last_number += 1
-        return self._last_number
+        with self._number_lock:  # asked from the writer thread and from the loop
+            self._last_number += 1
+            return self._last_number
 
     async def _write_manifest(self, dropped: frozenset[int]) -> None:
         async with self._manifest_lock:

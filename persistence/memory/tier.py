@@ -140,6 +140,15 @@ class MemoryTier:
         """Return the record of a resident session, expired or not, without accessing it."""
         return self._shards[hash(session_id) & self._mask].records.get(session_id)
 
+    def renew(self, session_id: str) -> tuple[bytes, float, float] | None:
+        """Like `live`, and count it as an access."""
+        found = self.live(session_id)
+        if found is not None:
+            accessed = self._shards[hash(session_id) & self._mask].accessed
+            del accessed[session_id]
+            accessed[session_id] = self._monotonic() + self._base
+        return found
+
     def live(self, session_id: str) -> tuple[bytes, float, float] | None:
         """Return (record, life, cap) of a resident, unexpired session, without accessing it.
 
@@ -291,9 +300,9 @@ class MemoryTier:
         return list(self._shards[number].records)
 
     def accessed_since(self, number: int, since: float) -> list[str]:
-        """Return the sessions of one shard that were accessed after `since`."""
+        """Return the sessions of one shard that were accessed at or after `since`."""
         accessed = self._shards[number].accessed
-        return [session_id for session_id, last in accessed.items() if last > since]
+        return [session_id for session_id, last in accessed.items() if last >= since]
 
     def check(self) -> None:
         """Assert the invariants. For tests: takes time in proportion to the sessions."""
