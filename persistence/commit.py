@@ -92,7 +92,7 @@ class Commit:
         "user",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - made on the hot path, where keywords are felt
         self,
         kind: int,
         session_id: str,
@@ -180,7 +180,7 @@ class CommitQueue:
         self._sync_due = False
         self._task: asyncio.Task[None] | None = None
 
-    # --- what callers do ----------------------------------------------------------------------------
+    # --- what callers do ----------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the committing task."""
@@ -293,12 +293,12 @@ class CommitQueue:
             await self._task
             self._task = None
 
-    # --- the committing task ------------------------------------------------------------------------
+    # --- the committing task ------------------------------------------------------------------
 
     async def _run(self) -> None:
         try:
             await self._commit_until_closed()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, waiters must hear of it
             _log.exception("the commit queue failed; no more updates are taken")
             self._disk.writer.poisoned = f"internal error: {error!r}"
             self._closing = True
@@ -463,9 +463,7 @@ class CommitQueue:
     def _fail(self, commits: list[Commit], error: PersistenceError) -> None:
         """Fail `commits` and everything in the queue that was built on one of them."""
         sessions = {
-            commit.session_id
-            for commit in commits
-            if commit.kind != TOUCH and not commit.spills
+            commit.session_id for commit in commits if commit.kind != TOUCH and not commit.spills
         }
         built_on_them = [commit for commit in self._queue if commit.session_id in sessions]
         if built_on_them:
@@ -500,7 +498,7 @@ class CommitQueue:
             else:
                 self.tails[commit.session_id] = before
 
-    # --- syncing ------------------------------------------------------------------------------------
+    # --- syncing ------------------------------------------------------------------------------
 
     def _want_sync(self) -> None:
         self._sync_timer = None

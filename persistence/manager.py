@@ -87,9 +87,7 @@ class StateManager:
     ) -> None:
         self.config = config or StateConfig()
         if url is not None or self.config.redis.url is not None:
-            raise ConfigError(
-                "redis.url is set, but this version has no shared tier: leave it out"
-            )
+            raise ConfigError("redis.url is set, but this version has no shared tier: leave it out")
         self._clock: Clock = clock or SystemClock()
         self._files = files
         self._commit_ids = CommitIds()
@@ -105,7 +103,7 @@ class StateManager:
         self._resident: Callable[[str], Session | None] = self._refuse
         self._restore_now: Callable[[str], Session | None] = self._refuse
 
-    # --- opening and closing ------------------------------------------------------------------------
+    # --- opening and closing ------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -223,7 +221,7 @@ class StateManager:
         )
         self._disk.abandon()
 
-    # --- creating -----------------------------------------------------------------------------------
+    # --- creating -----------------------------------------------------------------------------
 
     async def create_session(
         self,
@@ -321,9 +319,7 @@ class StateManager:
     def _session_count(self) -> int:
         return len(self._disk.index) + len(self._residency.unlogged) + self._commits.creating
 
-    async def get_or_create_session(
-        self, session_id: str | None = None, **create: Any
-    ) -> Session:
+    async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
 
         Args:
@@ -346,7 +342,7 @@ class StateManager:
             if session is not None:
                 return session
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------
 
     async def get_session(
         self, session_id: str, *, fresh: bool = False, renew: bool = True
@@ -422,7 +418,7 @@ class StateManager:
         await self._residency.expire(session_id, key)  # who is told so must not see it come back
         return False
 
-    # --- updating -----------------------------------------------------------------------------------
+    # --- updating -----------------------------------------------------------------------------
 
     async def update_session_data(self, session_id: str, field: str, value: Any) -> Session:
         """Set one field; return the new version once it is durable.
@@ -453,7 +449,6 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-
         base = self._quick_base(session_id)
         if base is None:
             return await self._update(session_id, lambda record: _drafted(record, function))
@@ -461,7 +456,8 @@ class StateManager:
         if fields is None:
             return await self._unchanged(session_id, session_id.encode(), base)
         commit = self._next_version(session_id, session_id.encode(), base, fields)
-        await commit.done  # type: ignore[misc] - a future: submitted to be waited for
+        assert commit.done is not None, "submitted to be waited for"
+        await commit.done
         return self._view(session_id, commit)
 
     def _view(self, session_id: str, commit: Commit) -> Session:
@@ -633,8 +629,7 @@ class StateManager:
         before, life, cap = base
         now = self._now()
         deadline = now + life if life > 0 else -life
-        if cap < deadline:
-            deadline = cap
+        deadline = min(deadline, cap)
         payload, user, renews = rec.successor(before, fields)
         if len(payload) > self._max_payload_bytes:
             self._refuse_size(session_id, len(payload))
@@ -658,7 +653,7 @@ class StateManager:
         self._commits.submit(commit)
         return commit
 
-    def _new_version(
+    def _new_version(  # noqa: PLR0913 - what a version is made of
         self,
         session_id: str,
         key: bytes,
@@ -723,7 +718,7 @@ class StateManager:
         assert commit.done is not None, "submitted to be waited for"
         await commit.done
 
-    # --- ending -------------------------------------------------------------------------------------
+    # --- ending -------------------------------------------------------------------------------
 
     async def terminate_session(self, session_id: str) -> bool:
         """End a session now, without waiting for its editor; return whether it was alive.
@@ -808,7 +803,7 @@ class StateManager:
         self._residency.submit_delete(session_id, key, wait=False)
         return True
 
-    # --- listing ------------------------------------------------------------------------------------
+    # --- listing ------------------------------------------------------------------------------
 
     async def get_active_sessions(self, *, namespace: bool = False) -> list[str]:
         """Return the ids of this worker's live sessions, in no order."""
@@ -878,7 +873,7 @@ class StateManager:
                 await slices.give_way()
         return found
 
-    # --- tiers --------------------------------------------------------------------------------------
+    # --- tiers --------------------------------------------------------------------------------
 
     async def spill_session(self, session_id: str) -> bool:
         """Let a session leave memory now; False if it is not there.
@@ -950,7 +945,7 @@ class StateManager:
             disk=disk,
         )
 
-    # --- background ---------------------------------------------------------------------------------
+    # --- background ---------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
         await self._residency.next_sweep()
@@ -1066,7 +1061,7 @@ async def _forever(name: str, step: Callable[[], Awaitable[None]]) -> None:
         except PersistenceError as error:
             _log.warning("background work '%s': %s", name, error)
             await asyncio.sleep(1)
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged; the next round tries again
             _log.exception("background work '%s' failed", name)
             await asyncio.sleep(1)
 

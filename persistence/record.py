@@ -236,7 +236,7 @@ def pack_value(value: object, field: str) -> bytes:
     # The packer that raised may hold half a value.
     _packers.by_depth = [_new_packer(0)]
     raise ValueNotSerializable(
-        f"field {ascii(field)} cannot be stored: {what}; nothing was written "
+        f"field {field!a} cannot be stored: {what}; nothing was written "
         "(supported: what MessagePack holds, aware datetime, date, UUID, Decimal, set, "
         "frozenset, tuple, bytearray)"
     )
@@ -456,7 +456,7 @@ def pack_meta(meta: Mapping[str, object]) -> bytes:
     return packed
 
 
-def assemble(
+def assemble(  # noqa: PLR0913 - one parameter for each part of a record
     *,
     incarnation: bytes,
     commit: bytes,
@@ -492,7 +492,7 @@ def _pack_field_map(fields: Mapping[str, bytes | memoryview]) -> bytes:
         _packers.by_depth = [_new_packer(0)]
         bad = next(name for name in fields if not _is_utf8(name))
         raise ValueNotSerializable(
-            f"field {ascii(bad)} cannot be stored: its name has lone surrogates, "
+            f"field {bad!a} cannot be stored: its name has lone surrogates, "
             "which UTF-8 cannot hold; nothing was written"
         ) from None
 
@@ -513,7 +513,7 @@ def check_field_name(name: object) -> str:
     """
     if type(name) is not str:
         raise ValueNotSerializable(
-            f"field {ascii(name)} cannot be stored: a field's name must be str, "
+            f"field {name!a} cannot be stored: a field's name must be str, "
             f"not {_type_name(type(name))}; nothing was written"
         )
     return name

@@ -103,7 +103,7 @@ class Residency:
         """Tell which queue to commit to; it in turn calls `acknowledged` and `failed`."""
         self._commits = commits
 
-    # --- the queue's calls --------------------------------------------------------------------------
+    # --- the queue's calls --------------------------------------------------------------------
 
     def acknowledged(self, commits: Sequence[Commit]) -> None:
         """Commits are in the log and in the index: let memory follow, in order."""
@@ -137,11 +137,9 @@ class Residency:
         """Make a leaving session resident again."""
         assert commit.record is not None, "a spill carries its record"
         del self._leaving[commit.session_id]
-        self.memory.put(
-            commit.session_id, commit.record, commit.accessed, commit.life, commit.cap
-        )
+        self.memory.put(commit.session_id, commit.record, commit.accessed, commit.life, commit.cap)
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------
 
     def _keep(
         self, session_id: str, record: bytes, accessed: float, life: float, cap: float
@@ -250,9 +248,7 @@ class Residency:
             record = self.disk.read_now(row, key)
             if record is not None:
                 return self._restore(session_id, record, row, access=access)
-            found = await self._read_in_thread(
-                session_id, key, fingerprint, access=access
-            )
+            found = await self._read_in_thread(session_id, key, fingerprint, access=access)
             if found is None:
                 return None
             if self.memory.peek(session_id) is None:
@@ -291,9 +287,7 @@ class Residency:
             deadline = min(now + life, cap)
         self.disk.index.set_times(bucket, at, now, deadline)
         if must_record(accessed, now, life):
-            self._submit_touch(
-                session_id, key, self.disk.fingerprint(key), now, life, deadline
-            )
+            self._submit_touch(session_id, key, self.disk.fingerprint(key), now, life, deadline)
         self.memory.put_noted(session_id, record, now, life, cap)
         self._note_ttl(life)
         self.restored += 1
@@ -313,7 +307,7 @@ class Residency:
         if task is None:
             task = asyncio.create_task(
                 self._read_and_restore(session_id, key, fingerprint, access=access),
-                name="persistence-read"
+                name="persistence-read",
             )
             self._reading[session_id] = task
             task.add_done_callback(lambda _: self._reading.pop(session_id, None))
@@ -366,7 +360,7 @@ class Residency:
         row = self.disk.index.get(self.disk.fingerprint(key))
         return None if row is None else row.deadline
 
-    # --- expiry -------------------------------------------------------------------------------------
+    # --- expiry -------------------------------------------------------------------------------
 
     async def expire(self, session_id: str, key: bytes) -> None:
         """Log the end of an expired session, so that no crash brings it back.
@@ -386,8 +380,10 @@ class Residency:
             _log.warning("an expired session could not be removed: %s", error)
 
     async def expire_if_over(self, session_id: str, key: bytes) -> None:
-        """Log the end of a session that is there but past its deadline; whoever is told that it
-        is absent must not see it come back."""
+        """Log the end of a session that is there but past its deadline.
+
+        Whoever is told that it is absent must not see it come back.
+        """
         deadline = self.acknowledged_deadline(session_id, key)
         if deadline is not None and deadline <= self._time.now():
             await self.expire(session_id, key)
@@ -414,7 +410,7 @@ class Residency:
         self._commits.submit(commit, wait=wait)
         return commit
 
-    # --- the budget and spilling ----------------------------------------------------------------------
+    # --- the budget and spilling --------------------------------------------------------------
 
     def set_budget(self, budget_bytes: int) -> None:
         """Set the effective budget, and spill if it is exceeded now."""
@@ -489,8 +485,7 @@ class Residency:
                 continue
             _, accessed, life, cap, _ = taken
             deadline = accessed + life if life > 0 else -life
-            if cap < deadline:
-                deadline = cap
+            deadline = min(deadline, cap)
             self.note_access(session_id, key, fingerprint_of(key), accessed, life, deadline)
             self.spilled += 1
 
@@ -525,9 +520,7 @@ class Residency:
 
     def _put_of_resident(self, session_id: str, key: bytes, record: bytes) -> Commit:
         accessed, life = self.memory.times(session_id)
-        return self.put_commit(
-            session_id, key, record, accessed, life, self.memory.cap(session_id)
-        )
+        return self.put_commit(session_id, key, record, accessed, life, self.memory.cap(session_id))
 
     def put_commit(
         self,
@@ -579,7 +572,7 @@ class Residency:
             commit = self._put_of_resident(session_id, session_id.encode(), record)
             self._commits.submit(commit, wait=False)
 
-    # --- renewals -----------------------------------------------------------------------------------
+    # --- renewals -----------------------------------------------------------------------------
 
     def _note_resident(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
         accessed, life = self.memory.times(session_id)

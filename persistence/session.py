@@ -45,9 +45,7 @@ class SessionMetadata:
         known = asdict(self)
         unknown = sorted(changes.keys() - known.keys())
         if unknown:
-            raise TypeError(
-                f"{unknown[0]!r} is not session metadata; there are {', '.join(known)}"
-            )
+            raise TypeError(f"{unknown[0]!r} is not session metadata; there are {', '.join(known)}")
         return SessionMetadata(**{**known, **changes})
 
 
@@ -162,9 +160,7 @@ class Session:
     def metadata(self) -> SessionMetadata:
         """What was told about the client."""
         meta = rec.meta_of(self._record)
-        return SessionMetadata(
-            **{name: meta[name] for name in _METADATA_NAMES if name in meta}
-        )
+        return SessionMetadata(**{name: meta[name] for name in _METADATA_NAMES if name in meta})
 
     @property
     def max_requests(self) -> int | None:
@@ -199,7 +195,7 @@ class Session:
         return bool(rec.flags_of(self._record) & rec.RENEWS)
 
     def __repr__(self) -> str:
-        return f"<Session {ascii(self.id)} version {self.version}, fields {self.keys()}>"
+        return f"<Session {self.id!a} version {self.version}, fields {self.keys()}>"
 
 
 _METADATA_NAMES: Final = tuple(item.name for item in fields(SessionMetadata))

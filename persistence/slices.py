@@ -19,9 +19,7 @@ class Slices:
 
     __slots__ = ("_end", "_monotonic", "_seconds")
 
-    def __init__(
-        self, monotonic: Callable[[], float], seconds: float = SLICE_SECONDS
-    ) -> None:
+    def __init__(self, monotonic: Callable[[], float], seconds: float = SLICE_SECONDS) -> None:
         self._monotonic = monotonic
         self._seconds = seconds
         self._end = monotonic() + seconds

@@ -21,7 +21,7 @@ class Latencies:
     @staticmethod
     def of(samples: Collection[float]) -> Latencies:
         """Return the percentiles of `samples`."""
-        if len(samples) < 2:  # noqa: PLR2004 - quantiles needs two
+        if len(samples) < 2:
             value = next(iter(samples), 0.0)
             return Latencies(value, value, value)
         cuts = quantiles(samples, n=100, method="inclusive")

@@ -28,14 +28,16 @@ PACKAGE = "persistence"
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
+    **dict.fromkeys(("ids", "locks", "expiry"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
-    **dict.fromkeys(("checkpoint", "commit"), 2),
-    "manager": 3,
-    "": 4,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 5),
+    **dict.fromkeys(("checkpoint", "commit", "stats"), 2),
+    "residency": 3,
+    "manager": 4,
+    "": 5,
+    **dict.fromkeys(("sync", "worker", "cli", "web"), 6),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 5)
+OPEN_FLOORS = (0, 6)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli")

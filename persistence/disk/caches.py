@@ -1,6 +1,7 @@
 """Hints (one per sealed segment) and the index snapshot (one, at a clean close).
 
-Both are caches: a checksum, the directory's id, and a digest of the segments they cover. When anything does not fit, they are ignored and the log is scanned.
+Both are caches: a checksum, the directory's id, and a digest of the segments they cover. When
+anything does not fit, they are ignored and the log is scanned.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class Compactor:
                 _log.warning(
                     "%s: compaction gave up for now: %s", self._around.directory, error.strerror
                 )
-            except Exception:
+            except Exception:  # noqa: BLE001 - logged; the next wake tries again
                 _log.exception("%s: compaction failed", self._around.directory)
             self._urgent = False
             if not self._work.is_set():
@@ -209,7 +209,7 @@ class Compactor:
                 abandon_output, self._around.files, self._around.directory, output
             )
 
-    # --- copying ----------------------------------------------------------------------------------
+    # --- copying ------------------------------------------------------------------------------
 
     async def _copy(self, inputs: list[Segment], outputs: list[Output]) -> Merge:
         """Copy what is live in `inputs`; `outputs` grows while it goes on."""
@@ -350,7 +350,7 @@ class Compactor:
             return
         raise _Stopped
 
-    # --- afterwards -------------------------------------------------------------------------------
+    # --- afterwards ---------------------------------------------------------------------------
 
     async def _move(self, outputs: list[Output]) -> None:
         """Let the index point to the copies; what has moved on meanwhile stays where it is."""

@@ -81,7 +81,7 @@ def check_ours(files: Files, directory: str) -> None:
     foreign = [name for name in names if not is_ours(name)]
     if foreign:
         raise DirectoryNotUsable(
-            f"{directory} holds other files ({ascii(foreign[0])}) and no {MANIFEST}, so it is not "
+            f"{directory} holds other files ({foreign[0]!a}) and no {MANIFEST}, so it is not "
             "a directory of this library; nothing was changed; choose an empty disk.path"
         )
 

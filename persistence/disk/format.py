@@ -206,7 +206,7 @@ class Corrupt(NamedTuple):
     type: FrameType | None = None
 
 
-def encode_frame(
+def encode_frame(  # noqa: PLR0913, PLR0917 - one parameter a field; keywords are felt here
     salt_checksum: int,
     frame_type: int,
     key: bytes,
@@ -297,7 +297,9 @@ def decode_frame(
     )
 
 
-_KNOWN_TYPES: Final = frozenset({FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER})
+_KNOWN_TYPES: Final = frozenset(
+    {FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER}
+)
 
 
 def frame_length(data: bytes, offset: int) -> int | None:
@@ -394,7 +396,7 @@ def read_put(frame: memoryview, key: bytes, salt_checksum: int) -> bytes | None:
     return None if raw is None else ids + raw
 
 
-# --- index rows: entries of the in-memory index, of hints and of index snapshots -------------------
+# --- index rows: entries of the in-memory index, of hints and of index snapshots --------------
 
 INDEX_ROW_FIELDS: Final = (
     ("fingerprint", "16s", "keyed BLAKE2b-128 of the session id"),
@@ -445,7 +447,9 @@ def encode_cache(directory_id: bytes, covers: bytes, skew: float, body: bytes) -
     return b"".join((header, _pack_checksum(crc32c(header)), body))
 
 
-def decode_cache(data: bytes, directory_id: bytes, covers: bytes) -> tuple[float, memoryview] | None:
+def decode_cache(
+    data: bytes, directory_id: bytes, covers: bytes
+) -> tuple[float, memoryview] | None:
     """Return (skew, body) of a cache that is intact and covers what is there; else None."""
     if len(data) < CACHE_HEADER_BYTES:
         return None

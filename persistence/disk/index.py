@@ -219,9 +219,7 @@ class Index:
         _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
         return before
 
-    def move(
-        self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int]
-    ) -> bool:
+    def move(self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int]) -> bool:
         """Let a row that points to `source` (segment, offset) point to `target`."""
         bucket = self._bucket(fingerprint)
         at = _find(bucket, fingerprint)
@@ -302,7 +300,7 @@ class Index:
                 live_bytes[segment] = live_bytes.get(segment, 0) + length
                 if user >= ROW_RENEWS and deadline < cap:
                     granted = deadline + (deadline - accessed) / divisor
-                    _TIMES.pack_into(bucket, at, accessed, granted if granted < cap else cap)
+                    _TIMES.pack_into(bucket, at, accessed, min(cap, granted))
 
     def shift_times(self, number: int, seconds: float) -> None:
         """Add `seconds` to all times of one shard: from engine to wall time, after a clock jump."""

@@ -33,7 +33,6 @@ from persistence.disk.segments import Damage
 from persistence.errors import DirectoryNotUsable
 from persistence.record import MalformedValue, validate
 
-
 _LOOKS = 10
 
 
@@ -279,7 +278,7 @@ class _Scan:
         record = record_of(frame)
         try:
             if record is None:
-                raise MalformedValue("the payload does not decompress")
+                raise MalformedValue("the payload does not decompress")  # noqa: TRY301 - one handler for both
             validate(record)
         except MalformedValue as error:
             self._damage(offset, frame.key, str(error))
@@ -299,7 +298,9 @@ class _Scan:
             else:
                 damages.append(damage)
         if not self._sealed and not self._is_last:
-            damages.append(Damage(self._where, self._size, None, "the sealed segment has no footer"))
+            damages.append(
+                Damage(self._where, self._size, None, "the sealed segment has no footer")
+            )
         return SegmentReport(
             name,
             self._number,

@@ -17,8 +17,10 @@ from typing import Final
 
 from crc32c import crc32c
 
+from persistence.disk.filenames import MAX_SEGMENT_NUMBER
 from persistence.disk.format import FORMAT_VERSION, NewerFormat
 
+_ID_BYTES: Final = 16
 MAGIC: Final = "persistence directory"
 
 
@@ -82,13 +84,25 @@ def decode_manifest(data: bytes) -> Manifest:
         if entries["what"] != MAGIC:
             raise MalformedManifest("it is not one of this library")
         if version > FORMAT_VERSION:
-            raise NewerFormat(f"format version {version}; this library reads up to {FORMAT_VERSION}")
-        return Manifest(
+            raise NewerFormat(
+                f"format version {version}; this library reads up to {FORMAT_VERSION}"
+            )
+        manifest = Manifest(
             directory_id=bytes.fromhex(entries["directory_id"]),
             fingerprint_key=bytes.fromhex(entries["fingerprint_key"]),
             sealed=frozenset(map(int, entries["sealed"])),
             dropped=frozenset(map(int, entries["dropped"])),
             next_number=int(entries["next_number"]),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise MalformedManifest(f"its content is wrong ({error})") from error
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    numbers = {manifest.next_number} | manifest.sealed | manifest.dropped
+    if not all(0 < number <= MAX_SEGMENT_NUMBER + 1 for number in numbers):
+        raise MalformedManifest("it names segments that cannot be")
+    if {len(manifest.directory_id), len(manifest.fingerprint_key)} != {_ID_BYTES}:
+        raise MalformedManifest("its ids have a wrong length")

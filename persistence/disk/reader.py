@@ -90,10 +90,9 @@ def scan_frames(
                 return  # the file became shorter while it was read
             continue
         yield at, result
-        if isinstance(result, Frame):
-            at += result.length
-        elif isinstance(result, Corrupt) and result.length is not None:
-            at += result.length
+        length = None if isinstance(result, Torn) else result.length
+        if length is not None:
+            at += length
         else:
             following = find_frame(files, fd, at + 1, size, salt_checksum)
             if following is None:

@@ -132,7 +132,7 @@ class Recovery:
         yield from self._settle()
         assert all(segment.sealed for segment in result.segments.values()), "all must be sealed"
 
-    # --- which segments there are ---------------------------------------------------------------
+    # --- which segments there are -------------------------------------------------------------
 
     def _path(self, number: int) -> str:
         return f"{self._directory}/{segment_name(number)}"
@@ -243,7 +243,7 @@ class Recovery:
                 self._files.close(fd)
             segment.sealed = number != last_log
 
-    # --- the caches -----------------------------------------------------------------------------
+    # --- the caches ---------------------------------------------------------------------------
 
     def _take_snapshot(self, last_log: int) -> bool:
         """Use the snapshot of a clean close if it describes exactly the segments that are here."""
@@ -325,7 +325,7 @@ class Recovery:
         else:
             yield from self._recover_last(header)
 
-    # --- the last segment -------------------------------------------------------------------------
+    # --- the last segment ---------------------------------------------------------------------
 
     def _recover_last(self, header: SegmentHeader) -> Iterator[None]:
         segment = self.result.segments[header.number]
@@ -372,8 +372,7 @@ class Recovery:
         """
         scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum, offset)
         return any(
-            isinstance(found, Frame) and found.durable_sequence > last_sequence
-            for _, found in scan
+            isinstance(found, Frame) and found.durable_sequence > last_sequence for _, found in scan
         )
 
     def _cut(self, fd: int, segment: Segment, good_end: int, size: int) -> None:
@@ -392,9 +391,7 @@ class Recovery:
             self._files.sync(fd)
         segment.length = good_end
 
-    def _seal(
-        self, fd: int, segment: Segment, end: int, frames: int, last_sequence: int
-    ) -> None:
+    def _seal(self, fd: int, segment: Segment, end: int, frames: int, last_sequence: int) -> None:
         footer = encode_footer(
             segment.salt_checksum, frames, segment.lowest_sequence, last_sequence
         )
@@ -414,7 +411,7 @@ class Recovery:
                 raise
             _log.warning("%s/%s: no space to keep the cut bytes", directory, name)
 
-    # --- rows -------------------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------
 
     def _add_row(self, rows: bytearray, segment: Segment, offset: int, frame: Frame) -> None:
         """Add the index row of a frame that was scanned."""
@@ -489,9 +486,8 @@ class Recovery:
         if not rows:
             return
         result = self.result
-        result.last_sequence = max(
-            result.last_sequence, max(rows.cast("Q")[_SEQUENCE_COLUMN])
-        )
+        highest = max(rows.cast("Q")[_SEQUENCE_COLUMN])
+        result.last_sequence = max(result.last_sequence, highest)
         only_puts = min(rows.cast("I")[_LENGTH_COLUMN]) > ROW_IS_TOUCH
         step = _ROWS_PER_STEP * INDEX_ROW_BYTES
         for at in range(0, len(rows), step):

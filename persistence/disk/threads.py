@@ -35,9 +35,7 @@ class Threads:
         self._closed = False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="persistence-reader")
 
-    def write(
-        self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> asyncio.Future[T]:
+    def write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` in the writer thread, after all earlier ones."""
         self._check_open()
         loop = asyncio.get_running_loop()
@@ -64,9 +62,7 @@ class Threads:
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
 
-    def read(
-        self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> asyncio.Future[T]:
+    def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` in one of the other threads."""
         self._check_open()
         return asyncio.get_running_loop().run_in_executor(

@@ -6,12 +6,12 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 from persistence.clock import EngineTime
 from persistence.config import DiskConfig
@@ -139,7 +139,7 @@ class DiskTier:
             config.compaction_bytes_per_second,
         )
 
-    # --- opening and closing ----------------------------------------------------------------------
+    # --- opening and closing ------------------------------------------------------------------
 
     @classmethod
     async def open(
@@ -175,23 +175,22 @@ class DiskTier:
     ) -> DiskTier:
         threads = Threads()
         directory = os.fspath(config.path)
-        lock: DirectoryLock | None = None
+        held: DirectoryLock | None = None
         try:
             lock, manifest = await threads.write(_lock_and_read, files, directory)
+            held = lock
             fingerprints = Fingerprints(manifest.fingerprint_key)
             recovery = Recovery(files, directory, manifest, fingerprints)
             steps = recovery.steps()
             while await threads.write(_some_steps, steps):
                 if cancelled.is_set():
-                    raise asyncio.CancelledError
-            tier = cls(
-                config, time, files, lock, manifest, threads, fingerprints, recovery.result
-            )
+                    raise asyncio.CancelledError  # noqa: TRY301 - cleaned up like any failure
+            tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery.result)
             # The manifest knows all that recovery sealed; dropped segments are gone.
             await tier._write_manifest(frozenset())
         except BaseException as error:
-            if lock is not None:
-                lock.release()
+            if held is not None:
+                held.release()
             threads.close()
             if isinstance(error, OSError):
                 raise not_usable(directory, error) from error
@@ -221,6 +220,7 @@ class DiskTier:
             return
         try:
             active = await self.threads.write(self.writer.seal)
+            self._next_log_number = self._last_number + 1
             if active is not None:
                 await self._sealed(active)
             await self._write_manifest(self._manifest.dropped)
@@ -250,7 +250,7 @@ class DiskTier:
         """Let go of everything without a word to the disk: after a fork, in the child."""
         self._lock.release()
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------
 
     def read_now(self, row: Row, key: bytes) -> bytes | None:
         """Return the record that `row` points to if that needs no waiting, else None."""
@@ -325,7 +325,7 @@ class DiskTier:
                 return None
         return key_of(memoryview(frame))
 
-    # --- writing ------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------
 
     async def make_room(self, nbytes: int, *, grows: bool) -> None:
         """Make the active segment ready for about `nbytes` of frames.
@@ -370,8 +370,8 @@ class DiskTier:
         self.segments[segment.number] = segment
         self.writer.begin()
 
-    def _run_in_background(self, work: object) -> None:
-        task = asyncio.create_task(work, name="persistence-rotation")  # type: ignore[arg-type]
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="persistence-rotation")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -431,7 +431,7 @@ class DiskTier:
             self._dead_since_check = 0
             self.compactor.wake()
 
-    # --- the manifest and compaction --------------------------------------------------------------
+    # --- the manifest and compaction ----------------------------------------------------------
 
     def _next_number(self) -> int:
         with self._number_lock:  # asked from the writer thread and from the loop
@@ -479,7 +479,7 @@ class DiskTier:
         self.damages.append(Damage(path, offset, None, reason))
         _log.error("%s at offset %d: %s", path, offset, reason)
 
-    # --- numbers ------------------------------------------------------------------------------------
+    # --- numbers ------------------------------------------------------------------------------
 
     @property
     def total_bytes(self) -> int:
@@ -525,13 +525,9 @@ def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifes
         raise
 
 
-def _some_steps(steps: object) -> bool:
+def _some_steps(steps: Iterator[None]) -> bool:
     """Take a few steps of a recovery; return whether there are more."""
-    advance = partial(next, steps, _DONE)  # type: ignore[call-overload]
-    return all(advance() is not _DONE for _ in range(_STEPS_PER_HOP))
-
-
-_DONE: Final = object()
+    return sum(1 for _ in islice(steps, _STEPS_PER_HOP)) == _STEPS_PER_HOP
 
 
 def _unreadable(error: OSError) -> str:

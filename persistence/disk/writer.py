@@ -202,7 +202,7 @@ class LogWriter:
         self._pending_end = end
         return b"".join(frames)
 
-    # --- in the writer thread -------------------------------------------------------------------
+    # --- in the writer thread -----------------------------------------------------------------
 
     def check_usable(self) -> None:
         """Raise WriteOutcomeUnknown once the writer is poisoned."""

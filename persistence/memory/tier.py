@@ -94,7 +94,7 @@ class MemoryTier:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._shards[hash(session_id) & self._mask].records
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------
 
     def access(self, session_id: str) -> Session | None:
         """Return a view of a resident, unexpired session and count it as accessed now.
@@ -188,7 +188,7 @@ class MemoryTier:
         """Return the deadline of a session that no renewal moves; infinity: none."""
         return self._shards[hash(session_id) & self._mask].caps.get(session_id, NEVER)
 
-    # --- writing ------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------
 
     def put(
         self, session_id: str, record: bytes, accessed: float, life: float, cap: float = NEVER
@@ -204,11 +204,9 @@ class MemoryTier:
             used -= len(old)
             # A read may have renewed it after this version was submitted.
             last = shard.accessed.pop(session_id)
-            if last > accessed:
-                accessed = last
+            accessed = max(accessed, last)
         self.used_bytes = used
-        if used > self.peak_bytes:
-            self.peak_bytes = used
+        self.peak_bytes = max(self.peak_bytes, used)
         records[session_id] = record
         shard.accessed[session_id] = accessed
         if life != self.default_life:
@@ -230,8 +228,7 @@ class MemoryTier:
         self.used_bytes = used = (
             self.used_bytes + len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
         )
-        if used > self.peak_bytes:
-            self.peak_bytes = used
+        self.peak_bytes = max(self.peak_bytes, used)
         shard.records[session_id] = record
         shard.accessed[session_id] = shard.noted[session_id] = accessed
         if life != self.default_life:
@@ -268,7 +265,7 @@ class MemoryTier:
                 table.clear()
         self.used_bytes = 0
 
-    # --- who leaves ---------------------------------------------------------------------------------
+    # --- who leaves ---------------------------------------------------------------------------
 
     def victims(self, target_bytes: float, limit: int) -> list[str]:
         """Return the sessions that should leave to get down to `target_bytes`, in policy order.
@@ -288,7 +285,7 @@ class MemoryTier:
             chosen.append(session_id)
         return chosen
 
-    # --- going through ------------------------------------------------------------------------------
+    # --- going through ------------------------------------------------------------------------
 
     @property
     def shards(self) -> int:
