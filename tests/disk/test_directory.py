@@ -1,0 +1,494 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from crc32c import crc32c
+
+from persistence import ManualClock, StateManager, errors
+from persistence.disk.filenames import segment_name
+from persistence.disk.files import Files
+from persistence.disk.format import FORMAT_VERSION, SEGMENT_HEADER_BYTES, NewerFormat
+from persistence.disk.manifest import (
+    MalformedManifest,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from tests.disk.memoryfiles import MUTATING, MemoryFiles, fail
+from tests.support import PATH, abandon, config, everything, opened
+
+MANIFEST: Final = f"{PATH}/MANIFEST"
+DATA: Final = {f"s{number}": {"n": number, "x": "x" * 6000} for number in range(30)}
+OPENING: Final = MUTATING | {
+    "list_directory",
+    "open_read",
+    "open_write",
+    "lock",
+    "size",
+    "exists",
+    "read_at",
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.ERROR)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+async def files() -> MemoryFiles:
+    """A directory with some sessions in several segments, closed."""
+    made = MemoryFiles()
+    async with opened(made, config(segment_bytes=64 * 1024, compression="none")) as state:
+        for sid, data in DATA.items():
+            await state.create_session(session_id=sid, data=data)
+    return made.after_kill()
+
+
+async def refusal(files: Files, path: str = PATH) -> errors.PersistenceError:
+    """Try to open the directory; return the error, which must name it."""
+    with pytest.raises(errors.PersistenceError) as caught:
+        await StateManager(config=config(path), files=files).open()
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+async def assert_refused(
+    files: MemoryFiles, kind: type[errors.PersistenceError], words: str
+) -> None:
+    """The directory is refused with that error, and not one byte of the disk is changed."""
+    before = files.contents()
+    files.calls.clear()
+    error = await refusal(files)
+    assert type(error) is kind
+    assert words in str(error)
+    assert files.contents() == before
+    assert [str(call) for call in files.calls if call.operation != "sync_directory"] == []
+    assert files.open_files == []
+
+
+# Locked
+
+
+async def test_a_second_manager_of_the_same_process_is_refused(files: MemoryFiles) -> None:
+    async with opened(files) as state:
+        before = files.contents()
+        error = await refusal(files)
+        assert type(error) is errors.DirectoryLocked
+        assert "in use" in str(error)
+        assert files.contents() == before
+        assert await everything(state) == DATA
+    async with opened(files) as state:
+        assert await everything(state) == DATA
+
+
+HOLDER = """
+import asyncio, sys
+from persistence import DiskConfig, StateConfig, StateManager
+
+async def main():
+    async with StateManager(config=StateConfig(disk=DiskConfig(path=sys.argv[1]))) as state:
+        await state.create_session(session_id="held", data={"by": "another process"})
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+def held_by_another_process(path: str) -> subprocess.Popen[bytes]:
+    """Start a process that opens the directory and holds it until its standard input ends."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def listing(path: str | Path) -> dict[str, bytes]:
+    return {item.name: item.read_bytes() for item in Path(path).iterdir() if item.is_file()}
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+async def test_a_second_process_is_refused_until_the_first_has_ended(
+    tmp_path: Path, end: str
+) -> None:
+    path = str(tmp_path / "state")
+    holder = held_by_another_process(path)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    with holder, holder.stdin, holder.stdout:
+        assert await asyncio.to_thread(holder.stdout.readline) == b"ready\n"
+        before = listing(path)
+        error = await refusal(Files(), path)
+        assert type(error) is errors.DirectoryLocked
+        assert listing(path) == before
+        if end == "kill":
+            holder.send_signal(signal.SIGKILL)
+        holder.stdin.close()
+        await asyncio.to_thread(holder.wait)
+    async with opened(Files(), config(path)) as state:
+        assert await everything(state) == {"held": {"by": "another process"}}
+
+
+async def test_the_lock_is_given_back_when_opening_fails(files: MemoryFiles) -> None:
+    good = files.data(MANIFEST)
+    files.set_data(MANIFEST, b"")
+    await refusal(files)
+    files.set_data(MANIFEST, good)
+    async with opened(files) as state:
+        assert await everything(state) == DATA
+
+
+# Not ours, or not for us
+
+
+def stamped(body: bytes) -> bytes:
+    return body + b"\n%08x\n" % crc32c(body)
+
+
+def manifest_with(files: MemoryFiles, **changes: Any) -> bytes:
+    """Return the manifest with other entries and the right checksum; None: without that entry."""
+    entries = json.loads(files.data(MANIFEST).split(b"\n")[0]) | changes
+    kept = {key: value for key, value in entries.items() if value is not None}
+    return stamped(json.dumps(kept).encode())
+
+
+async def test_a_manifest_of_a_newer_version_is_refused(files: MemoryFiles) -> None:
+    newer = FORMAT_VERSION + 1
+    files.set_data(MANIFEST, manifest_with(files, format_version=newer, new_things=[1]))
+    await assert_refused(files, errors.DirectoryNotUsable, f"format version {newer}")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+async def test_a_segment_of_a_newer_version_is_refused(files: MemoryFiles, number: int) -> None:
+    path = f"{PATH}/{segment_name(number)}"
+    data = bytearray(files.data(path))
+    data[8:12] = (FORMAT_VERSION + 1).to_bytes(4, "little")
+    end = SEGMENT_HEADER_BYTES
+    data[end - 4 : end] = crc32c(bytes(data[: end - 4])).to_bytes(4, "little")
+    files.set_data(path, bytes(data))
+    await assert_refused(files, errors.DirectoryNotUsable, segment_name(number))
+
+
+async def test_a_segment_of_another_directory_is_refused(files: MemoryFiles) -> None:
+    other = MemoryFiles()
+    async with opened(other) as state:
+        await state.create_session(session_id="stranger")
+    name = segment_name(1)
+    files.set_data(f"{PATH}/{segment_name(1)}", other.data(f"{PATH}/{name}"))
+    await assert_refused(files, errors.DirectoryNotUsable, "another directory")
+
+
+async def test_segments_without_a_manifest_are_refused(files: MemoryFiles) -> None:
+    files.delete(MANIFEST)
+    await assert_refused(files, errors.DirectoryNotUsable, "no MANIFEST")
+    files.delete(f"{PATH}/LOCK")
+    await assert_refused(files, errors.DirectoryNotUsable, "no MANIFEST")
+
+
+@pytest.mark.parametrize("name", ["thesis.doc", "0000000001.seg.bak", "1.seg", "subfolder/file"])
+async def test_a_directory_with_files_of_somebody_else_is_refused(name: str) -> None:
+    files = MemoryFiles()
+    files.set_data(f"{PATH}/{name}", b"theirs")
+    await assert_refused(files, errors.DirectoryNotUsable, "other files")
+
+
+async def test_files_of_somebody_else_in_a_directory_of_ours_are_left_alone(
+    files: MemoryFiles,
+) -> None:
+    theirs = {f"{PATH}/notes.txt": b"a", f"{PATH}/mine.tmp": b"b", f"{PATH}/sub/x.seg": b"c"}
+    for path, data in theirs.items():
+        files.set_data(path, data)
+    async with opened(files) as state:
+        assert await everything(state) == DATA
+        await state.compact()
+    assert {path: files.data(path) for path in theirs} == theirs
+
+
+async def test_an_empty_directory_and_one_with_half_a_beginning_are_taken() -> None:
+    for leftovers in ([], ["LOCK"], ["LOCK", "MANIFEST.tmp"]):
+        files = MemoryFiles()
+        files.make_directory(PATH)
+        for name in leftovers:
+            files.set_data(f"{PATH}/{name}", b"half" if "tmp" in name else b"")
+        async with opened(files) as state:
+            assert await everything(state) == {}
+            await state.create_session(session_id="s")
+
+
+# A damaged manifest
+
+
+async def test_any_flipped_bit_in_the_manifest_is_refused(files: MemoryFiles) -> None:
+    good = files.data(MANIFEST)
+    chance = random.Random(1)
+    for bit in chance.sample(range(8 * len(good)), 60):
+        files.set_data(MANIFEST, good)
+        files.flip(MANIFEST, bit)
+        await assert_refused(files, errors.DirectoryNotUsable, "is damaged")
+
+
+def test_no_flipped_bit_and_no_cut_in_a_manifest_goes_unnoticed() -> None:
+    good = encode_manifest(Manifest(bytes(16), bytes(16), frozenset({1, 2}), frozenset({3}), 4))
+    for bit in range(8 * len(good)):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(MalformedManifest):
+            decode_manifest(bytes(damaged))
+    for end in range(len(good)):
+        with pytest.raises(MalformedManifest):
+            decode_manifest(good[:end])
+    with pytest.raises(MalformedManifest):
+        decode_manifest(good + b"\n")
+
+
+def test_a_manifest_comes_back() -> None:
+    manifest = Manifest(os.urandom(16), os.urandom(16), frozenset({1, 5}), frozenset({2}), 9)
+    assert decode_manifest(encode_manifest(manifest)) == manifest
+
+
+def test_a_newer_manifest_is_told_from_a_damaged_one() -> None:
+    body = json.dumps({"what": "persistence directory", "format_version": 99}).encode()
+    with pytest.raises(NewerFormat):
+        decode_manifest(stamped(body))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda files: b"",
+        lambda files: files.data(MANIFEST)[:-10],
+        lambda files: b"not json at all",
+        lambda files: stamped(b"not json at all"),
+        lambda files: stamped(b"[1, 2]"),
+        lambda files: stamped(b"null"),
+        lambda files: stamped(b"\xff\xfe"),
+        lambda files: stamped(b"[" * 100_000),
+        lambda files: manifest_with(files, what="something else"),
+        lambda files: manifest_with(files, sealed=None),
+        lambda files: manifest_with(files, sealed="all"),
+        lambda files: manifest_with(files, sealed=[[]]),
+        lambda files: manifest_with(files, next_number="x"),
+        lambda files: manifest_with(files, next_number=-1),
+        lambda files: manifest_with(files, sealed=[-4]),
+        lambda files: manifest_with(files, sealed=[2**70]),
+        lambda files: manifest_with(files, format_version="new"),
+        lambda files: manifest_with(files, directory_id="xyz"),
+        lambda files: manifest_with(files, directory_id="00"),
+        lambda files: manifest_with(files, fingerprint_key="ab"),
+        lambda files: manifest_with(files, fingerprint_key=5),
+    ],
+)
+async def test_a_manifest_that_makes_no_sense_is_refused(
+    files: MemoryFiles, change: Callable[[MemoryFiles], bytes]
+) -> None:
+    files.set_data(MANIFEST, change(files))
+    await assert_refused(files, errors.DirectoryNotUsable, "is damaged")
+
+
+# What the system refuses
+
+
+async def test_a_file_in_the_place_of_the_directory_is_refused() -> None:
+    files = MemoryFiles()
+    files.set_data(PATH, b"a file")
+    await assert_refused(files, errors.DirectoryNotUsable, "not a directory")
+
+
+async def test_a_directory_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"a file")
+    for path in (tmp_path / "file", tmp_path / "file" / "state"):
+        error = await refusal(Files(), str(path))
+        assert type(error) is errors.DirectoryNotUsable
+        assert "not a directory" in str(error)
+    assert (tmp_path / "file").read_bytes() == b"a file"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EPERM, "permission denied"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+async def test_a_directory_that_nothing_can_be_written_to_is_refused(
+    files: MemoryFiles, number: int, words: str
+) -> None:
+    killed = files.after_kill()
+    killed.delete(f"{PATH}/INDEX")
+    for disk in (files, killed, MemoryFiles()):
+        disk.faults.append(fail(number, MUTATING | {"open_write"}, times=None))
+        await assert_refused(disk, errors.DirectoryNotUsable, words)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+async def test_a_real_directory_without_permission_to_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.mkdir(mode=0o500)
+    error = await refusal(Files(), str(path))
+    assert type(error) is errors.DirectoryNotUsable
+    assert list(path.iterdir()) == []
+
+
+async def test_too_many_open_files_are_named_as_the_reason(files: MemoryFiles) -> None:
+    files.faults.append(fail(errno.EMFILE, {"open_read", "open_write"}, times=None))
+    await assert_refused(files, errors.DirectoryNotUsable, "RLIMIT_NOFILE")
+
+
+async def test_a_full_disk_refuses_a_new_directory_and_takes_it_when_there_is_space() -> None:
+    files = MemoryFiles()
+    files.free_bytes = 10
+    error = await refusal(files)
+    assert type(error) is errors.DiskFull
+    assert "free some space" in str(error)
+    files.free_bytes = None
+    async with opened(files) as state:
+        await state.create_session(session_id="s")
+
+
+async def test_a_closed_directory_opens_on_a_full_disk_and_is_read(files: MemoryFiles) -> None:
+    for delete in ([], ["INDEX"]):
+        disk = files.after_kill()
+        for name in delete:
+            disk.delete(f"{PATH}/{name}")
+        disk.free_bytes = 0
+        async with opened(disk) as state:
+            assert await everything(state) == DATA
+            await abandon(state)
+
+
+async def test_a_killed_directory_on_a_full_disk_is_refused_until_there_is_space() -> None:
+    files = MemoryFiles()
+    async with opened(files) as state:
+        await state.create_session(session_id="s", data={"n": 1})
+        await abandon(state)
+    files = files.after_kill()
+    files.free_bytes = 20  # the last segment has to be sealed
+    error = await refusal(files)
+    assert type(error) is errors.DiskFull
+    files.free_bytes = None
+    async with opened(files) as state:
+        assert await everything(state) == {"s": {"n": 1}}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS])
+@pytest.mark.parametrize("kind", ["new", "closed", "killed"])
+async def test_whichever_call_of_an_opening_fails_the_error_is_typed_and_nothing_is_lost(
+    files: MemoryFiles, kind: str, number: int
+) -> None:
+    before = {"new": MemoryFiles(), "closed": files, "killed": files.after_kill()}[kind]
+    if kind == "killed":
+        for name in ("INDEX", "0000000003.hint"):
+            before.delete(f"{PATH}/{name}")
+    expected = {} if kind == "new" else DATA
+    for nth in range(1, 300):
+        disk = before.after_kill()
+        disk.faults.append(fail(number, OPENING, nth=nth))
+        state = StateManager(config=config(), files=disk, clock=ManualClock())
+        try:
+            await state.open()
+        except errors.PersistenceError as error:
+            assert type(error) in (errors.DirectoryNotUsable, errors.DiskFull)  # noqa: PT017
+            assert disk.open_files == []
+        else:
+            assert await everything(state) == expected, "a fault that does no harm"
+            await abandon(state)
+        again = disk.after_kill()
+        async with opened(again) as state:
+            assert await everything(state) == expected
+            assert state._disk.damages == []
+            await abandon(state)
+        if not any(fault_was_reached(fault) for fault in disk.faults):
+            return
+    pytest.fail("an opening makes fewer calls than that")
+
+
+def fault_was_reached(fault: Callable[..., Any]) -> bool:
+    """Whether the call that a `fail` waits for has come."""
+    cells = dict(zip(fault.__code__.co_freevars, fault.__closure__ or (), strict=True))
+    seen: int = cells["seen"].cell_contents
+    nth: int = cells["nth"].cell_contents
+    return seen >= nth
+
+
+# Cancelled while opening
+
+
+async def test_an_opening_that_is_cancelled_at_any_time_leaves_no_lock_behind(
+    files: MemoryFiles,
+) -> None:
+    for steps in range(60):
+        disk = files.after_kill()
+        state = StateManager(config=config(), files=disk)
+        opening = asyncio.create_task(state.open())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        opening.cancel()
+        outcome = (await asyncio.gather(opening, return_exceptions=True))[0]
+        if outcome is None:
+            await state.close()
+        else:
+            assert isinstance(outcome, asyncio.CancelledError)
+        assert disk.open_files == []
+        async with opened(disk) as state:
+            assert await everything(state) == DATA
+            await abandon(state)
+
+
+# What it looks like on a real disk
+
+
+async def test_the_directory_and_its_files_are_private(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "state"
+    async with opened(Files(), config(str(path), segment_bytes=64 * 1024)) as state:
+        for number in range(40):
+            await state.create_session(data={"x": os.urandom(4000), "n": number})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    modes = {item.name: stat.S_IMODE(item.stat().st_mode) for item in path.iterdir()}
+    assert {"LOCK", "MANIFEST", "INDEX", segment_name(1), segment_name(2)} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+
+@pytest.mark.parametrize("name", ["with space", "ünï", "new\nline", "dot.", "[glob]*?", "x" * 200])
+async def test_any_name_of_a_directory_will_do(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for expected in ({}, {"s": {"n": 1}}):
+        async with opened(Files(), config(f"{path}/")) as state:
+            assert await everything(state) == expected
+            if not expected:
+                await state.create_session(session_id="s", data={"n": 1})
+
+
+async def test_no_session_id_becomes_part_of_a_file_name(tmp_path: Path) -> None:
+    ids = ["../../escape", "a/b", "nul\0", "new\nline", "..", ".", "-rf", "x" * 512, "MANIFEST"]
+    path = tmp_path / "state"
+    async with opened(Files(), config(str(path))) as state:
+        for sid in ids:
+            await state.create_session(session_id=sid, data={"id": sid})
+    async with opened(Files(), config(str(path))) as state:
+        assert await everything(state) == {sid: {"id": sid} for sid in ids}
+    assert os.listdir(tmp_path) == ["state"]
+    assert listing(path).keys() == {
+        "LOCK",
+        "MANIFEST",
+        "INDEX",
+        "0000000001.seg",
+        "0000000001.hint",
+    }

@@ -1,0 +1,92 @@
+"""The pages of docs/ name what exists, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from persistence import StateConfig, Stats, errors
+from persistence.disk.tier import DiskStats
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def anchor(title: str) -> str:
+    """Return the anchor that is made of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {anchor(title) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, heading = target.partition("#")
+        if "://" in name:
+            continue
+        file = page.parent / name if name else page
+        if not file.exists() or (heading and heading not in anchors(file)):
+            dead.append(target)
+    assert dead == []
+
+
+def test_every_number_of_stats_is_explained() -> None:
+    listed = re.findall(r"`([\w.]+)`", table("Numbers", column=0))
+    numbers = [item.name for item in fields(Stats) if item.name != "disk"]
+    numbers += [f"disk.{item.name}" for item in fields(DiskStats)]
+    assert sorted(listed) == sorted(numbers)
+
+
+def test_every_logger_is_listed() -> None:
+    listed = re.findall(r"`([\w.]+)`", table("Logging", column=0))
+    used = [name for path in (ROOT / "persistence").rglob("*.py") for name in loggers(path)]
+    assert sorted(listed) == sorted(used)
+
+
+def loggers(path: Path) -> list[str]:
+    """Return the names that a module calls `logging.getLogger` with."""
+    calls = [
+        node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+    ]
+    return [
+        ast.literal_eval(call.args[0])
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "getLogger"
+    ]
+
+
+def table(title: str, column: int) -> str:
+    """Return the cells of one column of the first table below a heading."""
+    _, found, rest = OPERATIONS.partition(f"\n## {title}\n")
+    assert found, title
+    rows = re.findall(r"^\|(.+)\|$", rest.partition("\n## ")[0], re.MULTILINE)
+    return "\n".join(row.split("|")[column] for row in rows)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_field_of_the_configuration_that_is_named_exists(page: Path) -> None:
+    sections = {name: set(table) for name, table in StateConfig().model_dump().items()}
+    sections["disk"] |= {item.name for item in fields(DiskStats)}
+    sections["memory"] |= {"max", "high"}  # files of a cgroup
+    named = re.findall(
+        rf"`({'|'.join(sections)})\.(\w+)", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [pair for pair in named if pair[1] not in sections[pair[0]]] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_error_that_is_named_exists(page: Path) -> None:
+    known = {*vars(errors), "KeyError", "TypeError", "ValueError"}
+    named = re.findall(r"`([A-Z]\w+Error)`", page.read_text(encoding="utf-8"))
+    assert set(named) <= known

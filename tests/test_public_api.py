@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import persistence
+from persistence import StateConfig, StateManager, errors
+from persistence.errors import ConfigError
+
+CONTRACT = {
+    "CheckpointConfig",
+    "ClientInfo",
+    "DiskConfig",
+    "MemoryConfig",
+    "RedisConfig",
+    "Session",
+    "SessionConfig",
+    "SessionMetadata",
+    "ShutdownConfig",
+    "StateConfig",
+    "StateManager",
+    "errors",
+}
+
+# Parameters as (name, default); `...` where there is none. "*" stands before keyword-only ones.
+METHODS = {
+    "create_session": (
+        ("user_id", None),
+        ("metadata", None),
+        ("ttl_seconds", None),
+        ("data", None),
+        ("session_id", None),
+        "*",
+        ("max_requests", None),
+        ("auto_renew", None),
+    ),
+    "get_session": (("session_id", ...), "*", ("fresh", False)),
+    "get_or_create_session": (("session_id", None), "**"),
+    "has_session": (("session_id", ...),),
+    "update_session_data": (("session_id", ...), ("field", ...), ("value", ...)),
+    "update_session": (("session_id", ...), ("function", ...)),
+    "update_session_metadata": (("session_id", ...), "**"),
+    "replace_session": (("session_id", ...), ("data", ...), ("ttl_seconds", None)),
+    "set_ttl": (("session_id", ...), ("ttl_seconds", ...)),
+    "edit": (("session_id", ...),),
+    "terminate_session": (("session_id", ...),),
+    "get_active_sessions": ("*", ("namespace", False)),
+    "iter_sessions": (("prefix", ""), "*", ("namespace", False)),
+    "find_sessions": ("*", ("user_id", ...)),
+    "cleanup_expired": (),
+    "cleanup_old_sessions": (("max_age_seconds", ...),),
+    "spill_session": (("session_id", ...),),
+    "restore_session": (("session_id", ...),),
+    "flush": (),
+    "stats": (),
+    "open": (),
+    "close": (),
+}
+
+NOT_COROUTINES = {"edit", "iter_sessions"}
+
+
+def shape(function: object) -> tuple[object, ...]:
+    """Return the parameters of a method in the notation of `METHODS`."""
+    assert callable(function)
+    found: list[object] = []
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.append("**")
+            continue
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in found:
+            found.append("*")
+        default = parameter.default
+        found.append((parameter.name, ... if default is inspect.Parameter.empty else default))
+    return tuple(found)
+
+
+def test_the_package_exports_the_names_of_the_contract() -> None:
+    assert set(persistence.__all__) >= CONTRACT
+    assert all(hasattr(persistence, name) for name in persistence.__all__)
+
+
+def test_the_exports_are_sorted_and_listed_once() -> None:
+    assert persistence.__all__ == sorted(set(persistence.__all__))
+
+
+def test_a_star_import_brings_exactly_the_exports() -> None:
+    namespace: dict[str, object] = {}
+    exec("from persistence import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == set(persistence.__all__)
+
+
+def test_every_export_is_documented() -> None:
+    undocumented = [
+        name for name in persistence.__all__ if not inspect.getdoc(getattr(persistence, name))
+    ]
+    assert undocumented == []
+
+
+def test_the_module_does_nothing_but_export() -> None:
+    source = Path(inspect.getfile(persistence)).read_text("utf-8")
+    assert not any(line.startswith(("def ", "class ", "async ")) for line in source.splitlines())
+    assert importlib.import_module("persistence.errors") is errors
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_what_the_contract_says(name: str) -> None:
+    wanted = METHODS[name]
+    found = shape(getattr(StateManager, name))
+    # More keyword-only parameters with defaults may follow.
+    assert found[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_a_documented_coroutine(name: str) -> None:
+    method = getattr(StateManager, name)
+    assert inspect.getdoc(method)
+    assert inspect.iscoroutinefunction(method) is (name not in NOT_COROUTINES)
+
+
+def test_the_manager_takes_a_url_a_configuration_and_a_clock() -> None:
+    found = shape(StateManager.__init__)
+    assert found[:4] == (("url", None), ("config", None), "*", ("clock", None))
+
+
+def test_a_manager_without_arguments_has_the_default_configuration() -> None:
+    assert StateManager().config == StateConfig()
+
+
+def test_a_shared_tier_that_is_not_there_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"redis\.url"):
+        StateManager("redis://localhost:6379")
+    with pytest.raises(ConfigError, match=r"redis\.url"):
+        StateManager(config=StateConfig.model_validate({"redis": {"url": "redis://localhost"}}))

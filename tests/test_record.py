@@ -1,0 +1,693 @@
+from __future__ import annotations
+
+import enum
+import math
+import string
+import tracemalloc
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
+from decimal import Decimal
+from struct import pack as struct_pack
+from typing import Any
+from uuid import UUID
+
+import msgpack
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from persistence import record as rec
+from persistence.errors import ValueNotSerializable
+from persistence.record import (
+    PREFIX_BYTES,
+    RENEWS,
+    ExtCode,
+    MalformedValue,
+    pack_value,
+    unpack_value,
+)
+
+# Values of every kind
+
+OFFSETS = (
+    st.timedeltas(timedelta(hours=-23, minutes=-59), timedelta(hours=23, minutes=59))
+    .filter(lambda offset: not offset or abs(offset) >= timedelta(seconds=1))
+    .map(timezone)
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(2**300), 2**300),
+    st.floats(),
+    st.text(),
+    st.binary(),
+    st.datetimes(timezones=OFFSETS | st.timezones()),
+    st.dates(),
+    st.uuids(),
+    st.decimals().filter(lambda value: not value.is_snan()),
+)
+KEYS = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4).map(tuple) | st.frozensets(inner, max_size=4),
+    max_leaves=8,
+)
+VALUES = st.recursive(
+    SCALARS | KEYS | st.sets(KEYS, max_size=4) | st.binary().map(bytearray),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(KEYS, inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+
+
+def told_apart(value: Any) -> object:
+    """Return something that is equal for two values only if they are the same, type by type."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind, [told_apart(item) for item in value]
+    if kind in (set, frozenset):
+        return kind, sorted((told_apart(item) for item in value), key=repr)
+    if kind is dict:
+        return kind, [(told_apart(key), told_apart(item)) for key, item in value.items()]
+    if kind is datetime:
+        # Zones come back as the offset they stood for.
+        return kind, value.replace(tzinfo=None, fold=0), value.utcoffset()
+    if kind is float:
+        return kind, math.isnan(value) or value, math.copysign(1, value)
+    if kind is Decimal:
+        return kind, value.as_tuple()
+    return kind, value
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES)
+@example({(1, ("a", frozenset({2})), b"x"): [bytearray(b"y"), {None: {True, 0.5}}]})
+@example([math.nan, -0.0, math.inf, Decimal("NaN"), Decimal("-0.00"), Decimal("1E+9999")])
+def test_every_value_comes_back_as_what_it_was(value: object) -> None:
+    again = unpack_value(pack_value(value, "field"))
+    assert told_apart(again) == told_apart(value)
+
+
+@pytest.mark.parametrize("bits", [7, 8, 31, 32, 63, 64, 65, 127, 128, 1000, 100_000])
+def test_integers_of_any_size_come_back(bits: int) -> None:
+    for value in (2**bits - 1, 2**bits, 2**bits + 1):
+        for number in (value, -value):
+            assert told_apart(unpack_value(pack_value(number, "n"))) == (int, number)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime(2024, 2, 29, 23, 59, 59, 999_999, UTC),
+        datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=-12))),
+        datetime(9999, 12, 31, tzinfo=timezone(timedelta(hours=5, minutes=45))),
+        datetime(2024, 1, 1, tzinfo=timezone(timedelta(seconds=-1))),
+        datetime(2024, 1, 1, tzinfo=timezone(timedelta(hours=1, seconds=2, microseconds=3))),
+    ],
+)
+def test_a_datetime_keeps_its_offset_to_the_microsecond(value: datetime) -> None:
+    again = unpack_value(pack_value(value, "at"))
+    assert (again, again.utcoffset()) == (value, value.utcoffset())
+
+
+@settings(deadline=None)
+@given(st.lists(KEYS, max_size=12), st.randoms())
+def test_equal_sets_are_equal_bytes(elements: list[Any], random: Any) -> None:
+    one = set(elements)
+    shuffled = list(one)
+    random.shuffle(shuffled)
+    filling = {f"filling {number}" for number in range(1000)}
+    other: set[Any] = set(filling)  # a table of another size, so of another order
+    other.update(shuffled)
+    other -= filling - one
+    assert other == one
+    assert pack_value(one, "s") == pack_value(other, "s")
+    assert pack_value(frozenset(one), "s") == pack_value(frozenset(other), "s")
+    assert pack_value({"a": [(one,)]}, "s") == pack_value({"a": [(other,)]}, "s")
+
+
+@settings(deadline=None)
+@given(VALUES)
+def test_packing_twice_gives_the_same_bytes(value: object) -> None:
+    packed = pack_value(value, "field")
+    assert pack_value(value, "field") == packed
+    assert pack_value(unpack_value(packed), "field") == packed
+
+
+def test_every_reader_gets_fresh_objects() -> None:
+    packed = pack_value({"list": [1], "bytes": bytearray(b"x"), "set": {1}}, "field")
+    first, second = unpack_value(packed), unpack_value(packed)
+    first["list"].append(2)
+    first["bytes"].extend(b"y")
+    first["set"].add(2)
+    del first["list"]
+    assert second == {"list": [1], "bytes": bytearray(b"x"), "set": {1}}
+    assert unpack_value(packed) == second
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, lambda items: {"key": items[0]}])
+def test_a_bytearray_stays_one_in_every_container(wrap: Callable[[list[Any]], Any]) -> None:
+    value = wrap([wrap([bytearray(b"\x00\xff")])])
+    assert told_apart(unpack_value(pack_value(value, "f"))) == told_apart(value)
+
+
+def test_a_bytearray_is_copied_when_it_is_packed() -> None:
+    buffer = bytearray(b"before")
+    packed = pack_value([buffer], "f")
+    buffer[:] = b"behind"
+    assert unpack_value(packed) == [bytearray(b"before")]
+
+
+# What is refused
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Number(int):
+    pass
+
+
+class Real(float):
+    pass
+
+
+class Raw(bytes):
+    pass
+
+
+class Buffer(bytearray):
+    pass
+
+
+class Array(list[Any]):
+    pass
+
+
+class Table(dict[Any, Any]):
+    pass
+
+
+class Pair(tuple[Any, ...]):
+    __slots__ = ()
+
+
+class Bag(set[Any]):
+    pass
+
+
+class FrozenBag(frozenset[Any]):
+    pass
+
+
+class Moment(datetime):
+    pass
+
+
+class Day(date):
+    pass
+
+
+class Money(Decimal):
+    pass
+
+
+class Id(UUID):
+    pass
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Flag(enum.StrEnum):
+    ON = "on"
+
+
+Point = namedtuple("Point", "x y")
+
+SUBCLASSES = [
+    Text("a"),
+    Number(1),
+    Number(2**80),
+    Real(1.5),
+    Raw(b"a"),
+    Buffer(b"a"),
+    Array([1]),
+    Table(a=1),
+    Pair((1,)),
+    Bag([1]),
+    FrozenBag([1]),
+    Moment(2024, 1, 1, tzinfo=UTC),
+    Day(2024, 1, 1),
+    Money("1.5"),
+    Id(int=1),
+    Colour.RED,
+    Flag.ON,
+    Point(1, 2),
+    OrderedDict(a=1),
+    defaultdict(list),
+]
+LOOKALIKES = [
+    memoryview(b"abc"),
+    msgpack.ExtType(ExtCode.UUID, bytes(16)),
+    msgpack.ExtType(99, b""),
+    msgpack.Timestamp(0),
+]
+FOREIGN = [object(), 1j, range(3), time(1), timedelta(1), len, int, Exception("x")]
+
+
+def wrapped(value: Any) -> list[Any]:
+    """Return `value` in each place where a value can be."""
+    places: list[Any] = [value, [value], (1, (value,)), {"key": value}, [bytearray(b"x"), value]]
+    try:
+        hash(value)
+    except TypeError:
+        return places
+    return [*places, {value}, frozenset({value}), {value: 1}, {(value,): 1}]
+
+
+@pytest.mark.parametrize("value", [*SUBCLASSES, *LOOKALIKES, *FOREIGN], ids=repr)
+def test_a_subclass_or_a_foreign_type_is_refused_wherever_it_is(value: object) -> None:
+    name = type(value).__qualname__
+    for place in wrapped(value):
+        with pytest.raises(ValueNotSerializable, match=rf"^field 'cart' .*\b{name}\b"):
+            pack_value(place, "cart")
+
+
+@pytest.mark.parametrize("place", [lambda v: v, lambda v: [v], lambda v: {v}, lambda v: {v: 1}])
+def test_a_naive_datetime_is_refused(place: Callable[[datetime], object]) -> None:
+    class Nowhere(tzinfo):
+        def utcoffset(self, _: datetime | None) -> None:
+            return None
+
+        def dst(self, _: datetime | None) -> None:
+            return None
+
+        def tzname(self, _: datetime | None) -> str:
+            return "nowhere"
+
+    naive = datetime(2024, 1, 1)
+    for value in (naive, naive.replace(tzinfo=Nowhere())):
+        with pytest.raises(ValueNotSerializable, match=r"^field 'at' .*naive datetime"):
+            pack_value(place(value), "at")
+
+
+def test_an_offset_that_would_come_back_as_another_is_refused() -> None:
+    for microseconds in (1, -1, 999_999):
+        zone = timezone(timedelta(microseconds=microseconds))
+        with pytest.raises(ValueNotSerializable, match=r"^field 'at' .*less than a second"):
+            pack_value(datetime(2024, 1, 1, tzinfo=zone), "at")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\udc80" * 3])
+def test_lone_surrogates_are_refused(text: str) -> None:
+    for place in wrapped(text):
+        with pytest.raises(ValueNotSerializable, match=r"^field 'name' .*surrogates"):
+            pack_value(place, "name")
+
+
+def endless(wrap: Callable[[list[Any]], Any]) -> list[Any]:
+    inner: list[Any] = []
+    inner.append(wrap(inner))
+    return inner
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        endless(lambda inner: inner),
+        endless(lambda inner: (inner,)),
+        endless(lambda inner: {"again": inner}),
+        endless(lambda inner: [bytearray(b"x"), inner]),
+    ],
+    ids=["list", "tuple", "dict", "list and bytearray"],
+)
+def test_a_value_that_holds_itself_is_refused(value: object) -> None:
+    with pytest.raises(ValueNotSerializable, match=r"^field 'loop' "):
+        pack_value(value, "loop")
+
+
+def nested(levels: int, wrap: Callable[[Any], Any], inner: Any = 1) -> Any:
+    for _ in range(levels):
+        inner = wrap(inner)
+    return inner
+
+
+def spine(value: Any) -> tuple[list[type], Any]:
+    """Return the types of nested containers of one element each, and what is in the innermost."""
+    kinds = []
+    while isinstance(value, list | tuple | dict):
+        kinds.append(type(value))
+        value = value["k"] if isinstance(value, dict) else value[0]
+    return kinds, value
+
+
+@pytest.mark.parametrize("inner", [1, b"\xc4", bytearray(b"x")], ids=["int", "bytes", "bytearray"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda value: [value],
+        lambda value: {"k": value},
+        lambda value: (value,),
+        lambda value: [(value,)],
+        lambda value: [[[[(value,)]]]],
+    ],
+    ids=["list", "dict", "tuple", "list of tuples", "deep lists of tuples"],
+)
+def test_any_depth_is_either_refused_or_comes_back(wrap: Callable[[Any], Any], inner: Any) -> None:
+    accepted = refused = 0
+    for levels in (1, 2, 31, 32, 33, 60, 120, 300, 480, 511, 512, 513, 1023, 1024, 1025, 5000):
+        value = nested(levels, wrap, inner)
+        try:
+            packed = pack_value(value, "deep")
+        except ValueNotSerializable as error:
+            assert str(error).startswith("field 'deep' ")  # noqa: PT017
+            refused += 1
+            continue
+        # Comparing them with == would recurse as deep.
+        assert spine(unpack_value(packed)) == spine(value)
+        accepted += 1
+    assert accepted >= 3
+    assert refused >= 1
+
+
+def test_a_refused_value_leaves_nothing_behind_in_the_packer() -> None:
+    good = {"a": [1, (2, {3})]}
+    before = pack_value(good, "f")
+    for bad in (*SUBCLASSES, *LOOKALIKES, *FOREIGN, "\ud800", endless(lambda inner: (inner,))):
+        for place in ([1, 2, bad], (1, [bad]), {"a": 1, "b": (2, bad)}):
+            with pytest.raises(ValueNotSerializable):
+                pack_value(place, "f")
+            assert pack_value(good, "f") == before
+
+
+def test_the_message_names_a_field_with_any_name_on_one_line() -> None:
+    with pytest.raises(ValueNotSerializable) as caught:
+        pack_value(object(), "a\nb\ud800\u202e")
+    assert str(caught.value).startswith("field 'a\\nb\\ud800\\u202e' ")
+    assert str(caught.value).isascii()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [1, b"a", None, Text("a"), ("a",)])
+def test_a_field_name_must_be_exactly_a_str(name: object) -> None:
+    with pytest.raises(ValueNotSerializable, match="name must be str, not"):
+        rec.check_field_name(name)
+
+
+# Hostile bytes
+
+PACKED = VALUES.map(lambda value: pack_value(value, "field"))
+MUTATIONS = st.lists(
+    st.tuples(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from("rid")), max_size=6
+)
+
+
+def mutated(packed: bytes, mutations: list[tuple[int, int, str]]) -> bytes:
+    """Replace, insert or delete single bytes."""
+    data = bytearray(packed)
+    for place, byte, what in mutations:
+        at = place % (len(data) + 1)
+        data[at : at + (what != "i")] = b"" if what == "d" else bytes([byte])
+    return bytes(data)
+
+
+def read_or_refuse(packed: bytes) -> None:
+    try:
+        unpack_value(packed)
+    except MalformedValue:
+        return
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_a_value_or_malformed(data: bytes) -> None:
+    read_or_refuse(data)
+    for code in range(-1, 12):
+        read_or_refuse(msgpack.packb(msgpack.ExtType(code & 127, data)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(PACKED, MUTATIONS)
+def test_damaged_values_are_a_value_or_malformed(
+    packed: bytes, mutations: list[tuple[int, int, str]]
+) -> None:
+    read_or_refuse(mutated(packed, mutations))
+
+
+@settings(deadline=None)
+@given(PACKED)
+def test_a_value_that_is_cut_or_has_something_behind_it_is_malformed(packed: bytes) -> None:
+    for end in range(len(packed)):
+        with pytest.raises(MalformedValue):
+            unpack_value(packed[:end])
+    with pytest.raises(MalformedValue):
+        unpack_value(packed + b"\xc0")
+
+
+def extension(code: int, data: bytes) -> bytes:
+    return b"\xc9" + struct_pack(">IB", len(data), code) + data
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"",
+        extension(99, b""),  # an unknown type
+        extension(ExtCode.UUID, bytes(15)),
+        extension(ExtCode.DECIMAL, b"one"),
+        extension(ExtCode.DECIMAL, b"1E+99999999999999999999"),
+        extension(ExtCode.DECIMAL, "١".encode()),
+        extension(ExtCode.DATE, b"2024-13-01"),
+        extension(ExtCode.DATETIME, b"yesterday"),
+        extension(ExtCode.TUPLE, b"\x01"),  # no array
+        extension(ExtCode.TUPLE, b"\x91"),
+        extension(ExtCode.SET, b"\x92\x01"),  # half an element
+        extension(ExtCode.SET, b"\x90"),  # an element that cannot be hashed
+        extension(ExtCode.FROZENSET, b"\x80"),
+        b"\x81\x90\x01",  # a list as a key
+        b"\x81" + extension(ExtCode.BYTEARRAY, b"x") + b"\x01",
+        b"\xa1\xff",  # no UTF-8
+        b"\xc1",  # never used
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xc9\xff\xff\xff\xff\x01",
+        b"\x91" * 100_000,
+    ],
+)
+def test_bytes_that_nobody_packed_are_malformed(packed: bytes) -> None:
+    with pytest.raises(MalformedValue):
+        unpack_value(packed)
+
+
+def tuples_in_tuples(levels: int) -> bytes:
+    packed = b"\x90"
+    for _ in range(levels):
+        packed = b"\x91" + extension(ExtCode.TUPLE, packed)
+    return packed
+
+
+def test_extensions_inside_each_other_are_bounded() -> None:
+    unpack_value(tuples_in_tuples(30))
+    with pytest.raises(MalformedValue, match="nested extensions"):
+        unpack_value(tuples_in_tuples(40))
+
+
+def bomb(inner: bytes, arrays: int, extensions: int) -> bytes:
+    """Arrays inside each other, each of which claims as many elements as there are bytes."""
+    for _ in range(extensions):
+        inner = extension(ExtCode.TUPLE, inner)
+        claim = struct_pack(">I", len(inner) + 5 * arrays)
+        inner = (b"\xdd" + claim) * arrays + inner
+    return inner
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"\xdd" + struct_pack(">I", 2**20) + b"\xc0" * 1000,
+        bomb(b"\xc0" * 500, 100, 1),
+        bomb(b"\xc0" * 60_000, 500, 1),
+        bomb(b"\xc0" * 60_000, 500, 30),
+        b"\xdc\xff\xff" * 500 + b"\xc0" * 70_000,
+        extension(ExtCode.SET, b"\xdd" + struct_pack(">I", 60_000) + b"\xc0" * 100_000),
+        extension(ExtCode.FROZENSET, b"\xdd\x00\x01\x00\x00" * 500 + b"\xc0" * 100_000),
+    ],
+    ids=lambda packed: str(len(packed)),
+)
+def test_what_claims_to_be_large_takes_memory_in_proportion_to_its_bytes(packed: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedValue):
+            unpack_value(packed)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 40 * len(packed) + 2**20
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=40), min_size=16, max_size=60))
+def test_large_arrays_that_hold_what_they_claim_come_back(value: list[list[int]]) -> None:
+    assert unpack_value(pack_value(value * 20, "f")) == value * 20
+
+
+# Records
+
+PARTS: dict[str, Any] = {
+    "incarnation": bytes(range(16)),
+    "commit": bytes(range(16, 32)),
+    "version": 7,
+    "created": 1.5,
+    "ttl_seconds": 4.5,
+    "flags": RENEWS,
+    "user": 12345,
+    "meta": b"",
+    "fields": {},
+}
+NAMES = st.text(max_size=40)
+FIELDS = st.dictionaries(NAMES, st.binary(max_size=300), max_size=20)
+
+
+def record_with(**parts: Any) -> bytes:
+    return rec.assemble(**{**PARTS, **parts})
+
+
+@settings(deadline=None)
+@given(FIELDS, st.dictionaries(st.text(max_size=8), st.text(min_size=1, max_size=50), max_size=4))
+def test_a_record_gives_back_its_parts(fields: dict[str, bytes], meta: dict[str, str]) -> None:
+    record = record_with(fields=fields, meta=rec.pack_meta(meta))
+    head = rec.head(record)
+    assert {name: getattr(head, name) for name in PARTS if hasattr(head, name)} == {
+        name: part for name, part in PARTS.items() if hasattr(head, name)
+    }
+    assert head.user == rec.user_of(record) == PARTS["user"]
+    assert head.renews
+    assert rec.flags_of(record) == PARTS["flags"]
+    assert rec.incarnation_of(record) == PARTS["incarnation"]
+    assert rec.commit_of(record) == PARTS["commit"]
+    assert rec.version_of(record) == PARTS["version"]
+    assert rec.created_of(record) == PARTS["created"]
+    assert rec.ttl_and_flags_of(record) == (PARTS["ttl_seconds"], PARTS["flags"])
+    assert rec.meta_of(record) == meta
+    assert list(rec.packed_fields(record).items()) == list(fields.items())
+    rec.validate(record)
+
+
+@settings(deadline=None)
+@given(FIELDS, FIELDS)
+def test_a_successor_is_what_assembling_its_parts_gives(
+    before: dict[str, bytes], fields: dict[str, bytes]
+) -> None:
+    meta = rec.pack_meta({"source": "web"})
+    record = record_with(fields=before, meta=meta)
+    expected = record_with(fields=fields, meta=meta, version=PARTS["version"] + 1)
+    assert rec.successor(record, fields) == (expected[32:], PARTS["user"], RENEWS)
+
+
+FIELD_SIZES = st.sampled_from([0, 1, 31, 32, 255, 256, 257, 65_535, 65_536, 70_000])
+LARGE_FIELDS = st.dictionaries(
+    st.text(max_size=4) | st.sampled_from([31, 32, 255, 256, 65_536]).map(lambda n: "n" * n),
+    st.builds(bytes, FIELD_SIZES),
+    max_size=20,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(LARGE_FIELDS, st.integers(0, 80_000))
+def test_the_walk_through_a_large_record_finds_what_unpacking_it_does(
+    fields: dict[str, bytes], meta_bytes: int
+) -> None:
+    meta = rec.pack_meta({"attributes": "x" * meta_bytes})
+    record = record_with(fields=fields, meta=meta)
+    start = PREFIX_BYTES + len(meta)
+    walked = rec._walk_fields(memoryview(record)[start:])
+    unpacked = msgpack.unpackb(record[start:], strict_map_key=False)
+    assert [(name, bytes(value)) for name, value in walked.items()] == list(unpacked.items())
+    assert {name: bytes(value) for name, value in rec.packed_fields(record).items()} == fields
+    rec.validate(record)
+
+
+def test_values_of_a_large_record_are_views_and_those_of_a_small_one_copies() -> None:
+    small = rec.packed_fields(record_with(fields={"a": bytes(100)}))
+    large = rec.packed_fields(record_with(fields={"a": bytes(100_000)}))
+    assert type(small["a"]) is bytes
+    assert type(large["a"]) is memoryview
+
+
+def test_more_fields_than_fit_in_the_shortest_map_header_come_back() -> None:
+    for count in (0, 15, 16, 17, 65_535, 65_536):
+        fields = {f"f{number}": b"\x01" for number in range(count)}
+        assert rec.packed_fields(record_with(fields=fields)) == fields
+
+
+@pytest.mark.parametrize("payload", [500, 50_000])
+def test_a_record_that_is_cut_or_has_something_behind_it_is_malformed(payload: int) -> None:
+    record = record_with(fields={"a": b"\x01", "b": bytes(payload)}, meta=rec.pack_meta({"s": "w"}))
+    rec.validate(record)
+    for end in (*range(PREFIX_BYTES + 20), len(record) - payload, len(record) - 1):
+        with pytest.raises(MalformedValue):
+            rec.validate(record[:end])
+    with pytest.raises(MalformedValue):
+        rec.validate(record + b"\0")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [b"\x01", b"\x90", b"\xc0", b"\x81\x01\xc4\x00", b"\x81\xa1a", b"\x81\xa1\xff\xc4\x00", b""],
+)
+@pytest.mark.parametrize("padding", [0, 50_000])
+def test_fields_that_are_no_map_of_names_are_malformed(fields: bytes, padding: int) -> None:
+    start = record_with()[:PREFIX_BYTES]
+    with pytest.raises(MalformedValue):
+        rec.validate(start + fields + bytes(padding))
+
+
+def test_metadata_that_is_empty_takes_no_bytes() -> None:
+    assert rec.pack_meta({"user_id": None, "source": "", "attributes": {}}) == b""
+    assert rec.meta_of(record_with()) == {}
+
+
+def test_metadata_that_cannot_be_stored_names_its_entry() -> None:
+    with pytest.raises(ValueNotSerializable, match=r"^field 'source' "):
+        rec.pack_meta({"client_ip": "1.2.3.4", "source": object()})
+    with pytest.raises(ValueNotSerializable, match="larger than 16 MiB"):
+        rec.pack_meta({"attributes": "x" * 2**24})
+
+
+def test_a_field_name_with_lone_surrogates_is_named() -> None:
+    with pytest.raises(ValueNotSerializable, match=r"^field 'a\\ud800' .*surrogates"):
+        record_with(fields={"good": b"\x01", "a\ud800": b"\x01"})
+    assert rec.packed_fields(record_with(fields={"good": b"\x01"})) == {"good": b"\x01"}
+
+
+# Threads
+
+
+def test_values_are_packed_and_unpacked_in_several_threads_at_once() -> None:
+    values = [
+        {"n": number, "t": ((number,), [number] * 50, {number, -number}), "s": string.printable}
+        for number in range(200)
+    ]
+    expected = [pack_value(value, "f") for value in values]
+
+    def work(_: int) -> list[bytes]:
+        packed = []
+        for value in values:
+            with pytest.raises(ValueNotSerializable):
+                pack_value([value, object()], "f")
+            packed.append(pack_value(value, "f"))
+            assert unpack_value(packed[-1]) == value
+        return packed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(packed == expected for packed in pool.map(work, range(16)))
