@@ -165,6 +165,12 @@ class Engine(RuleBasedStateMachine):
         known.record()
         return known
 
+    def settle_failure(self, name: str) -> None:
+        """The same after a change that was given up: it was an access and nothing else."""
+        known = self.settle(name, seen=True)
+        assert known is not None
+        known.renew(self.now)
+
     # Beginning
 
     @initialize()
@@ -212,7 +218,7 @@ class Engine(RuleBasedStateMachine):
 
         result = self.run(self.state.update_session(name, change))
         if isinstance(result, ZeroDivisionError):
-            assert self.settle(name, seen=True) is not None
+            self.settle_failure(name)
             return
         if known := self.settle_update(name, result):
             known.version += 1
@@ -237,7 +243,7 @@ class Engine(RuleBasedStateMachine):
 
         result = self.run(edited())
         if isinstance(result, ZeroDivisionError):
-            assert self.settle(name, seen=True) is not None
+            self.settle_failure(name)
             return
         if known := self.settle_update(name, result):
             if (result, list(map(type, result.values()))) != (

@@ -187,7 +187,7 @@ class DiskTier:
                     raise asyncio.CancelledError  # noqa: TRY301 - cleaned up like any failure
             tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery.result)
             # The manifest knows all that recovery sealed; dropped segments are gone.
-            await tier._write_manifest(frozenset())
+            await tier._write_manifest(remove=manifest.dropped)
         except BaseException as error:
             if held is not None:
                 held.release()
@@ -223,7 +223,7 @@ class DiskTier:
             self._next_log_number = self._last_number + 1
             if active is not None:
                 await self._sealed(active)
-            await self._write_manifest(self._manifest.dropped)
+            await self._write_manifest()
             await self._turn_into_wall_time()
             await self.threads.write(
                 write_snapshot,
@@ -389,7 +389,7 @@ class DiskTier:
                 rows=rows,
             )
             active.segment.rows = None
-            await self._write_manifest(self._manifest.dropped)
+            await self._write_manifest()
         except OSError as error:
             _log.warning("%s: after sealing a segment: %s", self.directory, error.strerror)
         self.compactor.wake()
@@ -438,8 +438,16 @@ class DiskTier:
             self._last_number += 1
             return self._last_number
 
-    async def _write_manifest(self, dropped: frozenset[int]) -> None:
+    async def _write_manifest(
+        self, *, add: frozenset[int] = frozenset(), remove: frozenset[int] = frozenset()
+    ) -> None:
+        """Bring the manifest up to date. `add` and `remove` change which segments are dropped.
+
+        What it will say is only worked out under the lock: a rotation that waits here behind a
+        merge must not write what was true before it.
+        """
         async with self._manifest_lock:
+            dropped = (self._manifest.dropped | add) - remove
             active = self.writer.active
             sealed = {item.number for item in self.segments.values() if item.sealed}
             manifest = Manifest(
@@ -461,7 +469,7 @@ class DiskTier:
         numbers = frozenset(item.number for item in inputs)
         # If this fails, inputs and outputs both stay; they say the same, and the outputs, to
         # which nothing points, are merged away later.
-        await self._write_manifest(self._manifest.dropped | numbers)
+        await self._write_manifest(add=numbers)
 
     async def _forget(self, inputs: list[Segment]) -> None:
         """Drop merged segments: from the table, from the open files, from the directory."""
@@ -471,7 +479,7 @@ class DiskTier:
             del self.segments[item.number]
             self._open_segments.forget(item.number)
         await self.threads.read(remove_segments, self._files, self.directory, numbers)
-        await self._write_manifest(self._manifest.dropped - frozenset(numbers))
+        await self._write_manifest(remove=frozenset(numbers))
 
     def _note_damage(self, segment: Segment, offset: int, reason: str) -> None:
         segment.damaged = True
