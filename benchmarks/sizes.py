@@ -49,8 +49,8 @@ QUICK = Sizes(
     lag_samples=2_000,
     lag_sessions=2_000,
     lag_repetitions=1,
-    mixed_sessions=10_000,
-    mixed_accesses=5_000,
+    mixed_sessions=5_000,
+    mixed_accesses=3_000,
 )
 
 FULL = Sizes(

@@ -69,6 +69,9 @@ class Call:
 Fault = Callable[["MemoryFiles", Call], int | None]
 """Sees a call before it happens: raises to let it fail, returns a count to make it a short one."""
 
+Gate = Callable[[Call], None]
+"""Sees a call before any fault does, in the thread that makes it, and may let it wait."""
+
 
 @dataclass(eq=False, slots=True)
 class _File:
@@ -91,13 +94,15 @@ class MemoryFiles(Files):
     """`Files` in memory; see the module. Safe to use from several threads.
 
     Attributes:
-        faults: asked in order before each call.
+        gates: passed in order before each call.
+        faults: asked in order before each call, one call at a time.
         calls: the mutating calls that took place, in order. A removal of what is not there and
             the making of a directory that exists are none.
         free_bytes: how much the disk still takes; None: no end.
     """
 
     def __init__(self) -> None:
+        self.gates: list[Gate] = []
         self.faults: list[Fault] = []
         self.calls: list[Call] = []
         self.free_bytes: int | None = None
@@ -405,6 +410,8 @@ class _Entered:
         self._call = call
 
     def __enter__(self) -> int | None:
+        for gate in self._files.gates:
+            gate(self._call)
         self._files._lock.acquire()
         try:
             return self._files._enter(self._call)

@@ -42,9 +42,7 @@ class Workload:
         self._value_bytes = value_bytes
         self._count = 0
 
-    async def run(
-        self, state: StateManager, steps: int, clock: ManualClock | None = None
-    ) -> None:
+    async def run(self, state: StateManager, steps: int, clock: ManualClock | None = None) -> None:
         """Do `steps` things, or fewer when the engine takes no more."""
         for _ in range(steps):
             if self.is_over:
