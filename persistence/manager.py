@@ -383,18 +383,24 @@ class StateManager:
         return self._access_uncached(session_id, key, base)
 
     async def _peek(self, session_id: str) -> Session | None:
-        """Return a view without counting it as an access."""
+        """Return a view, neither counting that as an access nor restoring a cold session."""
         self._check_open()
         key = check_session_id(session_id)
-        base = await self._residency.acknowledged_base(session_id, key, access=False)
-        if base is None:
+        if not await self.has_session(session_id):
             return None
-        record, life, cap = base
+        record = await self._residency.peek(session_id, key)
+        if record is None:
+            return None
         if session_id in self._memory:
-            accessed = self._memory.times(session_id)[0]
+            accessed, life = self._memory.times(session_id)
+            cap = self._memory.cap(session_id)
         else:
             row = self._disk.index.get(self._disk.fingerprint(key))
-            accessed = self._time.now() if row is None else row.accessed
+            if row is None:
+                return None
+            ttl_seconds, flags = rec.ttl_and_flags_of(record)
+            accessed, cap = row.accessed, row.cap
+            life = life_of(ttl_seconds, flags & RENEWS, row.deadline)
         return Session.view(session_id, record, accessed, life, cap, self._time)
 
     def _access_uncached(self, session_id: str, key: bytes, base: Base) -> Session:

@@ -165,7 +165,7 @@ class Residency:
         life = life_of(ttl_seconds, flags & RENEWS, deadline)
         # Recovery may have granted more than one TTL from the last recorded access.
         if 0 < life < NEVER and deadline - life > accessed:
-            accessed = deadline - life
+            accessed = min(deadline - life, self._time.now())
         if access and deadline > self._time.now():
             accessed = self._time.now()
         self._keep(session_id, record, accessed, life, cap)

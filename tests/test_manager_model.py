@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from persistence import ManualClock, Session, SessionDraft, StateManager
-from persistence.errors import DiskFull, SessionExists, SessionNotFound
+from persistence.errors import ConflictError, DiskFull, SessionExists, SessionNotFound
 from tests.engine import (
     DAY,
     KIB,
@@ -62,6 +62,9 @@ VALUES = st.one_of(
     st.integers(5_000, 20_000).map(lambda size: random.Random(size).randbytes(size)),
 )
 TTLS = st.sampled_from([None, 0, 40.0, TTL, 480.0])
+
+
+REFUSALS = (SessionNotFound, DiskFull, ConflictError, ZeroDivisionError)
 
 
 @dataclass
@@ -473,7 +476,7 @@ class Crowd:
 
         try:
             session = await self.state.update_session(name, append)
-        except (SessionNotFound, DiskFull):
+        except REFUSALS:
             told.refused.add(token)
             raise
         assert session["history"][-1] == token
@@ -489,7 +492,7 @@ class Crowd:
                 await loop_steps(self.rng.randrange(4))
                 draft["filler"] = ""
                 draft["one"] = 1 // self.rng.choice((0, 1, 1, 1, 1))
-        except (SessionNotFound, DiskFull, ZeroDivisionError):
+        except REFUSALS:
             told.refused.add(token)
             raise
         told.acknowledged[generation].append(token)
@@ -557,7 +560,7 @@ class Crowd:
         error = task.exception()
         if error is not None:
             self.counts[type(error).__name__] += 1
-            if not isinstance(error, SessionNotFound | DiskFull | ZeroDivisionError):
+            if not isinstance(error, REFUSALS):
                 self.failures.append(error)
 
     failures: list[BaseException] = []  # noqa: RUF012 - set for each crowd below

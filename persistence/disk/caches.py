@@ -49,10 +49,14 @@ def write_hint(
 def read_hint(
     files: Files, directory: str, directory_id: bytes, segment: Segment
 ) -> tuple[float, memoryview] | None:
-    """Return (skew, rows) of a segment's hint if it is intact and covers the whole segment."""
+    """Return (skew, rows) of a segment's hint if it is intact and covers the whole segment.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
     try:
         data = read_all(files, f"{directory}/{hint_name(segment.number)}")
-    except OSError:
+    except FileNotFoundError:
         return None
     decoded = decode_cache(data, directory_id, covers([segment]))
     if decoded is None or len(decoded[1]) % INDEX_ROW_BYTES:

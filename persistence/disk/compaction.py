@@ -42,7 +42,7 @@ from persistence.disk.index import Index
 from persistence.disk.segments import Segment
 from persistence.disk.writer import encode_footer
 
-_MIN_DEAD_FRACTION: Final = 0.4
+MIN_DEAD_FRACTION: Final = 0.4
 _SMALL_FRACTION: Final = 1 / 8
 _MIN_SMALL_SEGMENTS: Final = 8
 _MAX_TOMBSTONE_FRACTION: Final = 1 / 8
@@ -53,7 +53,7 @@ _LENGTH: Final = 7  # the column of an index row
 def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
     """Return the segments to merge next, or none. Pure.
 
-    In this order: segments that are dead to `_MIN_DEAD_FRACTION`, the deadest first, as many as
+    In this order: segments that are dead to `MIN_DEAD_FRACTION`, the deadest first, as many as
     fill one output; the oldest segments, when tombstones have piled up (only together with
     everything older can they go); many small ones.
 
@@ -68,7 +68,7 @@ def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segme
         if item.sealed and not (item.damaged or item.unapplied or item.without_rows)
     ]
     dead = sorted(
-        (item for item in usable if item.dead_bytes > _MIN_DEAD_FRACTION * item.length),
+        (item for item in usable if item.dead_bytes > MIN_DEAD_FRACTION * item.length),
         key=lambda item: item.dead_bytes / item.length,
         reverse=True,
     )

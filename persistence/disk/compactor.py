@@ -30,7 +30,6 @@ from persistence.disk.format import (
     INDEX_ROW,
     INDEX_ROW_BYTES,
     MAX_KEY_BYTES,
-    ROW_IS_TOUCH,
     frame_length,
     restamp,
 )
@@ -190,10 +189,15 @@ class Compactor:
         except _NoRows as lost:
             lost.segment.without_rows = True
             await self._abandon(outputs)
+            # Whatever is wrong with it: the next opening makes a new one where there is none.
+            hint = f"{around.directory}/{hint_name(lost.segment.number)}"
+            await around.threads.read(around.files.remove, hint)
             return True
         except BaseException:
             await self._abandon(outputs)
             raise
+        for output in outputs:
+            output.segment.rows = bytes(output.rows)  # until its hint is written
         await around.publish([item.segment for item in outputs], inputs)
         await self._move(outputs)
         await around.forget(inputs)
@@ -218,14 +222,14 @@ class Compactor:
         merge = Merge(around.index, outside)
         lowest = min(item.lowest_sequence for item in inputs)
         slices = Slices(around.monotonic)
-        rows = []
+        # The rows of a full segment take 5 MiB, so they are read twice rather than kept for all.
         for source in inputs:
-            skew, packed = await self._rows(source)
-            rows.append((source, skew, packed))
+            _, packed = await self._rows(source)
             for some in _in_steps(packed):
                 merge.note_touches(INDEX_ROW.iter_unpack(some))
                 await slices.give_way_if_due()
-        for source, skew, packed in rows:
+        for source in inputs:
+            skew, packed = await self._rows(source)
             wanted: list[Source] = []
             for some in _in_steps(packed):
                 for row in INDEX_ROW.iter_unpack(some):
@@ -265,8 +269,8 @@ class Compactor:
         """Copy frames of one input, reading neighbours together."""
         away = skew - self._around.skew()  # from the hint's time base to this run's
         for start, end, group in _groups(wanted):
-            await self._pace()
             data = await self._read(source, start, end - start)
+            await self._pace(len(data))
             self.stats.bytes_read += len(data)
             for item in group:
                 raw = _frame_at(data, item.offset - start, item.length)
@@ -279,19 +283,10 @@ class Compactor:
                 stamped = restamp(raw, source.salt_checksum, output.segment.salt_checksum)
                 if stamped is None:
                     raise _Defect(source, item.offset)
-                if item.mark > ROW_IS_TOUCH or away:
-                    item = self._with_times_of_now(item, away)  # noqa: PLW2901 - the same frame
+                if away:
+                    item = _shifted(item, away)  # noqa: PLW2901 - the same frame
                 add_frame(output, item, stamped, source.number)
                 await slices.give_way_if_due()
-
-    def _with_times_of_now(self, item: Source, away: float) -> Source:
-        """Return `item` with what the index knows of a put, or with its times converted."""
-        row = self._around.index.get(item.fingerprint) if item.mark > ROW_IS_TOUCH else None
-        if row is not None:
-            return item._replace(accessed=row.accessed, deadline=row.deadline, cap=row.cap)
-        return item._replace(
-            accessed=item.accessed + away, deadline=item.deadline + away, cap=item.cap + away
-        )
 
     async def _output_for(self, outputs: list[Output], lowest: int, nbytes: int) -> Output:
         """Return the output that takes a frame of `nbytes`, with its buffer flushed when full."""
@@ -337,14 +332,14 @@ class Compactor:
                 read_exactly, self._around.files, fd, size, offset
             )
 
-    async def _pace(self) -> None:
+    async def _pace(self, nbytes: int) -> None:
         """Keep to the rate limit, and notice that the tier is closing."""
         if self._stopping.is_set():
             raise _Stopped
         if not self._bytes_per_second or self._urgent:
             return
         try:
-            async with asyncio.timeout(_CHUNK_BYTES / self._bytes_per_second):
+            async with asyncio.timeout(nbytes / self._bytes_per_second):
                 await self._stopping.wait()
         except TimeoutError:
             return
@@ -368,7 +363,6 @@ class Compactor:
     async def _write_hints(self, outputs: list[Output]) -> None:
         around = self._around
         for output in outputs:
-            rows = output.segment.rows = bytes(output.rows)
             await around.threads.read(
                 write_hint,
                 around.files,
@@ -376,9 +370,18 @@ class Compactor:
                 around.directory_id,
                 segment=output.segment,
                 skew=around.skew(),
-                rows=rows,
+                rows=bytes(output.rows),
             )
             output.segment.rows = None
+
+
+def _shifted(item: Source, seconds: float) -> Source:
+    """Return `item` with its times in another time base."""
+    return item._replace(
+        accessed=item.accessed + seconds,
+        deadline=item.deadline + seconds,
+        cap=item.cap + seconds,
+    )
 
 
 def _in_steps(packed: memoryview) -> Iterator[memoryview]:

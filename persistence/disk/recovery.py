@@ -246,9 +246,13 @@ class Recovery:
     # --- the caches ---------------------------------------------------------------------------
 
     def _take_snapshot(self, last_log: int) -> bool:
-        """Use the snapshot of a clean close if it describes exactly the segments that are here."""
+        """Use the snapshot of a clean close if it describes exactly the segments that are here.
+
+        And if each has its hint: it is wanted by compaction, and only recovery makes lost ones.
+        """
         result = self.result
-        if result.damages:
+        hints = [f"{self._directory}/{hint_name(number)}" for number in result.segments]
+        if result.damages or not all(map(self._files.exists, hints)):
             return False
         found = read_snapshot(
             self._files, self._directory, self._manifest.directory_id, result.segments.values()
@@ -282,9 +286,15 @@ class Recovery:
                     self._files.close(fd)
         return total
 
+    def _read_hint(self, segment: Segment) -> tuple[float, memoryview] | None:
+        try:
+            return read_hint(self._files, self._directory, self._manifest.directory_id, segment)
+        except OSError:
+            return None  # whatever is wrong with it, the segment itself is there
+
     def _load_sealed(self, header: SegmentHeader) -> Iterator[None]:
         segment = self.result.segments[header.number]
-        hint = read_hint(self._files, self._directory, self._manifest.directory_id, segment)
+        hint = self._read_hint(segment)
         if hint is not None:
             skew, rows = hint
             yield from self._apply_rows(rows, skew, segment)
@@ -317,9 +327,7 @@ class Recovery:
     def _load_last(self, header: SegmentHeader) -> Iterator[None]:
         """The last log segment: sealed if manifest or hint say so, else as a crash left it."""
         segment = self.result.segments[header.number]
-        if header.number in self._manifest.sealed or read_hint(
-            self._files, self._directory, self._manifest.directory_id, segment
-        ):
+        if header.number in self._manifest.sealed or self._read_hint(segment) is not None:
             segment.sealed = True
             yield from self._load_sealed(header)
         else:

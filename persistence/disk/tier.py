@@ -16,6 +16,7 @@ from typing import Any, Final
 from persistence.clock import EngineTime
 from persistence.config import DiskConfig
 from persistence.disk.caches import write_hint, write_snapshot
+from persistence.disk.compaction import MIN_DEAD_FRACTION
 from persistence.disk.compactor import Compactor, Surroundings, remove_segments
 from persistence.disk.directory import (
     DirectoryLock,
@@ -341,6 +342,8 @@ class DiskTier:
         """
         limit = self._config.max_bytes
         if limit and grows and self.total_bytes + nbytes > limit:
+            await self._give_up_active()
+            await self._seal_garbage()
             self.compactor.wake(urgent=True)
             raise DiskFull(
                 f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is {limit}: "
@@ -354,15 +357,40 @@ class DiskTier:
                 return
         await self._rotate()
 
+    async def _give_up_active(self) -> None:
+        """Seal the active segment if it is mostly dead, so that compaction can free its space.
+
+        Without that, a log with less than a segment of live data would be full for good.
+        """
+        active = self.writer.active
+        if active is None or active.segment.unapplied:
+            return
+        if active.segment.dead_bytes > MIN_DEAD_FRACTION * active.segment.length:
+            with suppress(DiskFull):
+                await self._seal_active()
+
+    async def _seal_active(self) -> None:
+        sealed = await self.threads.write(self.writer.seal)
+        # Taken before the thread takes the number itself: a manifest that is written in between
+        # must not know of the new segment, or it would pass for a dead one.
+        self._next_log_number = self._last_number + 1
+        if sealed is not None:
+            sealed.segment.rows = bytes(sealed.rows)
+            self._run_in_background(self._sealed(sealed))
+
+    async def _seal_garbage(self) -> None:
+        """Seal the open segment if much of it is dead: only then can compaction free that."""
+        active = self.writer.active
+        if active is None or active.segment.dead_bytes < active.segment.length / 4:
+            return
+        sealed = await self.threads.write(self.writer.seal)
+        if sealed is not None:
+            sealed.segment.rows = bytes(sealed.rows)
+            self._run_in_background(self._sealed(sealed))
+
     async def _rotate(self) -> None:
         try:
-            sealed = await self.threads.write(self.writer.seal)
-            # Taken before the thread takes the number itself: a manifest that is written in
-            # between must not know of the new segment, or it would pass for a dead one.
-            self._next_log_number = self._last_number + 1
-            if sealed is not None:
-                sealed.segment.rows = bytes(sealed.rows)
-                self._run_in_background(self._sealed(sealed))
+            await self._seal_active()
             segment = await self.threads.write(self.writer.create)
         except DiskFull:
             self.compactor.wake(urgent=True)

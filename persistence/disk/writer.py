@@ -18,6 +18,7 @@ numbers grow with every frame and are never used twice, not even those of a fail
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -48,6 +49,7 @@ from persistence.disk.segments import Segment
 from persistence.errors import DiskFull, WriteOutcomeUnknown
 
 _pack_row = INDEX_ROW.pack
+_log = logging.getLogger("persistence.disk")
 _ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
 
 
@@ -265,6 +267,7 @@ class LogWriter:
 
     def _poison(self, path: str, error: OSError) -> None:
         self.poisoned = f"{path}: {error.strerror}"
+        _log.error("%s: %s: no more writes are taken", path, error.strerror)
         raise WriteOutcomeUnknown(
             f"{path}: {error.strerror}: the update may or may not be durable; no more writes are "
             "taken, reads go on; check the disk, then open the directory again"
