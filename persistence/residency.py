@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 from persistence.clock import Clock, EngineTime
@@ -304,14 +305,20 @@ class Residency:
         the newest, so no update can come between.
         """
         task = self._reading.get(session_id)
-        if task is None:
+        if task is None or task.done():
+            # Never share a reading that has ended: what it found may be out of date already, and
+            # asking it again would answer at once, for ever.
             task = asyncio.create_task(
                 self._read_and_restore(session_id, key, fingerprint, access=access),
                 name="persistence-read",
             )
             self._reading[session_id] = task
-            task.add_done_callback(lambda _: self._reading.pop(session_id, None))
+            task.add_done_callback(partial(self._reading_ended, session_id))
         return await asyncio.shield(task)
+
+    def _reading_ended(self, session_id: str, task: asyncio.Task[object]) -> None:
+        if self._reading.get(session_id) is task:
+            del self._reading[session_id]
 
     async def _read_and_restore(
         self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool

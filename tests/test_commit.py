@@ -496,6 +496,14 @@ async def test_nobody_starves_while_others_keep_the_queue_full(start: Start) -> 
     assert min(progress.values()) >= 10, progress.most_common()[-5:]
 
 
+async def test_those_who_wait_for_room_come_in_the_order_in_which_they_asked(
+    start: Start,
+) -> None:
+    state = await with_sessions(start, "a", disk={"queue_bytes": KIB})
+    sessions = await asyncio.gather(*(update(state, "a", number) for number in range(100)))
+    assert [session.version for session in sessions] == list(range(2, 102))
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_cancelled_waiters_leave_no_hole_in_the_queue(
     start: Start, files: ScriptedFiles, seed: int

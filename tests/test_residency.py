@@ -334,6 +334,35 @@ async def test_a_reader_that_is_cancelled_takes_nothing_from_the_others(
     assert [isinstance(result, Session) for result in results] == [False, True, True, False, True]
 
 
+@pytest.mark.timeout(10)
+async def test_a_reader_that_comes_between_the_end_of_a_read_and_its_news_does_not_spin(
+    start: Start, files: ScriptedFiles, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.tells_cached = False
+    state = await start()
+    await state.create_session(session_id="a", data={"x": 1})
+    await state.spill_session("a")
+    clock.advance(1)
+    residency = residency_of(state)
+    read = residency._read_and_restore
+    in_between: list[asyncio.Task[Any]] = []
+
+    async def read_and_let_others_in(*args: Any, **options: Any) -> Any:
+        found = await read(*args, **options)
+        if not in_between:  # they run after this task has ended, and before anybody is told
+            in_between.append(asyncio.create_task(state.spill_session("a")))
+            in_between.append(asyncio.create_task(state.get_session("a")))
+        return found
+
+    monkeypatch.setattr(residency, "_read_and_restore", read_and_let_others_in)
+    first = await state.get_session("a")
+    assert first is not None
+    assert await in_between[0] is True
+    second = await in_between[1]
+    assert second is not None
+    assert second.data == {"x": 1}
+
+
 async def again(state: StateManager) -> None:
     await state.terminate_session("a")
     await state.create_session(session_id="a", data={"x": 3})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from typing import Any, Final
 
 from persistence import ManualClock, StateManager
@@ -104,16 +103,15 @@ class Workload:
 
     # --- after a crash ------------------------------------------------------------------------
 
-    async def check(self, state: StateManager, *, lost: Iterable[str] = ()) -> None:
+    async def check(self, state: StateManager) -> None:
         """Assert that every session holds what it may hold.
 
         What it does hold is certain from then on.
         """
-        excused = set(lost)
         for sid, value in self.values.items():
             found = await self.read(state, sid)
             allowed = [value, *self.possible.get(sid, [])]
-            assert found in allowed or sid in excused, (sid, _short(found), _short(value))
+            assert found in allowed, (sid, _short(found), _short(value))
             self.values[sid] = found
         alive = {sid for sid, value in self.values.items() if value is not None}
         assert set(await state.get_active_sessions()) == alive
