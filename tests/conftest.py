@@ -27,7 +27,7 @@ def files() -> ScriptedFiles:
 
 
 @pytest.fixture
-async def start(tmp_path: Path, clock: ManualClock, files: ScriptedFiles) -> AsyncIterator[Start]:
+async def start(tmp_path: Path, clock: Clock, files: ScriptedFiles) -> AsyncIterator[Start]:
     """Open managers that are closed at the end of the test.
 
     Called with the sections of a configuration, and `path`, `clock` or `files` where they are not

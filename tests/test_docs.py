@@ -51,7 +51,7 @@ def test_every_number_of_stats_is_explained() -> None:
 def test_every_logger_is_listed() -> None:
     listed = re.findall(r"`([\w.]+)`", table("Logging", column=0))
     used = [name for path in (ROOT / "persistence").rglob("*.py") for name in loggers(path)]
-    assert sorted(listed) == sorted(used)
+    assert sorted(listed) == sorted(set(used))  # modules may share one
 
 
 def loggers(path: Path) -> list[str]:

@@ -20,7 +20,8 @@ from persistence.cli.failure import CommandError
 from persistence.clock import SystemClock
 
 _LOAD_SECONDS: Final = (1.5, 2.5)
-_SILENCE_SECONDS: Final = 20.0
+_SILENCE_SECONDS: Final = 10.0
+_SILENCES: Final = 2  # in a row: a machine that was suspended wakes up with one behind it
 _MEASURE_SECONDS: Final = 0.5
 _MEASURED_SESSIONS: Final = 200
 _READ_BYTES: Final = 8192 * ACK.size
@@ -123,8 +124,9 @@ def _chunks(pipe: IO[bytes]) -> Iterator[bytes]:
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            if not selector.select(_SILENCE_SECONDS):
-                raise CommandError(f"the worker made no progress for {_SILENCE_SECONDS:.0f} s")
+            if not any(selector.select(_SILENCE_SECONDS) for _ in range(_SILENCES)):
+                seconds = _SILENCE_SECONDS * _SILENCES
+                raise CommandError(f"the worker made no progress for {seconds:.0f} s")
             chunk = os.read(pipe.fileno(), _READ_BYTES)
             if not chunk:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 
 from persistence.disk.filenames import LOCK, MANIFEST, is_ours, parse_segment, temporary_name
 from persistence.disk.files import NO_SPACE, Files, read_all, replace_file
@@ -63,6 +64,18 @@ def not_usable(directory: str, error: OSError) -> PersistenceError:
     )
 
 
+def make_directory(files: Files, directory: str) -> None:
+    """Create `directory` and its parents where they are missing, durably."""
+    missing = []
+    path = os.path.abspath(directory)
+    while not files.exists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    files.make_directory(directory)
+    for made in missing:
+        files.sync_directory(os.path.dirname(made))
+
+
 def check_ours(files: Files, directory: str) -> None:
     """Refuse a directory that holds something, but not what this library writes.
 
@@ -99,8 +112,10 @@ def open_manifest(files: Files, directory: str) -> Manifest:
     check_ours(files, directory)
     manifest = Manifest.fresh()
     write_manifest(files, directory, manifest)
-    # The names of the directory itself and of a new parent must survive a power loss as well.
-    files.sync_directory(os.path.dirname(os.path.abspath(directory)))
+    # Whoever made the directory may have died before its name was durable. A parent that we may
+    # not read is not of our making.
+    with suppress(PermissionError):
+        files.sync_directory(os.path.dirname(os.path.abspath(directory)))
     return manifest
 
 

@@ -21,6 +21,7 @@ from persistence.disk.compactor import Compactor, Surroundings, remove_segments
 from persistence.disk.directory import (
     DirectoryLock,
     check_ours,
+    make_directory,
     not_usable,
     open_manifest,
     write_manifest,
@@ -551,7 +552,7 @@ def key_of(frame: memoryview) -> bytes | None:
 
 
 def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest]:
-    files.make_directory(directory)
+    make_directory(files, directory)
     check_ours(files, directory)
     lock = DirectoryLock(files, directory)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,9 +169,10 @@ def test_a_written_line_is_read_back(
         "a" * 100_000,
     ],
 )
-@pytest.mark.timeout(5)
 def test_a_hostile_line_takes_no_time(line: str) -> None:
+    started = time.process_time()
     parse_line(line)
+    assert time.process_time() - started < 2
 
 
 # --- files ------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ It tells apart what a program wrote and what is durable: the data of a file from
 that file, a name from the last sync of its directory. So one run can be followed by
 
 - `after_kill`: the process died; the kernel still has everything that was written;
-- `after_power_loss`: the machine died; of what was not synced, nothing is left, or any part of it.
+- `after_power_loss`: the machine died; of what was not synced, nothing is left, or any part of it;
+
+also by the one and then the other: what a process left unsynced stays so after its death.
 
 Faults are functions that see every call before it happens (`Fault`); `fail`, `kill_at` and
 `short_writes` make the usual ones. After `kill` nothing reaches the disk any more, so that the
@@ -85,6 +87,10 @@ class _File:
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
     locked_by: int = 0
 
+    def copy(self) -> _File:
+        """Return an inode of the same content, unlocked."""
+        return _File(bytearray(self.data), bytearray(self.durable), list(self.pending))
+
 
 _Names = dict[str, _File | None]
 """A pending change of a directory, atomic: each path names this file now, or None: nothing."""
@@ -110,6 +116,7 @@ class MemoryFiles(Files):
         self.dies_after_this_call = False
         self._lock = threading.RLock()
         self._directories = {"/"}
+        self._lost_directories: set[str] = set()  # if the power is lost now
         self._files: dict[str, _File] = {}
         self._durable: dict[str, _File] = {}
         self._renamings: list[_Names] = []
@@ -134,6 +141,7 @@ class MemoryFiles(Files):
     def set_data(self, path: str, data: bytes) -> None:
         """Let `path` hold exactly `data`, durably: made, replaced or damaged behind the engine."""
         self._directories.update(_parents(path))
+        self._lost_directories.difference_update(_parents(path))
         self._files[path] = self._durable[path] = _File(bytearray(data), bytearray(data))
 
     def flip(self, path: str, bit: int) -> None:
@@ -159,9 +167,25 @@ class MemoryFiles(Files):
         self.is_dead = True
 
     def after_kill(self) -> MemoryFiles:
-        """Return the disk as the next process finds it after the death of this one."""
+        """Return the disk as the next process finds it after the death of this one.
+
+        What was not synced still is not.
+        """
         with self._lock:
-            return self._copy({path: file.data for path, file in self._files.items()})
+            again = MemoryFiles()
+            again._directories = set(self._directories)
+            again._lost_directories = set(self._lost_directories)
+            copies: dict[_File, _File] = {}
+            again._files = _copied(self._files, copies)
+            again._durable = _copied(self._durable, copies)
+            again._renamings = [
+                {
+                    path: file and copies.setdefault(file, file.copy())
+                    for path, file in change.items()
+                }
+                for change in self._renamings
+            ]
+            return again
 
     def after_power_loss(self, random: Random | None = None) -> MemoryFiles:
         """Return the disk as it is after the machine lost its power.
@@ -175,15 +199,19 @@ class MemoryFiles(Files):
             for change in self._renamings:
                 if random is not None and random.random() < 0.5:
                     _rename(names, change)
-            return self._copy({path: _left_of(file, random) for path, file in names.items()})
-
-    def _copy(self, contents: dict[str, bytearray]) -> MemoryFiles:
-        again = MemoryFiles()
-        again._directories = set(self._directories)
-        for path, data in contents.items():
-            file = _File(bytearray(data), bytearray(data))
-            again._files[path] = again._durable[path] = file
-        return again
+            lost = {
+                path
+                for path in sorted(self._lost_directories)
+                if random is None or random.random() < 0.5
+            }
+            again = MemoryFiles()
+            for path in self._directories:
+                if lost.isdisjoint({path, *_parents(path)}):
+                    again._directories.add(path)
+            for path, file in names.items():
+                if lost.isdisjoint(_parents(path)):
+                    again.set_data(path, bytes(_left_of(file, random)))
+            return again
 
     # --- one call ---------------------------------------------------------------------------------
 
@@ -253,6 +281,7 @@ class MemoryFiles(Files):
             if any(name in self._files for name in wanted):
                 raise _error(errno.EEXIST if path in self._files else errno.ENOTDIR, path)
             if path not in self._directories:
+                self._lost_directories.update(set(wanted) - self._directories)
                 self._directories.update(wanted)
                 self._did(call)
 
@@ -376,6 +405,9 @@ class MemoryFiles(Files):
                 else:
                     kept.append(change)
             self._renamings = kept
+            self._lost_directories -= {
+                made for made in self._lost_directories if os.path.dirname(made) == path
+            }
             self._did(call)
 
     def rename(self, source: str, target: str) -> None:
@@ -445,6 +477,10 @@ def _rename(names: dict[str, _File], change: _Names) -> None:
             names.pop(path, None)
         else:
             names[path] = file
+
+
+def _copied(names: dict[str, _File], copies: dict[_File, _File]) -> dict[str, _File]:
+    return {path: copies.setdefault(file, file.copy()) for path, file in names.items()}
 
 
 def _apply(data: bytearray, offset: int, change: bytes | None) -> None:

@@ -105,7 +105,11 @@ def test_every_prefix_of_the_header_is_no_header(history: History) -> None:
 def cuts_worth_recovering(history: History) -> list[int]:
     """Return every cut in the header, around each end of a frame, and in one frame of each type."""
     cuts = set(range(SEGMENT_HEADER_BYTES + 2))
-    by_type = {placed.frame.type: placed for placed in history.frames}
+    by_type: dict[FrameType, Placed] = {}
+    for placed in history.frames:
+        if placed.frame.length < 400:
+            by_type[placed.frame.type] = placed
+    assert len(by_type) == 3
     for placed in by_type.values():
         cuts.update(range(placed.offset, placed.end))
     for placed in history.frames:
