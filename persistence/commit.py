@@ -203,19 +203,21 @@ class CommitQueue:
         """
         if not self.is_full:
             return
-        self._admissions.append(turn := self._loop.create_future())
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._admissions.append(turn)
         while True:
             try:
                 await turn
             except asyncio.CancelledError:
-                if turn in self._admissions:
-                    self._admissions.remove(turn)
-                else:
-                    self._admit()  # it was this one's turn: pass it on
+                self._admissions.remove(turn)
+                self._admit()  # it may have been this one's turn: pass it on
                 raise
+            # Only the first in line is ever woken, and it stays first until it gets through.
+            assert self._admissions[0] is turn, "somebody got in front"
             if self.pending_bytes < self._max_pending_bytes:
                 break
-            self._admissions.appendleft(turn := self._loop.create_future())  # keep the place
+            turn = self._admissions[0] = self._loop.create_future()
+        self._admissions.popleft()
         self._admit()
 
     def submit(self, commit: Commit, *, wait: bool = True) -> None:
@@ -454,11 +456,10 @@ class CommitQueue:
 
     def _admit(self) -> None:
         """Wake whoever has waited longest for admission, if there is room."""
-        while self._admissions and self.pending_bytes < self._max_pending_bytes:
-            turn = self._admissions.popleft()
+        if self._admissions and self.pending_bytes < self._max_pending_bytes:
+            turn = self._admissions[0]
             if not turn.done():
                 turn.set_result(None)
-                break
 
     def _fail(self, commits: list[Commit], error: PersistenceError) -> None:
         """Fail `commits` and everything in the queue that was built on one of them."""
