@@ -41,7 +41,13 @@ class DirectoryLock:
             ) from None
 
     def release(self) -> None:
-        """Give the lock back by closing its descriptor."""
+        """Give the lock back. A child that was forked a moment ago must not go on holding it."""
+        if self._fd >= 0:
+            self._files.unlock(self._fd)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptor and leave the lock to whoever else has it: in a forked child."""
         if self._fd >= 0:
             self._files.close(self._fd)
             self._fd = -1

@@ -59,6 +59,10 @@ class Files:
         """Take the exclusive lock of `fd`; BlockingIOError when another holds it."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def unlock(self, fd: int) -> None:
+        """Give back the lock of `fd`, also where a forked child still has the file open."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
     def close(self, fd: int) -> None:
         """Close `fd`."""
         os.close(fd)

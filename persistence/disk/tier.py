@@ -250,7 +250,7 @@ class DiskTier:
 
     def abandon(self) -> None:
         """Let go of everything without a word to the disk: after a fork, in the child."""
-        self._lock.release()
+        self._lock.abandon()
 
     # --- reading ------------------------------------------------------------------------------
 

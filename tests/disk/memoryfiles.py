@@ -327,6 +327,11 @@ class MemoryFiles(Files):
                 raise _error(errno.EAGAIN, path)
             file.locked_by = fd
 
+    def unlock(self, fd: int) -> None:
+        file, _ = self._open[fd]
+        if file.locked_by == fd:
+            file.locked_by = 0
+
     def close(self, fd: int) -> None:
         with self._lock:
             file, path = self._open.pop(fd)
