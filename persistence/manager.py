@@ -363,7 +363,9 @@ class StateManager:
         if not renew:
             return await self._peek(session_id)
         try:
-            session = self._resident(session_id) or self._restore_now(session_id)
+            session = self._resident(session_id)
+            if session is None:
+                session = self._restore_now(session_id)
         except TypeError:  # not hashable, so no session id: _get_cold says it better
             session = None
         if session is not None:

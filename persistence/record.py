@@ -60,6 +60,7 @@ _unpack_tail = _TAIL.unpack_from
 PREFIX_BYTES: Final = _PREFIX.size
 _META_BITS: Final = 8  # the word at 56 holds flags in its low byte, the metadata's length above
 _WORD: Final = Struct("<I")
+_unpack_word = _WORD.unpack_from
 _VERSION: Final = Struct("<Q")
 _DOUBLE: Final = Struct("<d")
 
@@ -390,7 +391,7 @@ def packed_fields(record: bytes) -> dict[str, bytes | memoryview]:
 
     Small values are copies; of a large record the values are views into it.
     """
-    start = PREFIX_BYTES + (_WORD.unpack_from(record, FLAGS_AT)[0] >> _META_BITS)
+    start = PREFIX_BYTES + (_unpack_word(record, FLAGS_AT)[0] >> _META_BITS)
     if len(record) - start <= _LARGE_FIELDS_BYTES:
         fields: dict[str, bytes | memoryview] = _unpackb(record[start:])
         return fields

@@ -28,7 +28,7 @@ from persistence.disk.format import (
     ROW_RENEWS,
     TOUCH,
 )
-from persistence.disk.index import Row
+from persistence.disk.index import Row, set_times
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
     DiskFull,
@@ -89,6 +89,9 @@ class Residency:
         self.spill_failures = 0
         self.expired = 0
         self.touches = 0
+        self._read_at = disk.read_at
+        self._find = disk.index.find
+        self._fingerprint = disk.fingerprint
         self._commits: CommitQueue
         self._config = config
         self._clock = clock
@@ -272,25 +275,26 @@ class Residency:
             key = session_id.encode()
         except (AttributeError, UnicodeEncodeError):  # no session id
             return None
-        found = self.disk.index.find(self.disk.fingerprint(key))
+        found = self._find(self._fingerprint(key))
         if found is None:
             return None
         bucket, at, (accessed, deadline, cap, segment, offset, length, _) = found
         now = self._time.now()
         if deadline <= now or length > self._large_bytes:
             return None
-        record = self.disk.read_at(segment, offset, length, key)
+        record = self._read_at(segment, offset, length, key)
         if record is None:
             return None
         ttl_seconds, flags = ttl_and_flags_of(record)
         life = life_of(ttl_seconds, flags & RENEWS, deadline)
         if life > 0:
             deadline = min(now + life, cap)
-        self.disk.index.set_times(bucket, at, now, deadline)
+        set_times(bucket, at, now, deadline)
         if must_record(accessed, now, life):
             self._submit_touch(session_id, key, self.disk.fingerprint(key), now, life, deadline)
         self.memory.put_noted(session_id, record, now, life, cap)
-        self._note_ttl(life)
+        if 0 < life < self._shortest_ttl:
+            self._note_ttl(life)
         self.restored += 1
         if self.memory.used_bytes > self._threshold_bytes:
             self.spill_down(spare=session_id)
@@ -439,8 +443,10 @@ class Residency:
             return
         while True:
             victims = memory.victims(self._target_bytes, _VICTIMS_PER_WRITE)
-            self._evict([victim for victim in victims if victim != spare])
-            if memory.used_bytes <= memory.budget_bytes or victims in ([], [spare]):
+            if spare in victims:
+                victims.remove(spare)
+            self._evict(victims)
+            if memory.used_bytes <= memory.budget_bytes or not victims:
                 break
         if memory.used_bytes > self._target_bytes:
             self._spill_in_background()
@@ -477,23 +483,21 @@ class Residency:
 
     def _evict(self, session_ids: Sequence[str]) -> None:
         """Let sessions leave memory; those that are not in the log yet are on their way then."""
-        take = self.memory.take
-        fingerprint_of = self.disk.fingerprint
-        for session_id in session_ids:
-            taken = take(session_id)
+        memory = self.memory
+        rest = memory.shed(session_ids)
+        self.spilled += len(session_ids) - len(rest)
+        for session_id in rest:
+            taken = memory.take(session_id)
             if taken is None:
-                continue
-            if taken[4]:  # the index knows its times already
-                self.spilled += 1
                 continue
             key = session_id.encode()
             if self.unlogged and session_id in self.unlogged:
-                self._submit_spill(session_id, key, *taken[:4])
+                self._submit_spill(session_id, key, *taken)
                 continue
-            _, accessed, life, cap, _ = taken
+            _, accessed, life, cap = taken
             deadline = accessed + life if life > 0 else -life
             deadline = min(deadline, cap)
-            self.note_access(session_id, key, fingerprint_of(key), accessed, life, deadline)
+            self.note_access(session_id, key, self._fingerprint(key), accessed, life, deadline)
             self.spilled += 1
 
     def _submit_spill(

@@ -84,7 +84,7 @@ class Session:
     _life: float
     _cap: float
     _time: EngineTime
-    _packed: dict[str, bytes | memoryview]
+    _packed: dict[str, bytes | memoryview] | None
 
     @classmethod
     def view(
@@ -105,18 +105,21 @@ class Session:
         if cap != rec.NEVER:  # the hot path leaves it out
             session._cap = cap
         session._time = time
+        session._packed = None
         return session
 
     def _fields(self) -> dict[str, bytes | memoryview]:
         """Return the packed fields, split once per view."""
-        try:
-            return self._packed
-        except AttributeError:
-            self._packed = rec.packed_fields(self._record)
-            return self._packed
+        fields = self._packed
+        if fields is None:
+            fields = self._packed = rec.packed_fields(self._record)
+        return fields
 
     def __getitem__(self, name: str) -> Any:
-        return rec.unpack_value(self._fields()[name])
+        fields = self._packed
+        if fields is None:
+            fields = self._packed = rec.packed_fields(self._record)
+        return rec.unpack_value(fields[name])
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of `name`, or `default` where the session has no such field."""

@@ -365,35 +365,42 @@ def record_of(frame: Frame) -> bytes | None:
 
 
 _IDS_AT: Final = 32
-_unpack_start = Struct("<4sBBHII").unpack_from  # the frame header up to its lengths
+_IDS_END: Final = _IDS_AT + _RECORD_IDS_BYTES
+
+_INTACT: Final = 0x48674BC7
+"""CRC-32C of anything followed by its own CRC-32C: the residue of the polynomial. It does not
+depend on the salt, so one pass over a whole frame checks it."""
+
+_PUT_STARTS: Final = tuple(
+    tuple(
+        Struct("<4sBBH").pack(FRAME_MAGIC, PUT, flags, key_bytes)
+        for key_bytes in range(MAX_KEY_BYTES + 1)
+    )
+    for flags in (0, COMPRESSED)
+)
+"""How put frames start, plain and compressed, by the length of their key. The payload's length
+and its length once decompressed follow, at 8 and 12."""
 
 
-def read_put(frame: memoryview, key: bytes, salt_checksum: int) -> bytes | None:
-    """Return the record of a put frame of `key`, the short way: `frame` is exactly the frame.
+def read_put(data: bytes, key: bytes, salt_checksum: int) -> bytes | None:
+    """Return the record of a put frame of `key`, the short way: `data` is exactly the frame.
 
     None when anything is not as it should be; `decode_frame` then says what.
     """
-    end = len(frame) - 4
+    if crc32c(data, salt_checksum) != _INTACT:
+        return None
+    # From here on it is what was written: the frame ends where its header says.
     start = FRAME_HEADER_BYTES + len(key)
-    data = frame.tobytes()  # slicing bytes takes half the time of slicing a view
-    if end < start or _unpack_checksum(data, end)[0] != crc32c(frame[:end], salt_checksum):
+    if data[FRAME_HEADER_BYTES:start] != key:
         return None
-    magic, kind, flags, key_bytes, payload_bytes, raw_bytes = _unpack_start(data)
-    if (
-        kind != PUT
-        or magic != FRAME_MAGIC
-        or key_bytes != len(key)
-        or payload_bytes != end - start
-        or data[FRAME_HEADER_BYTES:start] != key
-    ):
+    plain, compressed = _PUT_STARTS
+    if data[:8] == plain[len(key)] and data[8:12] == data[12:16]:
+        return data[_IDS_AT:_IDS_END] + data[start:-4]
+    if data[:8] != compressed[len(key)]:
         return None
-    ids = data[_IDS_AT : _IDS_AT + _RECORD_IDS_BYTES]
-    if not flags and raw_bytes == payload_bytes:
-        return ids + data[start:end]
-    if flags != COMPRESSED:
-        return None
-    raw = decompress(flags, data[start:end], raw_bytes)
-    return None if raw is None else ids + raw
+    raw_bytes = int.from_bytes(data[12:16], "little")
+    raw = decompress(COMPRESSED, data[start:-4], raw_bytes)
+    return None if raw is None else data[_IDS_AT:_IDS_END] + raw
 
 
 # --- index rows: entries of the in-memory index, of hints and of index snapshots --------------

@@ -122,11 +122,6 @@ class Index:
             return None
         return bucket, at, _unpack_behind_sequence(bucket, at + _TIMES_AT)
 
-    @staticmethod
-    def set_times(bucket: bytearray, at: int, accessed: float, deadline: float) -> None:
-        """Set the times of a row that `find` found."""
-        _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
-
     def place(self, fingerprint: bytes) -> tuple[int, int] | None:
         """Return (segment, offset) of a session's newest frame."""
         bucket = self._bucket(fingerprint)
@@ -339,6 +334,11 @@ class Index:
         self._counts[number] = total // INDEX_ROW_BYTES
         self._shards[number] = buckets
         return at
+
+
+def set_times(bucket: bytearray, at: int, accessed: float, deadline: float) -> None:
+    """Set the times of a row that `Index.find` found."""
+    _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
 
 
 def _find(bucket: bytearray, fingerprint: bytes) -> int:

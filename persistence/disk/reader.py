@@ -28,10 +28,7 @@ _WINDOW_BYTES: Final = 1024 * 1024
 
 
 class FrameReader:
-    """Reads the bytes of single frames.
-
-    The buffer that `cached` returns is valid until its next call.
-    """
+    """Reads the bytes of single frames."""
 
     def __init__(self, files: Files, segments: OpenSegments, threads: Threads) -> None:
         self._files = files
@@ -44,7 +41,7 @@ class FrameReader:
         self.cached_reads = 0
         self.thread_reads = 0
 
-    def cached(self, segment: int, offset: int, length: int) -> memoryview | None:
+    def cached(self, segment: int, offset: int, length: int) -> bytes | None:
         """Return a frame's bytes if that needs no waiting, else None."""
         if not self._can_ask or length > _INLINE_BYTES:
             return None
@@ -61,7 +58,7 @@ class FrameReader:
         if got != length:  # partly cached, or cut short: the thread finds out
             return None
         self.cached_reads += 1
-        return buffer
+        return buffer.tobytes()  # slicing bytes takes half the time of slicing a view
 
     async def waiting(self, segment: int, offset: int, length: int) -> bytes:
         """Read a frame's bytes in a thread; fewer when the file ends before."""

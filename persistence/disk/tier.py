@@ -109,6 +109,7 @@ class DiskTier:
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)
+        self._cached = self.reader.cached
         self.writer = LogWriter(
             files,
             self.directory,
@@ -260,7 +261,7 @@ class DiskTier:
 
     def read_at(self, number: int, offset: int, length: int, key: bytes) -> bytes | None:
         """Return the record at a place in the log if that needs no waiting, else None."""
-        frame = self.reader.cached(number, offset, length)
+        frame = self._cached(number, offset, length)
         if frame is None:
             return None
         segment = self.segments.get(number)
@@ -282,7 +283,7 @@ class DiskTier:
             if segment is not None:
                 try:
                     data = await self.reader.waiting(row.segment, row.offset, row.length)
-                    record = read_put(memoryview(data), key, segment.salt_checksum)
+                    record = read_put(data, key, segment.salt_checksum)
                     reason = "the stored bytes fail their checksum"
                 except OSError as error:
                     reason = _unreadable(error)
@@ -318,7 +319,7 @@ class DiskTier:
         if row.segment not in self.segments:
             return None
         size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
-        frame: memoryview | bytes | None = self.reader.cached(row.segment, row.offset, size)
+        frame = self.reader.cached(row.segment, row.offset, size)
         if frame is None:
             reading = asyncio.ensure_future(self.reader.waiting(row.segment, row.offset, size))
             try:

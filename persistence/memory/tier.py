@@ -18,6 +18,7 @@ deadline with its sign changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
@@ -121,6 +122,7 @@ class MemoryTier:
         session._accessed = now
         session._life = life
         session._time = self._time
+        session._packed = None
         return session
 
     def _access_unusual(
@@ -241,12 +243,33 @@ class MemoryTier:
         taken = self.take(session_id)
         return None if taken is None else taken[0]
 
-    def take(self, session_id: str) -> tuple[bytes, float, float, float, bool] | None:
-        """Remove a session; None: not resident.
+    def shed(self, session_ids: Iterable[str]) -> list[str]:
+        """Drop those of `session_ids` whose last access the index knows already; return the rest.
 
-        Returns:
-            its record, last access, life and cap, and whether the index knows that last access.
+        What was restored and not accessed again leaves like this, so that a working set much
+        larger than the budget costs little.
         """
+        shards, mask = self._shards, self._mask
+        rest: list[str] = []
+        freed_bytes = 0
+        for session_id in session_ids:
+            shard = shards[hash(session_id) & mask]
+            accessed = shard.noted.pop(session_id, None) if shard.noted else None
+            if accessed is None or shard.accessed[session_id] != accessed:
+                rest.append(session_id)
+                continue
+            del shard.accessed[session_id]
+            freed_bytes += len(shard.records.pop(session_id))
+            freed_bytes += len(session_id) + ENTRY_OVERHEAD_BYTES
+            if shard.lives:
+                shard.lives.pop(session_id, None)
+            if shard.caps:
+                shard.caps.pop(session_id, None)
+        self.used_bytes -= freed_bytes
+        return rest
+
+    def take(self, session_id: str) -> tuple[bytes, float, float, float] | None:
+        """Remove a session; return its record, last access, life and cap; None: not resident."""
         shard = self._shards[hash(session_id) & self._mask]
         record = shard.records.pop(session_id, None)
         if record is None:
@@ -255,8 +278,9 @@ class MemoryTier:
         accessed = shard.accessed.pop(session_id)
         life = shard.lives.pop(session_id, self.default_life) if shard.lives else self.default_life
         cap = shard.caps.pop(session_id, NEVER) if shard.caps else NEVER
-        noted = shard.noted.pop(session_id, None) == accessed if shard.noted else False
-        return record, accessed, life, cap, noted
+        if shard.noted:
+            shard.noted.pop(session_id, None)
+        return record, accessed, life, cap
 
     def clear(self) -> None:
         """Drop everything."""
