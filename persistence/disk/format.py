@@ -371,15 +371,15 @@ _INTACT: Final = 0x48674BC7
 """CRC-32C of anything followed by its own CRC-32C: the residue of the polynomial. It does not
 depend on the salt, so one pass over a whole frame checks it."""
 
-_PUT_STARTS: Final = tuple(
-    tuple(
-        Struct("<4sBBH").pack(FRAME_MAGIC, PUT, flags, key_bytes)
+_PLAIN_PUT, _COMPRESSED_PUT = (
+    {
+        Struct("<4sBBH").pack(FRAME_MAGIC, PUT, flags, key_bytes): key_bytes
         for key_bytes in range(MAX_KEY_BYTES + 1)
-    )
+    }
     for flags in (0, COMPRESSED)
 )
-"""How put frames start, plain and compressed, by the length of their key. The payload's length
-and its length once decompressed follow, at 8 and 12."""
+# How put frames start: the length of their key by their first 8 bytes. The payload's length and
+# its length once decompressed follow, at 8 and 12.
 
 
 def read_put(data: bytes, key: bytes, salt_checksum: int) -> bytes | None:
@@ -393,10 +393,9 @@ def read_put(data: bytes, key: bytes, salt_checksum: int) -> bytes | None:
     start = FRAME_HEADER_BYTES + len(key)
     if data[FRAME_HEADER_BYTES:start] != key:
         return None
-    plain, compressed = _PUT_STARTS
-    if data[:8] == plain[len(key)] and data[8:12] == data[12:16]:
+    if _PLAIN_PUT.get(data[:8]) == len(key) and data[8:12] == data[12:16]:
         return data[_IDS_AT:_IDS_END] + data[start:-4]
-    if data[:8] != compressed[len(key)]:
+    if _COMPRESSED_PUT.get(data[:8]) != len(key):
         return None
     raw_bytes = int.from_bytes(data[12:16], "little")
     raw = decompress(COMPRESSED, data[start:-4], raw_bytes)
