@@ -8,35 +8,30 @@ import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, Self
 
 from persistence import record as rec
 from persistence.clock import Clock, EngineTime, SystemClock
-from persistence.commit import Commit, CommitQueue
+from persistence.commit import CommitQueue
 from persistence.config import StateConfig
 from persistence.disk.files import Files
-from persistence.disk.format import PUT, ROW_RENEWS, user_tag
-from persistence.disk.index import SHARDS, Row
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
     ConfigError,
-    ConflictError,
     InvalidArgument,
     ManagerClosed,
     PersistenceError,
     SessionExists,
     SessionLimitReached,
     SessionNotFound,
-    ValueTooLarge,
-    printable,
 )
-from persistence.expiry import deadline_after, life_of
-from persistence.ids import CommitIds, check_session_id, new_session_id
-from persistence.locks import SessionLocks
+from persistence.expiry import life_of
+from persistence.ids import check_session_id, new_session_id
+from persistence.listing import Listing
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
-from persistence.memory.tier import MemoryTier, deadline_of
-from persistence.record import ID_BYTES, NEVER, NO_ID, RENEWS
-from persistence.residency import Base, Residency
+from persistence.memory.tier import MemoryTier
+from persistence.record import NEVER, RENEWS
+from persistence.residency import Residency
 from persistence.session import (
     MAX_REQUESTS,
     USER_ID,
@@ -44,8 +39,8 @@ from persistence.session import (
     SessionDraft,
     SessionMetadata,
 )
-from persistence.slices import Slices
 from persistence.stats import Latencies, Stats
+from persistence.updates import Change, Edit, Updates, committed
 
 _log = logging.getLogger("persistence")
 
@@ -90,9 +85,6 @@ class StateManager:
             raise ConfigError("redis.url is set, but this version has no shared tier: leave it out")
         self._clock: Clock = clock or SystemClock()
         self._files = files
-        self._commit_ids = CommitIds()
-        self._locks = SessionLocks()
-        self._max_payload_bytes = self.config.session.max_bytes
         self._misses = 0
         self._rss_bytes = 0
         self._memory_reader = MemoryReader()
@@ -150,8 +142,24 @@ class StateManager:
             failed=self._residency.failed,
         )
         self._residency.attach(self._commits)
-        self._now = self._time.now
-        self._fingerprint = self._disk.fingerprint
+        self._updates = Updates(
+            config.session,
+            self._clock,
+            self._time,
+            self._memory,
+            self._residency,
+            self._commits,
+            self._check_open,
+        )
+        self._listing = Listing(
+            self._memory,
+            self._disk,
+            self._residency,
+            self._commits,
+            self._clock,
+            self._time,
+            self._check_open,
+        )
         self._commits.start()
         self._start_background()
         self._resident = self._memory.access
@@ -192,9 +200,9 @@ class StateManager:
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
             async with asyncio.timeout(self.config.shutdown.grace_seconds):
-                await self._locks.all_free()
+                await self._updates.locks.all_free()
         except TimeoutError:
-            _log.warning("closing although %d edits are still running", len(self._locks))
+            _log.warning("closing although %d edits are still running", len(self._updates.locks))
         try:
             await self._residency.log_unlogged()
             await self._residency.record_renewals()
@@ -272,22 +280,21 @@ class StateManager:
         if self._residency.is_alive(session_id, key):
             raise SessionExists(session_id)
         await self._check_session_limit()
-        await self._admit()
+        await self._updates.admit()
         # From here to the submission nothing awaits, so two creations cannot both succeed.
         if self._residency.is_alive(session_id, key):
             raise SessionExists(session_id)
         self._refuse_over_limit()
-        commit = self._new_version(
+        commit = self._updates.create(
             session_id,
             key,
-            base=None,
             fields=fields,
             meta=meta,
-            user=user_tag(user_id),
+            user_id=user_id,
             ttl_seconds=self._ttl(ttl_seconds),
-            flags=RENEWS if renews else 0,
+            renews=renews,
         )
-        await self._committed(commit)
+        await committed(commit)
         return session_id
 
     def _ttl(self, ttl_seconds: float | None) -> float:
@@ -382,7 +389,7 @@ class StateManager:
         if session is not None:
             self._memory.hits -= 1  # it was not
             return session
-        return self._access_uncached(session_id, key, base)
+        return self._updates.access_uncached(session_id, key, base)
 
     async def _peek(self, session_id: str) -> Session | None:
         """Return a view, neither counting that as an access nor restoring a cold session."""
@@ -404,15 +411,6 @@ class StateManager:
             accessed, cap = row.accessed, row.cap
             life = life_of(ttl_seconds, flags & RENEWS, row.deadline)
         return Session.view(session_id, record, accessed, life, cap, self._time)
-
-    def _access_uncached(self, session_id: str, key: bytes, base: Base) -> Session:
-        """Return a view of a session that is too large to be resident, and renew it."""
-        record, life, cap = base
-        now = self._time.now()
-        deadline = min(deadline_of(now, life), cap)
-        fingerprint = self._disk.fingerprint(key)
-        self._residency.note_access(session_id, key, fingerprint, now, life, deadline)
-        return Session.view(session_id, record, now, life, cap, self._time)
 
     async def has_session(self, session_id: str) -> bool:
         """Whether the session is alive. Renews nothing and reads nothing from disk."""
@@ -437,12 +435,13 @@ class StateManager:
             ConflictError: this task holds the session's edit.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
+        self._check_open()
         packed = rec.pack_value(value, rec.check_field_name(field))
 
         def change(record: bytes) -> dict[str, bytes | memoryview]:
             return {**rec.packed_fields(record), field: packed}
 
-        return await self._update(session_id, change)
+        return await self._updates.apply(session_id, Change(change))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
@@ -457,33 +456,9 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        base = self._quick_base(session_id)
-        if base is None:
-            return await self._update(session_id, lambda record: _drafted(record, function))
-        fields = _drafted(base[0], function)
-        if fields is None:
-            return await self._unchanged(session_id, session_id.encode(), base)
-        commit = self._next_version(session_id, session_id.encode(), base, fields)
-        assert commit.done is not None, "submitted to be waited for"
-        await commit.done
-        return self._view(session_id, commit)
-
-    def _view(self, session_id: str, commit: Commit) -> Session:
-        assert commit.record is not None, "an update carries its record"
-        return Session.view(
-            session_id, commit.record, commit.accessed, commit.life, commit.cap, self._time
-        )
-
-    def _quick_base(self, session_id: str) -> Base | None:
-        """Return what to build an update on if nothing has to be waited for; else None."""
-        if not self._is_open or self._commits.is_full:
-            return None
-        try:
-            if session_id in self._locks.holders:
-                return None
-        except TypeError:  # not hashable, so no session id: _update says it better
-            return None
-        return self._residency.base_now(session_id)
+        if not self._is_open:
+            self._refuse()
+        return await self._updates.by_function(session_id, function)
 
     async def replace_session(
         self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
@@ -494,11 +469,12 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
+        self._check_open()
         fields: dict[str, bytes | memoryview] = {
             rec.check_field_name(name): rec.pack_value(value, name) for name, value in data.items()
         }
         ttl = None if ttl_seconds is None else self._ttl(ttl_seconds)
-        return await self._update(session_id, lambda _: fields, ttl_seconds=ttl)
+        return await self._updates.apply(session_id, Change(lambda _: fields, ttl_seconds=ttl))
 
     async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
@@ -508,12 +484,13 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
+        self._check_open()
         SessionMetadata().changed(**changes)  # check the names before anything else
 
         def change_meta(record: bytes) -> bytes:
             return rec.pack_meta({**rec.meta_of(record), **changes})
 
-        return await self._update(session_id, rec.packed_fields, change_meta=change_meta)
+        return await self._updates.apply(session_id, Change(rec.packed_fields, change_meta))
 
     async def set_ttl(self, session_id: str, ttl_seconds: float) -> bool:
         """Set a session's TTL, from now on; the data and the version stay as they are.
@@ -525,14 +502,17 @@ class StateManager:
             ConflictError: this task holds the session's edit.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
+        self._check_open()
         ttl = self._ttl(ttl_seconds)
         try:
-            await self._update(session_id, rec.packed_fields, ttl_seconds=ttl, same_version=True)
+            await self._updates.apply(
+                session_id, Change(rec.packed_fields, ttl_seconds=ttl, same_version=True)
+            )
         except SessionNotFound:
             return False
         return True
 
-    def edit(self, session_id: str) -> _Edit:
+    def edit(self, session_id: str) -> Edit:
         """Edit a session: ``async with state.edit(sid) as draft``. All or nothing.
 
         One editor at a time per session, first come, first served; other writers wait too. Nested
@@ -548,183 +528,8 @@ class StateManager:
             ValueNotSerializable, ValueTooLarge, DiskFull, WriteOutcomeUnknown: as
             `update_session_data`.
         """
-        return _Edit(self, session_id)
-
-    async def _update(
-        self,
-        session_id: str,
-        change: Callable[[bytes], Mapping[str, bytes | memoryview] | None],
-        *,
-        change_meta: Callable[[bytes], bytes] | None = None,
-        ttl_seconds: float | None = None,
-        same_version: bool = False,
-    ) -> Session:
-        """Build a version on the newest one and commit it.
-
-        `change` gets the newest record and returns the new packed fields; None: nothing changed.
-        """
-        if not self._is_open:
-            self._refuse()
-        key = check_session_id(session_id)
-        if self._commits.is_full:
-            await self._admit()
-        base = None
-        if session_id not in self._locks:
-            base = self._residency.base_now(session_id)
-            if base is None:
-                base = await self._residency.base(session_id, key)
-                if session_id in self._locks:
-                    base = None  # an edit began while the session was being read
-        if base is not None:
-            commit = self._changed(
-                session_id, key, base, change, change_meta, ttl_seconds, same_version
-            )
-        else:
-            async with self._locks.holding(session_id):
-                base = await self._residency.base(session_id, key)
-                commit = self._changed(
-                    session_id, key, base, change, change_meta, ttl_seconds, same_version
-                )
-        if commit is None:
-            return await self._unchanged(session_id, key, base)
-        assert commit.done is not None, "submitted to be waited for"
-        await commit.done
-        return self._view(session_id, commit)
-
-    def _changed(
-        self,
-        session_id: str,
-        key: bytes,
-        base: Base,
-        change: Callable[[bytes], Mapping[str, bytes | memoryview] | None],
-        change_meta: Callable[[bytes], bytes] | None,
-        ttl_seconds: float | None,
-        same_version: bool,
-    ) -> Commit | None:
-        """Submit the changed version; None when nothing changed. Never awaits."""
-        fields = change(base[0])
-        if fields is None:
-            return None
-        if change_meta is None and ttl_seconds is None:
-            return self._next_version(session_id, key, base, fields)
-        meta = change_meta(base[0]) if change_meta is not None else None
-        return self._new_version(
-            session_id,
-            key,
-            base=base,
-            fields=fields,
-            meta=meta,
-            ttl_seconds=ttl_seconds,
-            same_version=same_version,
-        )
-
-    async def _unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
-        """Answer an update that changed nothing: with an access, and what is there.
-
-        What it found may be in flight still; it is only said to be so once that is durable.
-
-        Raises:
-            DiskFull, WriteOutcomeUnknown: what it found could not be written.
-        """
-        await self._commits.outcome(session_id)
-        session = self._memory.access(session_id)
-        return session or self._access_uncached(session_id, key, base)
-
-    def _next_version(
-        self, session_id: str, key: bytes, base: Base, fields: Mapping[str, bytes | memoryview]
-    ) -> Commit:
-        """Submit the version after `base` with other fields. Never awaits. The hot path."""
-        before, life, cap = base
-        now = self._now()
-        deadline = now + life if life > 0 else -life
-        deadline = min(deadline, cap)
-        payload, user, renews = rec.successor(before, fields)
-        if len(payload) > self._max_payload_bytes:
-            self._refuse_size(session_id, len(payload))
-        base_ids = before[: 2 * ID_BYTES]
-        commit_id = self._commit_ids.next()
-        ids = base_ids[:ID_BYTES] + commit_id + base_ids[ID_BYTES:]
-        commit = Commit(
-            PUT,
-            session_id,
-            key,
-            self._fingerprint(key),
-            payload,
-            ids[: 2 * ID_BYTES] + payload,
-            ids,
-            now,
-            deadline,
-            cap,
-            life,
-            user | ROW_RENEWS if renews else user,
-        )
-        self._commits.submit(commit)
-        return commit
-
-    def _new_version(  # noqa: PLR0913 - what a version is made of
-        self,
-        session_id: str,
-        key: bytes,
-        *,
-        base: Base | None,
-        fields: Mapping[str, bytes | memoryview],
-        meta: bytes | None = None,
-        user: int | None = None,
-        ttl_seconds: float | None = None,
-        flags: int | None = None,
-        same_version: bool = False,
-    ) -> Commit:
-        """Assemble the next version on `base` (None: a creation) and submit it. Never awaits."""
-        now = self._time.now()
-        head = None if base is None else rec.head(base[0])
-        ttl = ttl_seconds if ttl_seconds is not None else head.ttl_seconds if head else 0.0
-        flags = flags if flags is not None else head.flags if head else 0
-        if base is not None and ttl_seconds is None and base[1] < 0:
-            deadline = -base[1]  # fixed, and nobody asked to change it
-        else:
-            deadline = deadline_after(now, ttl)
-        cap = self._first_cap(now) if base is None else base[2]
-        record = rec.assemble(
-            incarnation=head.incarnation if head else self._commit_ids.next(),
-            commit=head.commit if head and same_version else self._commit_ids.next(),
-            version=head.version + (not same_version) if head else 1,
-            created=head.created if head else self._clock.wall(),
-            ttl_seconds=ttl,
-            flags=flags,
-            user=user if user is not None else head.user if head else 0,
-            meta=meta if meta is not None else rec.packed_meta(base[0]) if base else b"",
-            fields=fields,
-        )
-        if len(record) - 2 * ID_BYTES > self._max_payload_bytes:
-            self._refuse_size(session_id, len(record) - 2 * ID_BYTES)
-        life = life_of(ttl, bool(flags & RENEWS), deadline)
-        commit = self._residency.put_commit(
-            session_id, key, record, now, life, cap, head.commit if head else NO_ID
-        )
-        commit.creates = base is None
-        self._commits.submit(commit)
-        return commit
-
-    def _first_cap(self, now: float) -> float:
-        """Return the deadline that no renewal will move, of a session created now."""
-        lifetime_seconds = self.config.session.max_lifetime_seconds
-        return now + lifetime_seconds if lifetime_seconds else NEVER
-
-    def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
-        raise ValueTooLarge(
-            f"session {printable(session_id)} would have {payload_bytes} bytes and "
-            f"session.max_bytes is {self._max_payload_bytes}; nothing was written"
-        )
-
-    async def _admit(self) -> None:
-        if self._commits.is_full:
-            await self._commits.admission()
-            self._check_open()
-
-    @staticmethod
-    async def _committed(commit: Commit) -> None:
-        assert commit.done is not None, "submitted to be waited for"
-        await commit.done
+        self._check_open()
+        return Edit(self._updates, self._residency, session_id)
 
     # --- ending -------------------------------------------------------------------------------
 
@@ -744,7 +549,7 @@ class StateManager:
                 return False
             # Its end is on its way. Be sure of it: should that fail, it is still alive.
             await self._commits.decided(session_id)
-        await self._committed(self._residency.submit_delete(session_id, key))
+        await committed(self._residency.submit_delete(session_id, key))
         return True
 
     async def cleanup_expired(self) -> int:
@@ -753,9 +558,7 @@ class StateManager:
         They are absent for everybody from their deadline on; this frees their space.
         """
         self._check_open()
-        count = await self._remove_where(now=self._time.now(), idle_since=-NEVER)
-        self._residency.expired += count
-        return count
+        return await self._listing.remove_expired()
 
     async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
         """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
@@ -764,52 +567,7 @@ class StateManager:
             raise InvalidArgument(
                 f"max_age_seconds = {max_age_seconds!r}: must be finite and at least 0"
             )
-        now = self._time.now()
-        return await self._remove_where(now=now, idle_since=now - max_age_seconds)
-
-    async def _remove_where(self, *, now: float, idle_since: float) -> int:
-        """Remove the sessions past their deadline at `now`, or last accessed before `idle_since`.
-
-        What the index knows of resident sessions is behind, so memory is asked about those.
-        """
-        await self._residency.record_renewals()
-        count = 0
-        slices = Slices(self._clock.monotonic)
-        for session_id in list(self._residency.unlogged):
-            count += self._remove_if_over(session_id, session_id.encode(), None, now, idle_since)
-        for shard in range(SHARDS):
-            rows = self._disk.index.expired_in_shard(shard, now, idle_since)
-            for key, row in await self._disk.read_keys(rows) if rows else ():
-                count += self._remove_if_over(key.decode(), key, row, now, idle_since)
-                if self._commits.is_full:
-                    await self._commits.admission()
-                if slices.due():
-                    await slices.give_way()
-            if slices.due():
-                await slices.give_way()
-        if count:
-            await self._commits.flush()
-        return count
-
-    def _remove_if_over(
-        self, session_id: str, key: bytes, row: Row | None, now: float, idle_since: float
-    ) -> bool:
-        if session_id in self._commits.tails:
-            return False
-        if session_id in self._memory:
-            accessed, deadline = (
-                self._memory.times(session_id)[0],
-                self._memory.deadline(session_id),
-            )
-        else:
-            row = self._disk.index.get(self._disk.fingerprint(key))
-            if row is None:
-                return False
-            accessed, deadline = row.accessed, row.deadline
-        if deadline > now and accessed >= idle_since:
-            return False
-        self._residency.submit_delete(session_id, key, wait=False)
-        return True
+        return await self._listing.remove_idle(max_age_seconds)
 
     # --- listing ------------------------------------------------------------------------------
 
@@ -830,56 +588,14 @@ class StateManager:
         """
         if namespace:
             raise ConfigError("namespace=True asks the shared tier, but redis.url is not set")
-        for shard in range(SHARDS):
-            self._check_open()
-            rows = self._disk.index.rows_of_shard(shard)
-            for session_id in await self._live_ids(rows):
-                if session_id.startswith(prefix):
-                    yield session_id
-        for session_id in list(self._residency.unlogged):
-            if session_id.startswith(prefix) and await self.has_session(session_id):
-                yield session_id
-
-    async def _live_ids(self, rows: list[Row]) -> list[str]:
-        """Return the ids of the live sessions among `rows`.
-
-        The end of those whose time is over is logged first: they are told to be absent, so no
-        crash may bring them back.
-        """
-        alive = []
-        over = False
-        slices = Slices(self._clock.monotonic)
-        for key, _ in await self._disk.read_keys(rows) if rows else ():
-            session_id = key.decode()
-            deadline = self._residency.acknowledged_deadline(session_id, key)
-            if deadline is None:
-                continue
-            if deadline > self._time.now():
-                alive.append(session_id)
-            elif session_id not in self._commits.tails:
-                self._residency.submit_delete(session_id, key, wait=False)
-                over = True
-            await slices.give_way_if_due()
-        if over:
-            await self._commits.flush()
-        return alive
+        self._check_open()
+        async for session_id in self._listing.ids(prefix):
+            yield session_id
 
     async def find_sessions(self, *, user_id: str) -> list[str]:
         """Return the ids of the live sessions of a user, in no order. Renews nothing."""
         self._check_open()
-        tag = user_tag(user_id)
-        found = []
-        slices = Slices(self._clock.monotonic)
-        for shard in range(SHARDS):
-            rows = self._disk.index.user_in_shard(shard, tag)
-            for session_id in await self._live_ids(rows) if rows else ():
-                # The tag has 31 bits only: look at the user itself.
-                record = await self._residency.peek(session_id, session_id.encode())
-                if record is not None and rec.meta_of(record).get(USER_ID) == user_id:
-                    found.append(session_id)
-            if slices.due():
-                await slices.give_way()
-        return found
+        return await self._listing.of_user(user_id)
 
     # --- tiers --------------------------------------------------------------------------------
 
@@ -983,82 +699,6 @@ class StateManager:
                 pressure.limit_bytes,
             )
             self._residency.set_budget(budget)
-
-
-class _Edit:
-    """The context manager behind `StateManager.edit`."""
-
-    __slots__ = ("_base", "_draft", "_key", "_manager", "_session_id")
-
-    def __init__(self, manager: StateManager, session_id: str) -> None:
-        self._manager = manager
-        self._session_id = session_id
-
-    async def __aenter__(self) -> SessionDraft:
-        manager = self._manager
-        manager._check_open()
-        self._key = check_session_id(self._session_id)
-        await manager._admit()
-        await manager._locks.acquire(self._session_id)
-        try:
-            manager._check_open()
-            self._base = await manager._residency.base(self._session_id, self._key)
-            self._draft = SessionDraft(rec.packed_fields(self._base[0]))
-        except BaseException:
-            manager._locks.release(self._session_id)
-            raise
-        return self._draft
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        manager = self._manager
-        commit = None
-        try:
-            if kind is None:
-                commit = await self._submit()
-        finally:
-            self._draft.close()
-            manager._locks.release(self._session_id)
-        if commit is not None:
-            await manager._committed(commit)
-
-    async def _submit(self) -> Commit | None:
-        """Submit what was changed, on the version that the draft was made of.
-
-        Writers wait for the editor, so two things only can have come between. An end: then the
-        incarnation is another one, or there is none. Or the version that the draft was made of
-        was still in flight and failed: nothing may be built on it.
-        """
-        manager = self._manager
-        fields = self._draft.packed()
-        now = await manager._residency.base(self._session_id, self._key)
-        if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
-            raise SessionNotFound(self._session_id)
-        if rec.commit_of(now[0]) != rec.commit_of(self._base[0]):
-            raise ConflictError(
-                f"session {printable(self._session_id)}: the update that this edit was made of "
-                "could not be written, so the edit cannot either; edit again"
-            )
-        if fields is None:
-            await manager._unchanged(self._session_id, self._key, now)
-            return None
-        return manager._next_version(self._session_id, self._key, now, fields)
-
-
-def _drafted(
-    record: bytes, function: Callable[[SessionDraft], object]
-) -> dict[str, bytes | memoryview] | None:
-    """Return the packed fields after `function` has changed a draft; None: unchanged."""
-    draft = SessionDraft(rec.packed_fields(record))
-    try:
-        function(draft)
-        return draft.packed()
-    finally:
-        draft.close()
 
 
 async def _forever(name: str, step: Callable[[], Awaitable[None]]) -> None:

@@ -5,9 +5,11 @@ Imports point one way, from the bottom up::
     errors, clock, config, record, session, slices
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit
-                manager
-                    persistence/__init__.py                         (the public names)
-                        sync, worker, cli, web
+                residency
+                    updates | listing
+                        manager
+                            persistence/__init__.py                 (the public names)
+                                sync, worker, cli, web
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "stats"), 2),
     "residency": 3,
-    "manager": 4,
-    "": 5,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 6),
+    **dict.fromkeys(("updates", "listing"), 4),
+    "manager": 5,
+    "": 6,
+    **dict.fromkeys(("sync", "worker", "cli", "web"), 7),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 6)
+OPEN_FLOORS = (0, 7)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli")

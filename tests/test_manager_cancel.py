@@ -78,7 +78,7 @@ async def assert_nothing_left_behind(state: StateManager) -> None:
         commits = commits_of(state)
         assert commits.tails == {}
         assert commits.pending_bytes == 0
-        assert len(state._locks) == 0
+        assert len(state._updates.locks) == 0
         memory_of(state).check()
         for name in await state.get_active_sessions():
             await state.update_session_data(name, "after", True)

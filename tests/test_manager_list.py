@@ -222,7 +222,8 @@ async def test_updates_do_not_lose_the_user(state: StateManager) -> None:
 async def test_users_with_the_same_tag_are_told_apart(
     state: StateManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persistence.manager.user_tag", lambda _: 7)
+    monkeypatch.setattr("persistence.updates.user_tag", lambda _: 7)
+    monkeypatch.setattr("persistence.listing.user_tag", lambda _: 7)
     await state.create_session("ada", session_id="a")
     await state.create_session("bob", session_id="b")
     assert await state.find_sessions(user_id="ada") == ["a"]

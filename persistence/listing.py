@@ -1,0 +1,172 @@
+"""Going through all sessions: listing, finding by user, removing the expired and the idle.
+
+Everything here works through the index shard by shard and in slices, so that the loop is never
+held up, and never reads a session's data unless it has to be looked at.
+
+Invariant: whoever is not told of a session because its time is over never sees it come back: its
+end is logged before this answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from persistence import record as rec
+from persistence.clock import Clock, EngineTime
+from persistence.commit import CommitQueue
+from persistence.disk.format import user_tag
+from persistence.disk.index import SHARDS, Row
+from persistence.disk.tier import DiskTier
+from persistence.memory.tier import MemoryTier
+from persistence.record import NEVER
+from persistence.residency import Residency
+from persistence.session import USER_ID
+from persistence.slices import Slices
+
+
+class Listing:
+    """All sessions of this worker.
+
+    Args:
+        memory: the memory tier.
+        disk: the disk tier.
+        residency: keeps the two in step.
+        commits: where tombstones go.
+        clock: time.
+        time: the engine's time base.
+        check_open: raises ManagerClosed once the manager is closed.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        disk: DiskTier,
+        residency: Residency,
+        commits: CommitQueue,
+        clock: Clock,
+        time: EngineTime,
+        check_open: Callable[[], None],
+    ) -> None:
+        self._memory = memory
+        self._disk = disk
+        self._residency = residency
+        self._commits = commits
+        self._monotonic = clock.monotonic
+        self._time = time
+        self._check_open = check_open
+
+    # --- listing ------------------------------------------------------------------------------
+
+    async def ids(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the ids of the live sessions that start with `prefix`, in no order.
+
+        A session that is alive all the while is yielded exactly once, whatever is written
+        meanwhile.
+        """
+        for shard in range(SHARDS):
+            self._check_open()
+            for session_id in await self._live(self._disk.index.rows_of_shard(shard)):
+                if session_id.startswith(prefix):
+                    yield session_id
+        for session_id in self._live_unlogged():
+            if session_id.startswith(prefix):
+                yield session_id
+
+    async def of_user(self, user_id: str) -> list[str]:
+        """Return the ids of the live sessions of a user, in no order."""
+        tag = user_tag(user_id)
+        found: list[str] = []
+        slices = Slices(self._monotonic)
+        for shard in range(SHARDS):
+            rows = self._disk.index.user_in_shard(shard, tag)
+            live = await self._live(rows) if rows else ()
+            found += [each for each in live if await self._belongs(each, user_id)]
+            await slices.give_way_if_due()
+        unlogged = self._live_unlogged()
+        return found + [each for each in unlogged if await self._belongs(each, user_id)]
+
+    async def _belongs(self, session_id: str, user_id: str) -> bool:
+        """Whether a session is a user's: the tag in its row has 31 bits only."""
+        record = await self._residency.peek(session_id, session_id.encode())
+        return record is not None and rec.meta_of(record).get(USER_ID) == user_id
+
+    async def _live(self, rows: list[Row]) -> list[str]:
+        """Return the ids of the live sessions among `rows`, once the end of the rest is logged."""
+        alive = []
+        over = False
+        slices = Slices(self._monotonic)
+        for key, _ in await self._disk.read_keys(rows) if rows else ():
+            session_id = key.decode()
+            deadline = self._residency.acknowledged_deadline(session_id, key)
+            if deadline is None:
+                continue
+            if deadline > self._time.now():
+                alive.append(session_id)
+            elif session_id not in self._commits.tails:
+                self._residency.submit_delete(session_id, key, wait=False)
+                over = True
+            await slices.give_way_if_due()
+        if over:
+            await self._commits.flush()
+        return alive
+
+    def _live_unlogged(self) -> list[str]:
+        """Return the ids of the live sessions that are resident and not in the log yet."""
+        index, fingerprint = self._disk.index, self._disk.fingerprint
+        return [
+            session_id
+            for session_id in self._residency.unlogged
+            if self._residency.is_acknowledged(session_id, session_id.encode())
+            and index.get(fingerprint(session_id.encode())) is None
+        ]
+
+    # --- removing -----------------------------------------------------------------------------
+
+    async def remove_expired(self) -> int:
+        """Remove the sessions whose time is over; return how many."""
+        count = await self._remove_where(now=self._time.now(), idle_since=-NEVER)
+        self._residency.expired += count
+        return count
+
+    async def remove_idle(self, max_age_seconds: float) -> int:
+        """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
+        now = self._time.now()
+        return await self._remove_where(now=now, idle_since=now - max_age_seconds)
+
+    async def _remove_where(self, *, now: float, idle_since: float) -> int:
+        """Remove the sessions past their deadline at `now`, or last accessed before `idle_since`.
+
+        What the index knows of resident sessions is behind, so memory is asked about those.
+        """
+        await self._residency.record_renewals()
+        count = 0
+        slices = Slices(self._monotonic)
+        for session_id in list(self._residency.unlogged):
+            count += self._remove_if_over(session_id, session_id.encode(), now, idle_since)
+        for shard in range(SHARDS):
+            rows = self._disk.index.expired_in_shard(shard, now, idle_since)
+            for key, _ in await self._disk.read_keys(rows) if rows else ():
+                count += self._remove_if_over(key.decode(), key, now, idle_since)
+                if self._commits.is_full:
+                    await self._commits.admission()
+                await slices.give_way_if_due()
+            await slices.give_way_if_due()
+        if count:
+            await self._commits.flush()
+        return count
+
+    def _remove_if_over(self, session_id: str, key: bytes, now: float, idle_since: float) -> bool:
+        if session_id in self._commits.tails:
+            return False
+        if session_id in self._memory:
+            accessed = self._memory.times(session_id)[0]
+            deadline = self._memory.deadline(session_id)
+        else:
+            row = self._disk.index.get(self._disk.fingerprint(key))
+            if row is None:
+                return False
+            accessed, deadline = row.accessed, row.deadline
+        if deadline > now and accessed >= idle_since:
+            return False
+        self._residency.submit_delete(session_id, key, wait=False)
+        return True

@@ -1,0 +1,383 @@
+"""From a change to a commit: what an update is built on, the next version, edits.
+
+Nothing awaits between looking at the newest version of a session and submitting the next one, so
+two updates can never be built on the same version. Editors hold the session's lock meanwhile, and
+other writers of that session wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NoReturn
+
+from persistence import record as rec
+from persistence.clock import Clock, EngineTime
+from persistence.commit import Commit, CommitQueue
+from persistence.config import SessionConfig
+from persistence.disk.format import PUT, ROW_RENEWS, user_tag
+from persistence.errors import (
+    ConflictError,
+    SessionNotFound,
+    ValueTooLarge,
+    printable,
+)
+from persistence.expiry import deadline_after, life_of
+from persistence.ids import CommitIds, check_session_id
+from persistence.locks import SessionLocks
+from persistence.memory.tier import MemoryTier, deadline_of
+from persistence.record import ID_BYTES, NEVER, NO_ID, RENEWS
+from persistence.residency import Base, Residency
+from persistence.session import Session, SessionDraft
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an update does to a session.
+
+    Attributes:
+        fields: gets the newest record, returns the new packed fields; None: nothing changes.
+        meta: gets the newest record, returns the new packed metadata.
+        ttl_seconds: the new TTL, from now on; None: as it was.
+        same_version: it is not a new version (and keeps its commit id).
+    """
+
+    fields: Callable[[bytes], Mapping[str, bytes | memoryview] | None]
+    meta: Callable[[bytes], bytes] | None = None
+    ttl_seconds: float | None = None
+    same_version: bool = False
+
+
+class Updates:
+    """Builds versions and submits them.
+
+    Args:
+        config: ``max_bytes``, ``max_lifetime_seconds``.
+        clock: time.
+        time: the engine's time base.
+        memory: the memory tier.
+        residency: finds what an update is built on.
+        commits: where versions are submitted to.
+        check_open: raises ManagerClosed once the manager is closed.
+    """
+
+    def __init__(
+        self,
+        config: SessionConfig,
+        clock: Clock,
+        time: EngineTime,
+        memory: MemoryTier,
+        residency: Residency,
+        commits: CommitQueue,
+        check_open: Callable[[], None],
+    ) -> None:
+        self.locks = SessionLocks()
+        self._max_payload_bytes = config.max_bytes
+        self._max_lifetime_seconds = config.max_lifetime_seconds
+        self._wall = clock.wall
+        self._time = time
+        self._now = time.now
+        self._memory = memory
+        self._residency = residency
+        self._fingerprint = residency.disk.fingerprint
+        self._commits = commits
+        self._commit_ids = CommitIds()
+        self._check_open = check_open
+
+    async def admit(self) -> None:
+        """Wait while too much is in flight: the back-pressure of a slow disk."""
+        if self._commits.is_full:
+            await self._commits.admission()
+            self._check_open()
+
+    # --- updating -----------------------------------------------------------------------------
+
+    def quick_base(self, session_id: str) -> Base | None:
+        """Return what to build an update on if nothing has to be waited for; else None."""
+        if self._commits.is_full:
+            return None
+        try:
+            if session_id in self.locks.holders:
+                return None
+        except TypeError:  # not hashable, so no session id: `apply` says it better
+            return None
+        return self._residency.base_now(session_id)
+
+    async def by_function(
+        self, session_id: str, function: Callable[[SessionDraft], object]
+    ) -> Session:
+        """Commit what `function` changes in a draft. The manager must be open."""
+        base = self.quick_base(session_id)
+        if base is None:
+            return await self.apply(session_id, Change(lambda record: drafted(record, function)))
+        fields = drafted(base[0], function)
+        if fields is None:
+            return await self.unchanged(session_id, session_id.encode(), base)
+        commit = self.next_version(session_id, session_id.encode(), base, fields)
+        assert commit.done is not None, "submitted to be waited for"
+        await commit.done
+        return self._view(session_id, commit)
+
+    async def apply(self, session_id: str, change: Change) -> Session:
+        """Build a version on the newest one and commit it."""
+        self._check_open()
+        key = check_session_id(session_id)
+        await self.admit()
+        base = None
+        if session_id not in self.locks:
+            base = self._residency.base_now(session_id)
+            if base is None:
+                base = await self._residency.base(session_id, key)
+                if session_id in self.locks:
+                    base = None  # an edit began while the session was being read
+        if base is not None:
+            commit = self._changed(session_id, key, base, change)
+        else:
+            async with self.locks.holding(session_id):
+                base = await self._residency.base(session_id, key)
+                commit = self._changed(session_id, key, base, change)
+        if commit is None:
+            return await self.unchanged(session_id, key, base)
+        assert commit.done is not None, "submitted to be waited for"
+        await commit.done
+        return self._view(session_id, commit)
+
+    def _view(self, session_id: str, commit: Commit) -> Session:
+        assert commit.record is not None, "an update carries its record"
+        return Session.view(
+            session_id, commit.record, commit.accessed, commit.life, commit.cap, self._time
+        )
+
+    async def unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
+        """Answer an update that changed nothing: with an access, and what is there.
+
+        What it found may be in flight still; it is only said to be so once that is durable.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: what it found could not be written.
+        """
+        await self._commits.outcome(session_id)
+        session = self._memory.access(session_id)
+        return session or self.access_uncached(session_id, key, base)
+
+    def access_uncached(self, session_id: str, key: bytes, base: Base) -> Session:
+        """Return a view of a session that is too large to be resident, and renew it."""
+        record, life, cap = base
+        now = self._now()
+        deadline = min(deadline_of(now, life), cap)
+        self._residency.note_access(session_id, key, self._fingerprint(key), now, life, deadline)
+        return Session.view(session_id, record, now, life, cap, self._time)
+
+    # --- versions -----------------------------------------------------------------------------
+
+    def _changed(self, session_id: str, key: bytes, base: Base, change: Change) -> Commit | None:
+        """Submit the changed version; None when nothing changed. Never awaits."""
+        fields = change.fields(base[0])
+        if fields is None:
+            return None
+        if change.meta is None and change.ttl_seconds is None:
+            return self.next_version(session_id, key, base, fields)
+        return self._rebuilt(session_id, key, base, change, fields)
+
+    def next_version(
+        self, session_id: str, key: bytes, base: Base, fields: Mapping[str, bytes | memoryview]
+    ) -> Commit:
+        """Submit the version after `base` with other fields. Never awaits. The hot path."""
+        before, life, cap = base
+        now = self._now()
+        deadline = now + life if life > 0 else -life
+        deadline = min(deadline, cap)
+        payload, user, renews = rec.successor(before, fields)
+        if len(payload) > self._max_payload_bytes:
+            self._refuse_size(session_id, len(payload))
+        base_ids = before[: 2 * ID_BYTES]
+        commit_id = self._commit_ids.next()
+        ids = base_ids[:ID_BYTES] + commit_id + base_ids[ID_BYTES:]
+        commit = Commit(
+            PUT,
+            session_id,
+            key,
+            self._fingerprint(key),
+            payload,
+            ids[: 2 * ID_BYTES] + payload,
+            ids,
+            now,
+            deadline,
+            cap,
+            life,
+            user | ROW_RENEWS if renews else user,
+        )
+        self._commits.submit(commit)
+        return commit
+
+    def _rebuilt(
+        self,
+        session_id: str,
+        key: bytes,
+        base: Base,
+        change: Change,
+        fields: Mapping[str, bytes | memoryview],
+    ) -> Commit:
+        """Submit the version after `base` with another TTL or other metadata. Never awaits."""
+        before, life, cap = base
+        head = rec.head(before)
+        now = self._now()
+        ttl_seconds = head.ttl_seconds if change.ttl_seconds is None else change.ttl_seconds
+        if change.ttl_seconds is None and life < 0:
+            deadline = -life  # fixed, and nobody asked to change it
+        else:
+            deadline = deadline_after(now, ttl_seconds)
+        record = rec.assemble(
+            incarnation=head.incarnation,
+            commit=head.commit if change.same_version else self._commit_ids.next(),
+            version=head.version + (not change.same_version),
+            created=head.created,
+            ttl_seconds=ttl_seconds,
+            flags=head.flags,
+            user=head.user,
+            meta=rec.packed_meta(before) if change.meta is None else change.meta(before),
+            fields=fields,
+        )
+        life = life_of(ttl_seconds, head.renews, deadline)
+        return self._submit(session_id, key, record, now, life, cap, base=head.commit)
+
+    def create(
+        self,
+        session_id: str,
+        key: bytes,
+        *,
+        fields: Mapping[str, bytes | memoryview],
+        meta: bytes,
+        user_id: str | None,
+        ttl_seconds: float,
+        renews: bool,
+    ) -> Commit:
+        """Submit the first version of a session. Never awaits.
+
+        Raises:
+            ValueTooLarge: it exceeds ``session.max_bytes``.
+        """
+        now = self._now()
+        record = rec.assemble(
+            incarnation=self._commit_ids.next(),
+            commit=self._commit_ids.next(),
+            version=1,
+            created=self._wall(),
+            ttl_seconds=ttl_seconds,
+            flags=RENEWS if renews else 0,
+            user=user_tag(user_id),
+            meta=meta,
+            fields=fields,
+        )
+        life = life_of(ttl_seconds, renews, deadline_after(now, ttl_seconds))
+        lifetime_seconds = self._max_lifetime_seconds
+        cap = now + lifetime_seconds if lifetime_seconds else NEVER
+        return self._submit(session_id, key, record, now, life, cap, base=NO_ID, creates=True)
+
+    def _submit(
+        self,
+        session_id: str,
+        key: bytes,
+        record: bytes,
+        now: float,
+        life: float,
+        cap: float,
+        *,
+        base: bytes,
+        creates: bool = False,
+    ) -> Commit:
+        payload_bytes = len(record) - 2 * ID_BYTES
+        if payload_bytes > self._max_payload_bytes:
+            self._refuse_size(session_id, payload_bytes)
+        commit = self._residency.put_commit(session_id, key, record, now, life, cap, base)
+        commit.creates = creates
+        self._commits.submit(commit)
+        return commit
+
+    def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
+        raise ValueTooLarge(
+            f"session {printable(session_id)} would have {payload_bytes} bytes and "
+            f"session.max_bytes is {self._max_payload_bytes}; nothing was written"
+        )
+
+
+class Edit:
+    """The context manager behind `StateManager.edit`."""
+
+    __slots__ = ("_base", "_draft", "_key", "_residency", "_session_id", "_updates")
+
+    def __init__(self, updates: Updates, residency: Residency, session_id: str) -> None:
+        self._updates = updates
+        self._residency = residency
+        self._session_id = session_id
+
+    async def __aenter__(self) -> SessionDraft:
+        updates = self._updates
+        updates._check_open()
+        self._key = check_session_id(self._session_id)
+        await updates.admit()
+        await updates.locks.acquire(self._session_id)
+        try:
+            updates._check_open()
+            self._base = await self._residency.base(self._session_id, self._key)
+            self._draft = SessionDraft(rec.packed_fields(self._base[0]))
+        except BaseException:
+            updates.locks.release(self._session_id)
+            raise
+        return self._draft
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        commit = None
+        try:
+            if kind is None:
+                commit = await self._submit()
+        finally:
+            self._draft.close()
+            self._updates.locks.release(self._session_id)
+        if commit is not None:
+            await committed(commit)
+
+    async def _submit(self) -> Commit | None:
+        """Submit what was changed, on the version that the draft was made of.
+
+        Writers wait for the editor, so two things only can have come between. An end: then the
+        incarnation is another one, or there is none. Or the version that the draft was made of
+        was still in flight and failed: nothing may be built on it.
+        """
+        fields = self._draft.packed()
+        now = await self._residency.base(self._session_id, self._key)
+        if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
+            raise SessionNotFound(self._session_id)
+        if rec.commit_of(now[0]) != rec.commit_of(self._base[0]):
+            raise ConflictError(
+                f"session {printable(self._session_id)}: the update that this edit was made of "
+                "could not be written, so the edit cannot either; edit again"
+            )
+        if fields is None:
+            await self._updates.unchanged(self._session_id, self._key, now)
+            return None
+        return self._updates.next_version(self._session_id, self._key, now, fields)
+
+
+async def committed(commit: Commit) -> None:
+    """Wait until a commit is acknowledged, or raise why it failed."""
+    assert commit.done is not None, "submitted to be waited for"
+    await commit.done
+
+
+def drafted(
+    record: bytes, function: Callable[[SessionDraft], object]
+) -> dict[str, bytes | memoryview] | None:
+    """Return the packed fields after `function` has changed a draft; None: unchanged."""
+    draft = SessionDraft(rec.packed_fields(record))
+    try:
+        function(draft)
+        return draft.packed()
+    finally:
+        draft.close()
