@@ -9,6 +9,8 @@ MANIFEST: Final = "MANIFEST"
 LOCK: Final = "LOCK"
 INDEX_SNAPSHOT: Final = "INDEX"
 QUARANTINE: Final = "quarantine"
+OUTBOX: Final = "OUTBOX"
+CONFLICTS: Final = "CONFLICTS"
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -58,7 +60,7 @@ def _parse(name: str, kind: str) -> int | None:
 
 def is_ours(name: str) -> bool:
     """Whether a file of this name is one that the engine writes."""
-    if name in (MANIFEST, LOCK, INDEX_SNAPSHOT, QUARANTINE):
+    if name in (MANIFEST, LOCK, INDEX_SNAPSHOT, QUARANTINE, OUTBOX, CONFLICTS):
         return True
     if name.endswith(TEMPORARY_SUFFIX):
         return is_ours(name.removesuffix(TEMPORARY_SUFFIX))
