@@ -64,7 +64,7 @@ _UNIT_BYTES: Final = {
     "tb": 10**12,
 }
 _SIZE: Final = re.compile(r"\s*([0-9]{1,19})(?:\.([0-9]{1,9}))?\s*([a-z]*)\s*", re.IGNORECASE)
-_URL: Final = re.compile(r"(?:rediss?|unix)://\S+")
+_URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix)://\S+")
 _NAMESPACE: Final = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
 _URL_USER: Final = re.compile(r"^(['\"]?(?:[\w+.-]+://)?).*@", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(?<=password=)[^&'\"]*")
@@ -148,7 +148,10 @@ _Store = Annotated[
 _Url = Annotated[
     str | None,
     BeforeValidator(_url_text),
-    _Noun("a URL that starts with redis://, rediss:// or unix://, or empty for none"),
+    _Noun(
+        "a URL that starts with redis://, rediss:// or unix:// (redis+sentinel:// and "
+        "redis+cluster:// too), or empty for none"
+    ),
 ]
 _Namespace = Annotated[
     str,
@@ -368,6 +371,34 @@ class RedisConfig(_Table):
             "What happens to updates while Redis is down: local = accepted here and replayed "
             "later, fail = refused."
         ),
+    )
+    timeout_seconds: _Seconds = Field(
+        default=2.0,
+        gt=0,
+        le=_MAX_SECONDS,
+        description="Seconds after which Redis counts as not answering.",
+    )
+    heartbeat_seconds: _Seconds = Field(
+        default=5.0,
+        gt=0,
+        le=_MAX_SECONDS,
+        description="Seconds between two proofs that announcements of other workers still arrive.",
+    )
+    tombstone_seconds: _Seconds = Field(
+        default=86_400.0,
+        gt=0,
+        le=_MAX_SECONDS,
+        description="Seconds for which Redis remembers that a session was terminated.",
+    )
+    max_connections: _Count = Field(
+        default=8,
+        ge=1,
+        le=10_000,
+        description="Connections to each Redis server, beside the one that listens.",
+    )
+    allow_eviction: bool = Field(
+        default=False,
+        description="Whether a Redis that evicts keys when its memory is full is accepted.",
     )
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:

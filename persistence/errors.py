@@ -23,8 +23,9 @@
         ├── DirectoryLocked         another process owns the directory
         ├── DirectoryNotUsable      newer format, foreign, read-only, not a directory
         ├── DiskFull                no space left, or ``disk.max_bytes`` reached
-        ├── WriteOutcomeUnknown     a sync failed: the update may or may not be durable
-        └── RemoteUnavailable       the shared tier cannot be reached
+        ├── WriteOutcomeUnknown     a sync failed or a reply was lost: durable or not
+        ├── RemoteDamaged           a key of the shared tier is foreign or damaged
+        └── RemoteUnavailable       the shared tier cannot be reached or refuses to work
 
 Every message says what happened, to which session, file and offset or key, and what to do.
 Session ids come from outside: messages carry them through `printable`, which escapes them.
@@ -162,8 +163,32 @@ class DiskFull(PersistenceError):
 
 
 class WriteOutcomeUnknown(PersistenceError):
-    """A sync to disk failed: the update may or may not survive. Nothing more is written."""
+    """The update may or may not survive; nobody knows, so nothing is concluded from it.
+
+    A sync to disk failed, and nothing more is written; or the shared tier took an update and its
+    reply was lost, again and again.
+    """
+
+
+class RemoteDamaged(PersistenceError):
+    """A key of the shared tier holds something else than a session, or a damaged one.
+
+    It is never returned as a value and never overwritten.
+
+    Attributes:
+        key: the key.
+        session_id: the session, where it is known.
+    """
+
+    def __init__(self, key: str, reason: str, session_id: str | None = None) -> None:
+        self.key = key
+        self.session_id = session_id
+        self.reason = reason
+        super().__init__(
+            f"Redis key {printable(key)}: {reason}; it is left as it is, other sessions are not "
+            "affected: look at it, then rename or delete it"
+        )
 
 
 class RemoteUnavailable(PersistenceError):
-    """The shared tier cannot be reached."""
+    """The shared tier cannot be reached, or answers that it cannot work now."""

@@ -486,6 +486,17 @@ def assemble(  # noqa: PLR0913 - one parameter for each part of a record
     return b"".join((prefix, meta, _pack_field_map(fields)))
 
 
+def meta_end_of(record: bytes) -> int:
+    """Return where the fixed part and the metadata of `record` end and its fields start."""
+    word: int = _WORD.unpack_from(record, FLAGS_AT)[0]
+    return PREFIX_BYTES + (word >> _META_BITS)
+
+
+def with_fields(start: bytes, fields: Mapping[str, bytes | memoryview]) -> bytes:
+    """Return the record that begins with `start` (see `meta_end_of`) and has `fields`."""
+    return start + _pack_field_map(fields)
+
+
 def _pack_field_map(fields: Mapping[str, bytes | memoryview]) -> bytes:
     try:
         return _packers.by_depth[0](fields)

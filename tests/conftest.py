@@ -12,6 +12,15 @@ import pytest
 from persistence import Clock, ManualClock, StateManager
 from persistence.disk.files import Files
 from tests.engine import Crash, ScriptedFiles, Start, config_for
+from tests.redis_servers import (
+    deployment,
+    deployments,
+    each_server,
+    own_server,
+    shared_server,
+)
+
+__all__ = ["deployment", "deployments", "each_server", "own_server", "shared_server"]
 
 
 @pytest.fixture

@@ -109,6 +109,11 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "namespace": "persistence",
             "write": "through",
             "on_outage": "local",
+            "timeout_seconds": 2,
+            "heartbeat_seconds": 5,
+            "tombstone_seconds": 86_400,
+            "max_connections": 8,
+            "allow_eviction": False,
         },
         "checkpoint": {"interval_seconds": 0, "compression": "lz4", "keep": 5, "store": "auto"},
         "shutdown": {"checkpoint": True, "grace_seconds": 25},
@@ -329,6 +334,8 @@ def test_a_long_value_is_shortened_and_stays_on_one_line() -> None:
         "redis://hunter2@cache",
         "unix://:hunter2@/run/redis.sock?db=1",
         "redis://cache?password=hunter2&db=1",
+        "redis+sentinel://:hunter2@one:26379,two:26379/shop?sentinel_password=hunter2",
+        "rediss+cluster://app:hunter2@one:7000,two:7000",
     ],
 )
 def test_a_password_is_in_the_url_and_in_no_representation(url: str) -> None:

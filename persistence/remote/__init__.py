@@ -1,0 +1,1 @@
+"""The tier that workers share: its contract, and Redis."""

@@ -1,0 +1,237 @@
+r"""What a session's hash holds, and what the scripts are given and give back. Pure, over bytes.
+
+A session is one hash. Its fields are the session's own, each with the very bytes that were packed
+when the value was written, and three more, whose names are not UTF-8 and so never collide:
+
+``\xffstate``
+    written by the script alone: kind (``L`` lives, ``T`` tombstone, ``t`` tombstone of a session
+    that was not there), version (8 bytes), incarnation id (16), then the ids of the latest commits
+    (16 each, newest first, at most 32). They survive a re-creation.
+``\xffhead``
+    accessed, deadline, cap (floats, wall seconds), CRC-32C of the whole record (4 bytes), then the
+    record's fixed part and its metadata, as they are in the record.
+``\xfforder``
+    MessagePack array of the fields' names in the record's order; written when that changes.
+
+A tombstone has the first one only. Numbers are little-endian. A record that is put together again
+is byte for byte the one that was committed, which its checksum proves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from struct import Struct
+from typing import Final
+
+import msgpack
+from crc32c import crc32c
+
+from persistence import record as rec
+from persistence.errors import RemoteDamaged
+from persistence.record import ID_BYTES, NEVER, NO_ID, PREFIX_BYTES
+from persistence.remote.contract import (
+    Announcement,
+    Delete,
+    Outcome,
+    Put,
+    RemoteSession,
+    Request,
+    Stored,
+    Touch,
+)
+
+STATE: Final = b"\xffstate"
+HEAD: Final = b"\xffhead"
+ORDER: Final = b"\xfforder"
+
+_STATE: Final = Struct("<cQ16s16s")  # with the newest commit id
+STATE_BYTES: Final = _STATE.size
+_TIMES: Final = Struct("<dd")
+_HEAD: Final = Struct("<dddI")
+_HEADER: Final = Struct("<cII16s16s16sQ")
+_EVENT: Final = Struct("<cQ16sH")
+_pack_header = _HEADER.pack
+_pack_head = _HEAD.pack
+
+CODES: Final = {
+    b"A": Outcome.APPLIED,
+    b"D": Outcome.ALREADY_APPLIED,
+    b"C": Outcome.CONFLICT,
+    b"X": Outcome.TERMINATED,
+    b"M": Outcome.MISSING,
+    b"E": Outcome.REFUSED,
+    b"F": Outcome.REFUSED,
+}
+"""Outcome codes of ``commit.lua``, one byte a request; all but A, M and F come with a detail."""
+DETAILED: Final = frozenset(b"DCXE")
+APPLIED_CODE: Final = ord("A")
+FOREIGN_CODE: Final = ord("F")
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def request_arguments(request: Request, tombstone_ms: bytes) -> list[bytes]:
+    """Return the arguments of `request` for ``commit.lua``: its header and what belongs to it.
+
+    Args:
+        request: what to do.
+        tombstone_ms: for how long a tombstone is kept, milliseconds as text.
+    """
+    if type(request) is Put:
+        return put_arguments(request)
+    if type(request) is Delete:
+        header = _pack_header(b"D", 0, 0, request.incarnation, request.commit, request.base, 0)
+        return [header + tombstone_ms]
+    assert type(request) is Touch, "there are three kinds of requests"
+    header = _pack_header(b"T", 0, 1, NO_ID, request.commit, NO_ID, 0)
+    return [header + _milliseconds(request.deadline), _TIMES.pack(request[2], request.deadline)]
+
+
+def put_arguments(put: Put) -> list[bytes]:
+    """Return the arguments of a put: names and values to set, then names to remove."""
+    record = put.record
+    changed, removed = difference(put.old, record)
+    assert put.old is None or rec.commit_of(put.old) == put.base, "old is not what it was built on"
+    head = _pack_head(put.accessed, put.deadline, put.cap, crc32c(record))
+    changed += (HEAD, head + record[: rec.meta_end_of(record)])
+    replaces = b"R" if put.old is None else b"P"
+    kind = b"C" if put.base == NO_ID else replaces
+    header = _pack_header(
+        kind,
+        len(changed),
+        len(removed),
+        record[:ID_BYTES],
+        record[ID_BYTES : 2 * ID_BYTES],
+        put.base,
+        rec.version_of(record),
+    )
+    return [header + _milliseconds(put.deadline), *changed, *removed]
+
+
+def difference(old: bytes | None, new: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Return what to set (names and values in turn) and what to remove to make `new` of `old`.
+
+    Values are compared as packed bytes, never decoded. `old` None: all of `new`.
+    """
+    after = rec.packed_fields(new)
+    before = {} if old is None else rec.packed_fields(old)
+    changed: list[bytes] = []
+    for name, value in after.items():
+        known = before.get(name)
+        if known is None or known != value:
+            changed.append(name.encode())
+            changed.append(bytes(value))
+    if old is None or list(before) != list(after):
+        changed.append(ORDER)
+        changed.append(msgpack.packb(list(after)))
+    return changed, [name.encode() for name in before if name not in after]
+
+
+def _milliseconds(deadline: float) -> bytes:
+    """Return a deadline as the script takes it: text, in ms; empty: never."""
+    return b"" if deadline == NEVER else b"%d" % (deadline * 1000)
+
+
+# --- replies --------------------------------------------------------------------------------------
+
+
+def decode_state(state: bytes) -> Stored:
+    r"""Decode the start of a ``\xffstate``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(state) < STATE_BYTES or state[:1] not in b"LTt":
+        raise ValueError("the state is not one that this library writes")
+    kind, version, incarnation, commit = _STATE.unpack_from(state)
+    return Stored(kind == b"L", version, incarnation, commit)
+
+
+def decode_session(
+    key: bytes, session_id: str, fields: Mapping[bytes, bytes]
+) -> RemoteSession | Stored | None:
+    """Put a session together again from its hash; None: the hash is empty, so there is none.
+
+    Raises:
+        RemoteDamaged: it is not as it was written, or somebody else wrote it.
+    """
+    if not fields:
+        return None
+    try:
+        stored = decode_state(fields[STATE])
+        if not stored.lives:
+            return stored
+        session = _assemble(fields)
+    except KeyError as error:
+        raise RemoteDamaged(_text(key), f"it has no {error.args[0]!r}", session_id) from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RemoteDamaged(_text(key), str(error), session_id) from None
+    if session.record[ID_BYTES : 2 * ID_BYTES] != stored.commit:
+        raise RemoteDamaged(_text(key), "its head is of another commit than its state", session_id)
+    return session
+
+
+def _assemble(fields: Mapping[bytes, bytes]) -> RemoteSession:
+    head = fields[HEAD]
+    if len(head) < _HEAD.size + PREFIX_BYTES:
+        raise ValueError("its head is too short")
+    accessed, deadline, cap, checksum = _HEAD.unpack_from(head)
+    order = msgpack.unpackb(fields[ORDER])
+    if type(order) is not list or len(order) != len(fields) - 3:
+        raise ValueError("its fields are not those that its order names")
+    record = rec.with_fields(head[_HEAD.size :], {name: fields[name.encode()] for name in order})
+    if crc32c(record) != checksum:
+        raise ValueError("its checksum is wrong")
+    return RemoteSession(record, accessed, deadline, cap)
+
+
+def decode_announcements(message: bytes) -> list[Announcement]:
+    """Decode a message on the channel of commits.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    worker = message[:ID_BYTES]
+    at = ID_BYTES
+    found = []
+    while at < len(message):
+        if len(message) < at + _EVENT.size:
+            raise ValueError("an announcement is cut short")
+        kind, version, commit, id_bytes = _EVENT.unpack_from(message, at)
+        at += _EVENT.size
+        session_id = message[at : at + id_bytes]
+        at += id_bytes
+        if at > len(message):
+            raise ValueError("an announcement is cut short")
+        found.append(Announcement(session_id.decode(), version, commit, kind != b"L", worker))
+    return found
+
+
+def announcing_worker(message: bytes) -> bytes:
+    """Return who sent a message on the channel of commits."""
+    return message[:ID_BYTES]
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+_COPY_BELOW_BYTES: Final = 16 * 1024
+
+
+def pack_command(arguments: Sequence[bytes]) -> list[bytes]:
+    """Return one command in the protocol's bytes, in pieces; large arguments are not copied."""
+    pieces: list[bytes] = []
+    small = [b"*%d\r\n" % len(arguments)]
+    for argument in arguments:
+        if len(argument) < _COPY_BELOW_BYTES:
+            small.append(b"$%d\r\n%b\r\n" % (len(argument), argument))
+            continue
+        small.append(b"$%d\r\n" % len(argument))
+        pieces += (b"".join(small), argument)
+        small = [b"\r\n"]
+    pieces.append(b"".join(small))
+    return pieces

@@ -1,0 +1,263 @@
+"""Connections to one server, and exchanges over them.
+
+redis-py's connections are used, and nothing above them: its clients retry by themselves (one INCR
+with two lost replies was applied three times), and its pool hands a connection on whatever is
+still in it. Here:
+
+- Nothing is ever sent twice. An exchange ends with all its replies, or with a `Fault` that says
+  whether anything was sent.
+- A connection goes back only when every reply that was asked for has been read. After a timeout, a
+  cancelled call or any other error it is closed, so no reply ever reaches another caller.
+- Timeouts are for progress: for each write and each reply, not for a whole batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Protocol
+
+from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection
+
+from persistence.remote.faults import Fault, Lost, Refused, Unsent
+from persistence.remote.layout import pack_command
+
+_PAUSE_ABOVE_BYTES: Final = 32 * 1024
+
+
+class Call(Protocol):
+    """One command for one server."""
+
+    @property
+    def key(self) -> bytes:
+        """The key that says which server it is for."""
+
+    def pack(self) -> list[bytes]:
+        """Return it in the protocol's bytes, in pieces."""
+
+
+class Command:
+    """A plain command.
+
+    Args:
+        arguments: its name and what follows.
+        key: the key that it is about, if any.
+    """
+
+    __slots__ = ("arguments", "key")
+
+    def __init__(self, *arguments: bytes, key: bytes = b"") -> None:
+        self.arguments = arguments
+        self.key = key
+
+    def pack(self) -> list[bytes]:
+        """Return it in the protocol's bytes, in pieces."""
+        return pack_command(self.arguments)
+
+
+class Lease:
+    """A connection for the time of one exchange."""
+
+    __slots__ = ("_connection", "_timeout_seconds", "_where", "owed")
+
+    def __init__(self, connection: AbstractConnection, timeout_seconds: float, where: str) -> None:
+        self._connection = connection
+        self._timeout_seconds = timeout_seconds
+        self._where = where
+        self.owed = 0
+
+    async def send(self, pieces: list[bytes]) -> None:
+        """Send one command.
+
+        Raises:
+            Lost: the connection broke.
+        """
+        self.owed += 1
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._connection.send_packed_command(pieces, check_health=False)
+        except (redis_errors.RedisError, OSError) as error:  # a builtin TimeoutError is an OSError
+            raise Lost(f"Redis at {self._where}: {_words(error, 'takes no more')}") from error
+
+    async def receive(self) -> Any:
+        """Return the next reply; one that is an error is returned too.
+
+        Raises:
+            Refused: the answer is an error behind which the connection cannot be used.
+            Lost: it did not come.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                reply = await self._connection.read_response()
+        except redis_errors.ResponseError as error:
+            reply = error
+        except redis_errors.ConnectionError as error:
+            if _is_answer(error):
+                raise Refused(error, self._where) from error
+            raise Lost(f"Redis at {self._where}: {_words(error, 'gone')}") from error
+        except (redis_errors.RedisError, OSError) as error:
+            raise Lost(f"Redis at {self._where}: {_words(error, 'does not answer')}") from error
+        self.owed -= 1
+        return reply
+
+
+class Link:
+    """The connections to one server.
+
+    Args:
+        where: the server, for messages.
+        make: makes a connection that is not connected yet.
+        max_connections: how many there may be.
+        timeout_seconds: after which the server counts as not answering.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        make: Callable[[], AbstractConnection],
+        max_connections: int,
+        timeout_seconds: float,
+    ) -> None:
+        self.where = where
+        self._make = make
+        self._max_connections = max_connections
+        self._timeout_seconds = timeout_seconds
+        self._free = asyncio.Semaphore(max_connections)
+        self._idle: list[AbstractConnection] = []
+        self._closed = False
+
+    async def connect(self) -> AbstractConnection:
+        """Return a new connection that is the caller's own: to listen on, for example.
+
+        Raises:
+            Unsent: the server cannot be reached.
+            Refused: it lets nobody in.
+        """
+        connection = self._make()
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await connection.connect()  # type: ignore[no-untyped-call]
+            return connection
+        except (redis_errors.RedisError, OSError) as error:
+            await connection.disconnect(nowait=True)
+            if isinstance(error, redis_errors.ResponseError) or _is_answer(error):
+                raise Refused(error, self.where) from error
+            reason = _words(error, "no answer in time")
+            raise Unsent(f"Redis at {self.where} cannot be reached: {reason}") from error
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+
+    @asynccontextmanager
+    async def lease(self) -> AsyncIterator[Lease]:
+        """Lend a connection. Waits for a free one, at most the timeout.
+
+        Raises:
+            Unsent: there is none, or the server cannot be reached.
+            Refused: it lets nobody in.
+        """
+        await self._await_turn()
+        connection = None
+        try:
+            connection = self._take_idle() or await self.connect()
+            lease = Lease(connection, self._timeout_seconds, self.where)
+            yield lease
+            if not lease.owed and not self._closed:
+                self._idle.append(connection)
+                connection = None
+        finally:
+            self._free.release()
+            if connection is not None:
+                await connection.disconnect(nowait=True)
+
+    async def _await_turn(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._free.acquire()
+        except TimeoutError:
+            raise Unsent(
+                f"Redis at {self.where}: all {self._max_connections} connections are busy"
+            ) from None
+
+    def _take_idle(self) -> AbstractConnection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if not _is_stale(connection):
+                return connection
+            _close(connection)
+        return None
+
+    async def exchange(self, calls: Sequence[Call]) -> list[Any]:
+        """Send `calls` in one pipeline; return for each its reply, or the `Fault` it met.
+
+        Gives way to the event loop between calls that are large, so Redis starts while the rest
+        is still being packed.
+        """
+        replies: list[Any] = []
+        sent = False
+        try:
+            async with self.lease() as lease:
+                for call in calls:
+                    pieces = call.pack()
+                    sent = True
+                    await lease.send(pieces)
+                    if len(pieces[0]) > _PAUSE_ABOVE_BYTES:
+                        await asyncio.sleep(0)
+                while len(replies) < len(calls):
+                    replies.append(await lease.receive())
+        except Fault as fault:
+            replies.append(fault)
+            # Those behind it may have been sent, and their answers cannot be read any more.
+            rest = Lost(str(fault)) if sent else fault
+            replies += [rest] * (len(calls) - len(replies))
+            self.drop_idle()
+        return replies
+
+    async def ask(self, *arguments: bytes) -> Any:
+        """Send one command; return its reply, which may be an error.
+
+        Raises:
+            Fault: there is none.
+        """
+        [reply] = await self.exchange([Command(*arguments)])
+        if isinstance(reply, Fault):
+            raise reply
+        return reply
+
+    def drop_idle(self) -> None:
+        """Close what nobody uses: after a fault the others are suspect too."""
+        for connection in self._idle:
+            _close(connection)
+        self._idle.clear()
+
+    async def close(self) -> None:
+        """Close all connections; those in use when they are given back."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.disconnect(nowait=True)
+
+
+def _is_stale(connection: AbstractConnection) -> bool:
+    """Whether the other end has closed a connection, or said something nobody asked for."""
+    reader = connection._reader
+    return reader is None or reader.at_eof() or bool(reader._buffer)  # type: ignore[attr-defined]
+
+
+def _close(connection: AbstractConnection) -> None:
+    """Close a connection at once: there is nobody to say goodbye to."""
+    connection._close()  # type: ignore[no-untyped-call]
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Whether it stands for an answer: redis-py makes connection errors of some (LOADING, ...)."""
+    return (
+        isinstance(error, redis_errors.ConnectionError)
+        and type(error) is not redis_errors.ConnectionError
+    )
+
+
+def _words(error: Exception, otherwise: str) -> str:
+    return (str(error) or otherwise).splitlines()[0]

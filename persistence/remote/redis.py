@@ -1,0 +1,262 @@
+"""Redis as the shared tier: see `contract` for what it promises, ``docs/redis.md`` for operators.
+
+It puts the parts of this room together: `topology` knows the servers, `router` sends calls to them,
+`committer` commits, `announcements` listens, `layout` knows what is in a key.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from persistence.clock import Clock
+from persistence.config import RedisConfig
+from persistence.errors import (
+    ConfigError,
+    PersistenceError,
+    RemoteDamaged,
+    printable,
+)
+from persistence.record import ID_BYTES
+from persistence.remote.announcements import Subscription
+from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server
+from persistence.remote.committer import REQUESTS_PER_CALL, Committer
+from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
+from persistence.remote.faults import Fault, as_config_error, code_of, explain, explain_key
+from persistence.remote.keys import Keys
+from persistence.remote.layout import decode_session, decode_state
+from persistence.remote.link import Command
+from persistence.remote.router import Router, Script, ScriptCall
+from persistence.remote.topology import topology_of
+from persistence.remote.urls import parse_url
+
+_log = logging.getLogger("persistence.remote")
+
+_SCAN_COUNT: Final = b"1000"
+_EPOCH_BYTES: Final = 16
+
+
+class RedisTier:
+    """Sessions in Redis, shared by all workers with the same namespace.
+
+    Args:
+        config: ``url`` (must be set), ``namespace``, ``timeout_seconds``, ``tombstone_seconds``,
+            ``heartbeat_seconds``, ``max_connections``, ``allow_eviction``.
+        clock: process time.
+
+    Raises:
+        ConfigError: the URL is wrong.
+    """
+
+    def __init__(self, config: RedisConfig, clock: Clock) -> None:
+        if config.url is None:
+            raise ConfigError("redis.url is not set: there is no shared tier")
+        self.worker = secrets.token_bytes(ID_BYTES)
+        self.where = ""
+        self._target = parse_url(config.url)
+        self.where = self._target.shown
+        self._config = config
+        self._clock = clock
+        self._keys = Keys(config.namespace)
+        self._topology = topology_of(self._target, config.max_connections, config.timeout_seconds)
+        self._router = Router(self._topology, clock)
+        self._states_script = Script("states.lua")
+        self._committer = Committer(
+            self._router, self._keys, self.worker, config=config, where=self.where
+        )
+        self._subscription: Subscription | None = None
+
+    # --- opening and closing ----------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, check every primary, and only then write the epoch if there is none."""
+        try:
+            await self._topology.discover()
+            for link in self._topology.primaries():
+                await check_server(self._target, link, allow_eviction=self._config.allow_eviction)
+                await check_keys(self._keys, link)
+        except Fault as fault:
+            wrong = as_config_error(fault, self.where)
+            raise wrong or explain(fault, self.where, "opening the shared tier") from None
+        await self.epoch()
+
+    async def close(self) -> None:
+        """Give all connections back; idempotent."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.close()
+        await self._topology.close()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    async def load(self, session_id: str) -> RemoteSession | Stored | None:
+        """Return the session; `Stored` if there is a tombstone, None if there is nothing."""
+        [found] = await self.load_many([session_id])
+        if isinstance(found, PersistenceError):
+            raise found
+        return found
+
+    async def load_many(
+        self, session_ids: Sequence[str]
+    ) -> list[RemoteSession | Stored | PersistenceError | None]:
+        """Return what `load` returns, or raises about one key only, for each."""
+        keys = [self._keys.session(session_id) for session_id in session_ids]
+        calls = [Command(b"HGETALL", key, key=key) for key in keys]
+        replies = await self._read(calls, f"load {_sessions(session_ids)}")
+        return [
+            self._decode(key, session_id, reply)
+            for key, session_id, reply in zip(keys, session_ids, replies, strict=True)
+        ]
+
+    def _decode(
+        self, key: bytes, session_id: str, reply: Any
+    ) -> RemoteSession | Stored | PersistenceError | None:
+        if isinstance(reply, Exception):
+            code = code_of(reply)
+            name = key.decode("utf-8", "backslashreplace")
+            about_key = explain_key(code, str(reply), name, session_id)
+            return about_key or explain(reply, self.where, f"load session {printable(session_id)}")
+        try:
+            return decode_session(key, session_id, reply)
+        except RemoteDamaged as damage:
+            return damage
+
+    async def stored(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """Return what is stored of each session, without its data."""
+        keys = [self._keys.session(session_id) for session_id in session_ids]
+        groups = self._router.groups(keys, REQUESTS_PER_CALL)
+        calls = [ScriptCall(self._states_script, [keys[i] for i in group], ()) for group in groups]
+        found: list[Stored | None] = [None] * len(keys)
+        replies = await self._read(calls, f"look at {_sessions(session_ids)}")
+        for group, reply in zip(groups, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise explain(reply, self.where, f"look at {_sessions(session_ids)}")
+            for index, state in zip(group, reply, strict=True):
+                found[index] = self._decode_state(state)
+        return found
+
+    def _decode_state(self, state: bytes) -> Stored | None:
+        try:
+            return decode_state(state) if state else None
+        except ValueError:  # foreign: loading it says so, and nothing is ever written over it
+            return None
+
+    async def scan(self, prefix: str = "") -> AsyncIterator[list[str]]:
+        """Yield pages of the ids of live sessions that start with `prefix`."""
+        pattern = self._keys.sessions_pattern(prefix)
+        for link in self._topology.primaries():
+            cursor = b"0"
+            while True:
+                try:
+                    reply = await link.ask(
+                        b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _SCAN_COUNT
+                    )
+                except Fault as fault:
+                    raise explain(fault, self.where, "list sessions") from None
+                if isinstance(reply, Exception):
+                    raise explain(reply, self.where, "list sessions")
+                cursor, keys = reply
+                ids = [self._keys.session_id(key) for key in keys if self._is_session(key)]
+                states = await self.stored(ids) if ids else []
+                page = [
+                    sid for sid, state in zip(ids, states, strict=True) if state and state.lives
+                ]
+                if page:
+                    yield page
+                if cursor == b"0":
+                    break
+
+    def _is_session(self, key: bytes) -> bool:
+        try:
+            return bool(self._keys.session_id(key))
+        except ValueError:
+            return False
+
+    async def epoch(self) -> bytes:
+        """Return the id of the tier's content; create what of it is missing."""
+        names = self._keys.epochs(cluster=self._topology.routes_by_slot)
+        # SET with NX and GET in one command needs Redis 7.
+        fresh = [EPOCH_MAGIC + secrets.token_hex(_EPOCH_BYTES // 2).encode() for _ in names]
+        doing = "read the epoch of the shared tier"
+        calls = [
+            call
+            for name, value in zip(names, fresh, strict=True)
+            for call in (
+                Command(b"SET", name, value, b"NX", key=name),
+                Command(b"GET", name, key=name),
+            )
+        ]
+        parts = []
+        for name, reply in zip(names, (await self._read(calls, doing))[1::2], strict=True):
+            if isinstance(reply, Exception):
+                raise explain(reply, self.where, doing)
+            if not isinstance(reply, bytes) or not reply.startswith(EPOCH_MAGIC):
+                raise RemoteDamaged(name.decode(), "it holds no epoch of this library")
+            parts.append(reply.removeprefix(EPOCH_MAGIC))
+        return b"".join(parts)
+
+    async def ping(self) -> float:
+        """Return how long the slowest primary took to answer, seconds."""
+        slowest = 0.0
+        for link in self._topology.primaries():
+            started = self._clock.monotonic()
+            try:
+                reply = await link.ask(b"PING")
+            except Fault as fault:
+                raise explain(fault, self.where, "ping") from None
+            if isinstance(reply, Exception):
+                raise explain(reply, self.where, "ping")
+            slowest = max(slowest, self._clock.monotonic() - started)
+        return slowest
+
+    async def _read(self, calls: Sequence[Command | ScriptCall], doing: str) -> list[Any]:
+        """Return the replies of idempotent calls; those may be errors that a server answered.
+
+        Raises:
+            RemoteUnavailable: one did not come.
+        """
+        replies = []
+        settled = await self._router.settle(calls, lost_seconds=self._config.timeout_seconds)
+        for reply, _ in settled:
+            if isinstance(reply, Fault):
+                raise explain(reply, self.where, doing)
+            replies.append(reply)
+        return replies
+
+    async def commit(self, requests: Sequence[Request]) -> list[CommitResult]:
+        """Apply `requests` in order, in one round trip; return the outcome of each."""
+        return await self._committer.commit(requests)
+
+    # --- announcements ----------------------------------------------------------------------------
+
+    async def subscribe(self, listener: Listener) -> None:
+        """Tell `listener` of other workers' commits, until `close`."""
+        if self._subscription is not None:
+            await self._subscription.close()
+        self._subscription = Subscription(
+            self._topology,
+            self._keys,
+            self.worker,
+            listener,
+            epoch=self.epoch,
+            heartbeat_seconds=self._config.heartbeat_seconds,
+            timeout_seconds=self._config.timeout_seconds,
+        )
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether announcements of other workers arrive, as far as the last heartbeat tells."""
+        return self._subscription is not None and self._subscription.is_connected
+
+    @property
+    def repeated(self) -> int:
+        """How many calls were sent again, because of a lost reply or a redirection."""
+        return self._router.repeated
+
+
+def _sessions(session_ids: Sequence[str]) -> str:
+    if len(session_ids) == 1:
+        return f"session {printable(session_ids[0])}"
+    return f"{len(session_ids)} sessions"
