@@ -10,6 +10,8 @@ Invariants:
 - Acknowledgements come in the order of submission. When a commit fails, every commit of the same
   session behind it fails with it: they were built on it.
 - A caller that is cancelled only stops waiting. What was submitted is decided here.
+- With a shared tier, a batch is *decided* there before it is written; what it refuses fails here.
+  While one batch is being decided, the one before it is being written.
 
 =============== ===================== ===================== =====================
 ``disk.fsync``  acknowledged          survives ``kill -9``  survives power loss
@@ -26,14 +28,20 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, Final, TypeAlias
 
 from persistence.clock import Clock
 from persistence.config import DiskConfig
 from persistence.disk.format import FRAME_OVERHEAD_BYTES, PUT, TOUCH
 from persistence.disk.tier import DiskTier
-from persistence.errors import DiskFull, ManagerClosed, PersistenceError, WriteOutcomeUnknown
+from persistence.errors import (
+    DiskFull,
+    ManagerClosed,
+    PersistenceError,
+    WriteOutcomeUnknown,
+    again,
+)
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.commit")
@@ -42,6 +50,12 @@ _MAX_BATCH_BYTES: Final = 2 * 2**20
 _THREAD_ENCODE_BYTES: Final = 128 * 1024
 _PIECE_COMMITS: Final = 32
 _LATENCIES_KEPT: Final = 1024
+
+
+Decide: TypeAlias = Callable[
+    [Sequence["Commit"]],
+    Awaitable[tuple[list["Commit"], list[tuple["Commit", PersistenceError]]]],
+]
 
 
 class Commit:
@@ -57,6 +71,9 @@ class Commit:
         previous: the commit in flight that this one was built on.
         number: its place in the order of submission.
         settled, failed, error: it has been decided, against it, and why.
+        before: the record it was built on, if it was at hand.
+        local: nothing that the shared tier has to learn of.
+        shared: the shared tier has it.
         spills: drop the session from memory when this is in the log.
         done: resolved when acknowledged; None when nobody waits.
     """
@@ -67,6 +84,7 @@ class Commit:
 
     __slots__ = (
         "accessed",
+        "before",
         "cap",
         "creates",
         "deadline",
@@ -79,6 +97,7 @@ class Commit:
         "kind",
         "length",
         "life",
+        "local",
         "nbytes",
         "number",
         "payload",
@@ -88,6 +107,7 @@ class Commit:
         "segment",
         "session_id",
         "settled",
+        "shared",
         "spills",
         "user",
     )
@@ -121,6 +141,9 @@ class Commit:
         self.user = user
         self.nbytes = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
         self.spills = False
+        self.local = False
+        self.shared = False
+        self.before: bytes | None = None
         self.creates = False
         self.failed = False
         self.error: PersistenceError | None = None
@@ -170,7 +193,14 @@ class CommitQueue:
         self._failed = failed
         self._queue: deque[Commit] = deque()
         self._work = asyncio.Event()
+        # Where commits arrive: at the queue itself, unless they have to be decided first.
+        self._arrivals = self._queue
+        self._arrived = self._work
+        self._decide: Decide | None = None
+        self._deciding: list[Commit] = []
+        self._decider: asyncio.Task[None] | None = None
         self._closing = False
+        self._ending = False
         self._submitted = 0
         self._inflight: list[list[Commit]] = []
         self._broken: WriteOutcomeUnknown | None = None
@@ -182,10 +212,27 @@ class CommitQueue:
 
     # --- what callers do ----------------------------------------------------------------------
 
+    def share(self, decide: Decide) -> None:
+        """Let a shared tier decide every batch before it is written. To be called before `start`.
+
+        Args:
+            decide: gets a batch in order; returns what may be written of it, in order, and what
+                fails, each with its error. Raises no PersistenceError.
+        """
+        self._decide = decide
+        self._arrivals = deque()
+        self._arrived = asyncio.Event()
+
     def start(self) -> None:
         """Start the committing task."""
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._run(), name="persistence-commit")
+        if self._decide is not None:
+            self._decider = asyncio.create_task(
+                self._run(self._decide_until_closed(self._decide)), name="persistence-decide"
+            )
+        self._task = asyncio.create_task(
+            self._run(self._commit_until_closed()), name="persistence-commit"
+        )
 
     @property
     def is_full(self) -> bool:
@@ -238,9 +285,9 @@ class CommitQueue:
         self.pending_bytes += commit.nbytes
         self._submitted += 1
         commit.number = self._submitted
-        if not self._queue:
-            self._work.set()
-        self._queue.append(commit)
+        if not self._arrivals:
+            self._arrived.set()
+        self._arrivals.append(commit)
 
     async def flush(self) -> None:
         """Wait until everything submitted so far is decided and synced, in every mode.
@@ -283,11 +330,16 @@ class CommitQueue:
         while tail is not None and not tail.settled:
             await self.decided(session_id)
         if tail is not None and tail.error is not None:
-            raise type(tail.error)(str(tail.error))
+            raise again(tail.error)
 
     async def close(self) -> None:
         """Decide what is queued, sync, and end the task."""
         self._closing = True
+        if self._decider is not None:
+            self._arrived.set()
+            await self._decider
+            self._decider = None
+        self._ending = True
         self._work.set()
         if self._sync_timer is not None:
             self._sync_timer.cancel()
@@ -297,9 +349,9 @@ class CommitQueue:
 
     # --- the committing task ------------------------------------------------------------------
 
-    async def _run(self) -> None:
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._commit_until_closed()
+            await work
         except Exception as error:  # noqa: BLE001 - whatever it is, waiters must hear of it
             _log.exception("the commit queue failed; no more updates are taken")
             self._disk.writer.poisoned = f"internal error: {error!r}"
@@ -309,21 +361,41 @@ class CommitQueue:
                 "not be durable; open the directory again"
             )
             undecided = [commit for batch in self._inflight for commit in batch]
-            undecided = [item for item in (*undecided, *self._queue) if not item.settled]
+            undecided += [*self._queue, *self._deciding, *self._arrivals]
+            undecided = [item for item in dict.fromkeys(undecided) if not item.settled]
             self._queue.clear()
+            self._arrivals.clear()
             self._fail(undecided, self._broken)
             self._resolve_flushes(self._broken)
+
+    async def _decide_until_closed(self, decide: Decide) -> None:
+        """Let the shared tier decide batch after batch; what it agrees to goes on to the log."""
+        while True:
+            if not self._arrivals:
+                if self._closing:
+                    return
+                await self._arrived.wait()
+            self._arrived.clear()
+            self._deciding = self._take(self._arrivals)
+            agreed, refused = await decide(self._deciding)
+            self._deciding = []
+            # Something may have failed meanwhile, and with it what was built on it.
+            self._queue.extend(commit for commit in agreed if not commit.settled)
+            for commit, error in refused:
+                if not commit.settled:
+                    self._fail([commit], error)
+            self._work.set()
 
     async def _commit_until_closed(self) -> None:
         """Write batch n + 1 in the thread while batch n is being acknowledged on the loop."""
         written: list[Commit] = []
         while True:
-            if not written and not self._queue and not self._flushes and not self._sync_due:
-                if self._closing:
+            if not (written or self._queue or self._sync_due or self._flushes_due()):
+                if self._ending:
                     break
                 await self._work.wait()
             self._work.clear()
-            batch = self._take()
+            batch = self._take(self._queue)
             self._inflight = [written, batch]
             writing = await self._start(batch) if batch else None
             if written:
@@ -336,11 +408,10 @@ class CommitQueue:
         if self._disk.writer.poisoned is None:
             await self._sync()
 
-    def _take(self) -> list[Commit]:
+    def _take(self, queue: deque[Commit]) -> list[Commit]:
         """Take the next batch: as much as fits, at least one."""
         batch: list[Commit] = []
         nbytes = 0
-        queue = self._queue
         while queue:
             nbytes += queue[0].nbytes
             if batch and nbytes > self._max_batch_bytes:
@@ -466,12 +537,7 @@ class CommitQueue:
         sessions = {
             commit.session_id for commit in commits if commit.kind != TOUCH and not commit.spills
         }
-        built_on_them = [commit for commit in self._queue if commit.session_id in sessions]
-        if built_on_them:
-            self._queue = deque(
-                commit for commit in self._queue if commit.session_id not in sessions
-            )
-        doomed = [*commits, *built_on_them]
+        doomed = [*commits, *self._withdraw_later(commits, sessions)]
         for commit in doomed:
             commit.settled = commit.failed = True
             commit.error = error
@@ -480,8 +546,22 @@ class CommitQueue:
             self.pending_bytes -= commit.nbytes
             self._failed(commit)
             if commit.done is not None and not commit.done.done():
-                commit.done.set_exception(type(error)(str(error)))
+                commit.done.set_exception(again(error))
         self._admit()
+
+    def _withdraw_later(self, commits: list[Commit], sessions: set[str]) -> list[Commit]:
+        """Take what was built on `commits` out of the queues, and return it."""
+        first = min((commit.number for commit in commits), default=0)
+        doomed = _take_out(self._queue, sessions, first)
+        if self._arrivals is not self._queue:
+            doomed += _take_out(self._arrivals, sessions, first)
+        known = set(map(id, commits))
+        doomed += [
+            commit
+            for commit in self._deciding
+            if commit.session_id in sessions and commit.number > first and id(commit) not in known
+        ]
+        return doomed
 
     def _withdraw(self, commit: Commit) -> None:
         """Let the chain of a failed commit's session end before it.
@@ -518,11 +598,11 @@ class CommitQueue:
 
     def _oldest_undecided(self) -> float:
         """Return the number of the first commit that has not been decided."""
-        for batch in self._inflight:
+        for batch in (*self._inflight, self._queue, self._deciding, self._arrivals):
             for commit in batch:
                 if not commit.settled:
                     return commit.number
-        return self._queue[0].number if self._queue else math.inf
+        return math.inf
 
     def _flushes_due(self) -> bool:
         return bool(self._flushes) and self._oldest_undecided() > self._flushes[0][0]
@@ -536,8 +616,22 @@ class CommitQueue:
                 if error is None:
                     flushed.set_result(None)
                 else:
-                    flushed.set_exception(type(error)(str(error)))
+                    flushed.set_exception(again(error))
         self._flushes = waiting
+
+
+def _take_out(queue: deque[Commit], sessions: set[str], first: int) -> list[Commit]:
+    """Remove the commits of `sessions` that came after number `first`; return them."""
+    taken = [commit for commit in queue if commit.session_id in sessions and commit.number > first]
+    if taken:
+        kept = [
+            commit
+            for commit in queue
+            if commit.session_id not in sessions or commit.number <= first
+        ]
+        queue.clear()
+        queue.extend(kept)
+    return taken
 
 
 def _pieces(batch: list[Commit]) -> Iterator[list[Commit]]:

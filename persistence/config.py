@@ -372,6 +372,12 @@ class RedisConfig(_Table):
             "later, fail = refused."
         ),
     )
+    flush_interval_seconds: _Seconds = Field(
+        default=1.0,
+        gt=0,
+        le=_MAX_SECONDS,
+        description="Seconds after which Redis learns of an update at the latest, with behind.",
+    )
     timeout_seconds: _Seconds = Field(
         default=2.0,
         gt=0,

@@ -14,6 +14,7 @@
     │   ├── SessionLimitReached     ``session.max_sessions`` are alive
     │   ├── RequestLimitReached     the session used up its ``max_requests``
     │   ├── ConflictError           another commit came first
+    │   │   └── Overtaken           another worker's
     │   ├── TokenInvalid            a token is not valid (never says why)
     │   ├── CheckpointNotFound      no checkpoint has that id
     │   └── ManagerClosed           the manager is closed, or was opened by another process
@@ -46,6 +47,14 @@ def printable(session_id: object) -> str:
 
 class PersistenceError(Exception):
     """Base of every error that this library raises on purpose."""
+
+
+def again(error: PersistenceError) -> PersistenceError:
+    """Return a copy of `error`, for one more caller: an instance carries one caller's trace."""
+    copy = type(error).__new__(type(error))
+    copy.args = error.args
+    copy.__dict__.update(error.__dict__)
+    return copy
 
 
 class ConfigError(PersistenceError, ValueError):
@@ -106,6 +115,10 @@ class RequestLimitReached(PersistenceError):
 
 class ConflictError(PersistenceError):
     """Another commit came first, or a task wrote to a session whose edit it holds itself."""
+
+
+class Overtaken(ConflictError):
+    """Another worker's commit came first; nothing was written. `update_session` tries again."""
 
 
 class TokenInvalid(PersistenceError):

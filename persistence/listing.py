@@ -102,8 +102,11 @@ class Listing:
                 continue
             if deadline > self._time.now():
                 alive.append(session_id)
+            elif self._residency.confirm_end is not None:
+                if not await self._residency.expire(session_id, key):
+                    alive.append(session_id)
             elif session_id not in self._commits.tails:
-                self._residency.submit_delete(session_id, key, wait=False)
+                self._residency.submit_delete(session_id, key, wait=False, local=True)
                 over = True
             await slices.give_way_if_due()
         if over:
@@ -142,11 +145,11 @@ class Listing:
         count = 0
         slices = Slices(self._monotonic)
         for session_id in list(self._residency.unlogged):
-            count += self._remove_if_over(session_id, session_id.encode(), now, idle_since)
+            count += await self._remove_if_over(session_id, session_id.encode(), now, idle_since)
         for shard in range(SHARDS):
             rows = self._disk.index.expired_in_shard(shard, now, idle_since)
             for key, _ in await self._disk.read_keys(rows) if rows else ():
-                count += self._remove_if_over(key.decode(), key, now, idle_since)
+                count += await self._remove_if_over(key.decode(), key, now, idle_since)
                 if self._commits.is_full:
                     await self._commits.admission()
                 await slices.give_way_if_due()
@@ -155,7 +158,9 @@ class Listing:
             await self._commits.flush()
         return count
 
-    def _remove_if_over(self, session_id: str, key: bytes, now: float, idle_since: float) -> bool:
+    async def _remove_if_over(
+        self, session_id: str, key: bytes, now: float, idle_since: float
+    ) -> bool:
         if session_id in self._commits.tails:
             return False
         if session_id in self._memory:
@@ -168,5 +173,8 @@ class Listing:
             accessed, deadline = row.accessed, row.deadline
         if deadline > now and accessed >= idle_since:
             return False
-        self._residency.submit_delete(session_id, key, wait=False)
+        is_over = deadline <= now
+        if is_over and self._residency.confirm_end is not None:
+            return await self._residency.expire(session_id, key)
+        self._residency.submit_delete(session_id, key, wait=False, local=is_over)
         return True

@@ -6,14 +6,16 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 from persistence import record as rec
 from persistence.clock import Clock, EngineTime, SystemClock
-from persistence.commit import CommitQueue
-from persistence.config import StateConfig
+from persistence.commit import Commit, CommitQueue
+from persistence.config import RedisConfig, StateConfig
+from persistence.disk.filenames import CONFLICTS, OUTBOX
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
@@ -31,6 +33,7 @@ from persistence.listing import Listing
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER, RENEWS
+from persistence.remote.redis import RedisTier
 from persistence.residency import Residency
 from persistence.session import (
     MAX_REQUESTS,
@@ -39,6 +42,10 @@ from persistence.session import (
     SessionDraft,
     SessionMetadata,
 )
+from persistence.sharing.conflicts import Conflicts
+from persistence.sharing.local import Local
+from persistence.sharing.outbox import Outbox
+from persistence.sharing.sharing import Sharing
 from persistence.stats import Latencies, Stats
 from persistence.updates import Change, Edit, Updates, committed
 
@@ -63,13 +70,13 @@ class StateManager:
     update that was submitted is decided all the same.
 
     Args:
-        url: URL of the shared tier; it overrides ``redis.url``.
+        url: URL of the shared tier (see ``docs/redis.md``); it overrides ``redis.url``.
         config: the configuration; default: all defaults. No environment is read.
         clock: where time comes from; default: the machine's clocks.
         files: system calls on files; default: the system's. A seam for fault injection.
 
     Raises:
-        ConfigError: a shared tier is configured, which this version does not have.
+        ConfigError: the URL is wrong.
     """
 
     def __init__(
@@ -81,8 +88,9 @@ class StateManager:
         files: Files | None = None,
     ) -> None:
         self.config = config or StateConfig()
-        if url is not None or self.config.redis.url is not None:
-            raise ConfigError("redis.url is set, but this version has no shared tier: leave it out")
+        if url is not None:
+            redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
+            self.config = self.config.model_copy(update={"redis": redis})
         self._clock: Clock = clock or SystemClock()
         self._files = files
         self._misses = 0
@@ -92,6 +100,7 @@ class StateManager:
         self._is_open = False
         self._closing: asyncio.Task[None] | None = None
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
+        self._sharing: Sharing | None = None
         self._resident: Callable[[str], Session | None] = self._refuse
         self._restore_now: Callable[[str], Session | None] = self._refuse
 
@@ -116,6 +125,8 @@ class StateManager:
             DirectoryLocked: another process or manager holds the directory.
             DirectoryNotUsable: newer format, foreign, damaged, read-only, not a directory.
             DiskFull: there is no space to create or repair it.
+            ConfigError: the shared tier can never work like this.
+            RemoteUnavailable: it is away, and ``redis.on_outage`` is ``"fail"``.
             ManagerClosed: it was opened before.
         """
         if self._is_open or self._closing is not None:
@@ -138,19 +149,10 @@ class StateManager:
             self._disk,
             config.disk,
             self._clock,
-            acknowledged=self._residency.acknowledged,
-            failed=self._residency.failed,
+            acknowledged=self._acknowledged,
+            failed=self._failed,
         )
         self._residency.attach(self._commits)
-        self._updates = Updates(
-            config.session,
-            self._clock,
-            self._time,
-            self._memory,
-            self._residency,
-            self._commits,
-            self._check_open,
-        )
         self._listing = Listing(
             self._memory,
             self._disk,
@@ -160,12 +162,74 @@ class StateManager:
             self._time,
             self._check_open,
         )
+        self._sharing = self._make_sharing()
+        self._updates = Updates(
+            config.session,
+            self._clock,
+            self._time,
+            self._memory,
+            self._residency,
+            self._commits,
+            self._check_open,
+            self._sharing,
+        )
+        if self._sharing is not None:
+            self._commits.share(self._sharing.decide)
         self._commits.start()
+        await self._open_sharing()
         self._start_background()
         self._resident = self._memory.access
         self._restore_now = self._residency.restore_now
+        if self._sharing is not None:
+            self._resident = partial(_if_current, self._sharing, self._memory.access)
+            self._restore_now = partial(_if_current, self._sharing, self._residency.restore_now)
         self._is_open = True
         _open_managers.add(self)
+
+    def _make_sharing(self) -> Sharing | None:
+        """Return this worker's side of the shared tier, if there is one for sessions."""
+        redis = self.config.redis
+        if redis.url is None or redis.write == "checkpoint":
+            return None
+        disk = self._disk
+        sharing = Sharing(
+            RedisTier(redis, self._clock),
+            redis,
+            Outbox(disk.journal(OUTBOX), disk.threads, sync=self.config.disk.fsync == "always"),
+            Conflicts(disk.journal(CONFLICTS), disk.threads),
+            Local(
+                self._residency,
+                self._commits,
+                self._clock,
+                self._time,
+                partial(self._listing.ids, ""),
+            ),
+        )
+        self._residency.confirm_end = sharing.confirm_end
+        return sharing
+
+    async def _open_sharing(self) -> None:
+        """Connect to the shared tier; if that can never work, close again and say so."""
+        if self._sharing is None:
+            return
+        try:
+            await self._sharing.open()
+        except BaseException:
+            await self._sharing.close()
+            await self._commits.close()
+            await self._sharing.close_journals()
+            await self._disk.close()
+            raise
+
+    def _acknowledged(self, commits: Sequence[Commit]) -> None:
+        self._residency.acknowledged(commits)
+        if self._sharing is not None:
+            self._sharing.acknowledged(commits)
+
+    def _failed(self, commit: Commit) -> None:
+        self._residency.failed(commit)
+        if self._sharing is not None:
+            self._sharing.failed(commit)
 
     def _start_background(self) -> None:
         every: list[tuple[str, Callable[[], Awaitable[None]]]] = [("renewals", self._sweep)]
@@ -206,8 +270,13 @@ class StateManager:
         try:
             await self._residency.log_unlogged()
             await self._residency.record_renewals()
+            if self._sharing is not None:
+                await self._commits.flush()
+                await self._sharing.close()
             await self._commits.close()
             await self._residency.close()
+            if self._sharing is not None:
+                await self._sharing.close_journals()
         finally:
             await self._disk.close()
             self._memory.clear()
@@ -277,6 +346,8 @@ class StateManager:
             }
         )
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
+        if self._residency.has_copy(session_id):
+            await self._bring_here(session_id)  # it may have ended elsewhere
         if self._residency.is_alive(session_id, key):
             raise SessionExists(session_id)
         await self._check_session_limit()
@@ -324,7 +395,7 @@ class StateManager:
             )
 
     def _session_count(self) -> int:
-        return len(self._disk.index) + len(self._residency.unlogged) + self._commits.creating
+        return len(self._disk.index) + len(self._residency.unlisted) + self._commits.creating
 
     async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
@@ -367,6 +438,9 @@ class StateManager:
             InvalidSessionId: not a non-empty string of at most 512 bytes of UTF-8.
             CorruptionError: its stored bytes are damaged; they are never returned.
         """
+        if self._sharing is not None and fresh:
+            check_session_id(session_id)
+            await self._sharing.current(session_id, fresh=True)
         if not renew:
             return await self._peek(session_id)
         try:
@@ -381,6 +455,7 @@ class StateManager:
 
     async def _get_cold(self, session_id: str) -> Session | None:
         key = check_session_id(session_id)
+        await self._bring_here(session_id)
         base = await self._residency.acknowledged_base(session_id, key)
         if base is None:
             self._misses += 1
@@ -396,7 +471,7 @@ class StateManager:
         self._check_open()
         key = check_session_id(session_id)
         if not await self.has_session(session_id):
-            return None
+            return None  # it has been brought here, if it lives elsewhere
         record = await self._residency.peek(session_id, key)
         if record is None:
             return None
@@ -416,13 +491,19 @@ class StateManager:
         """Whether the session is alive. Renews nothing and reads nothing from disk."""
         self._check_open()
         key = check_session_id(session_id)
+        await self._bring_here(session_id)
         deadline = self._residency.acknowledged_deadline(session_id, key)
         if deadline is None:
             return False
         if deadline > self._time.now():
             return True
-        await self._residency.expire(session_id, key)  # who is told so must not see it come back
-        return False
+        # Who is told that it is over must not see it come back.
+        return not await self._residency.expire(session_id, key)
+
+    async def _bring_here(self, session_id: str) -> None:
+        """Let what is here of a session be what the shared tier has, if there is one."""
+        if self._sharing is not None:
+            await self._sharing.current(session_id)
 
     # --- updating -----------------------------------------------------------------------------
 
@@ -543,6 +624,7 @@ class StateManager:
         """
         self._check_open()
         key = check_session_id(session_id)
+        await self._bring_here(session_id)
         while not self._residency.is_alive(session_id, key):
             if session_id not in self._commits.tails:
                 await self._residency.expire_if_over(session_id, key)
@@ -621,6 +703,7 @@ class StateManager:
         """
         self._check_open()
         key = check_session_id(session_id)
+        await self._bring_here(session_id)
         return await self._residency.acknowledged_base(session_id, key, access=False) is not None
 
     async def flush(self) -> None:
@@ -645,7 +728,7 @@ class StateManager:
         self._check_open()
         memory, residency, commits = self._memory, self._residency, self._commits
         disk = self._disk.stats()
-        sessions = disk.sessions + len(residency.unlogged)
+        sessions = disk.sessions + len(residency.unlisted)
         return Stats(
             sessions=sessions,
             in_memory=len(memory),
@@ -699,6 +782,13 @@ class StateManager:
                 pressure.limit_bytes,
             )
             self._residency.set_budget(budget)
+
+
+def _if_current(
+    sharing: Sharing, look: Callable[[str], Session | None], session_id: str
+) -> Session | None:
+    """Look for a session here only if what is here is what the shared tier has."""
+    return look(session_id) if sharing.is_current(session_id) else None
 
 
 async def _forever(name: str, step: Callable[[], Awaitable[None]]) -> None:

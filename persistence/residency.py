@@ -5,16 +5,17 @@ Restoring copies the same bytes back. Concurrent reads of one cold session do on
 
 Invariants:
 - what memory holds is the newest acknowledged version;
-- a session is in the index, or in `unlogged` (and then resident or leaving), or it does not exist.
-  *Leaving* means that it has left memory and is on its way into the log; until it is there, it is
-  found in the commit that carries it.
+- a session is in the index, or in `unlogged` (and then resident or leaving), or it does not exist;
+  in both when memory has a newer version, which came from elsewhere, than the log. `unlisted` are
+  those that the log has no version of. *Leaving* means that it has left memory and is on its way
+  into the log; until it is there, it is found in the commit that carries it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -37,6 +38,7 @@ from persistence.errors import (
     printable,
 )
 from persistence.expiry import life_of, must_record, sweep_seconds
+from persistence.ids import CommitIds
 from persistence.memory.tier import MemoryTier, charge, deadline_of
 from persistence.record import (
     ID_BYTES,
@@ -83,12 +85,15 @@ class Residency:
         self.memory = memory
         self.disk = disk
         self.unlogged: set[str] = set()
+        self.unlisted: set[str] = set()
+        self.confirm_end: Callable[[str, bytes], Awaitable[bool]] | None = None
         self._leaving: dict[str, Commit] = {}
         self.restored = 0
         self.spilled = 0
         self.spill_failures = 0
         self.expired = 0
         self.touches = 0
+        self._commit_ids = CommitIds()
         self._read_at = disk.read_at
         self._find = disk.index.find
         self._fingerprint = disk.fingerprint
@@ -116,7 +121,7 @@ class Residency:
             record = commit.record
             if record is not None:
                 if self.unlogged:
-                    self.unlogged.discard(commit.session_id)
+                    self._logged(commit.session_id)
                 if not commit.spills:
                     self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
                 elif self._leaving.get(commit.session_id) is commit:
@@ -127,7 +132,11 @@ class Residency:
             elif commit.kind == DELETE:
                 memory.remove(commit.session_id)
                 self._leaving.pop(commit.session_id, None)
-                self.unlogged.discard(commit.session_id)
+                self._logged(commit.session_id)
+
+    def _logged(self, session_id: str) -> None:
+        self.unlogged.discard(session_id)
+        self.unlisted.discard(session_id)
 
     def failed(self, commit: Commit) -> None:
         """A commit failed: a spilled session comes back into memory."""
@@ -215,8 +224,8 @@ class Residency:
                 return base
             tail = self._commits.tails.get(session_id)
             if tail is not None and self._is_over(tail):
-                if tail.record is not None:
-                    await self.expire(session_id, key)
+                if tail.record is not None and not await self.expire(session_id, key):
+                    continue
                 raise SessionNotFound(session_id)
             base = await self.acknowledged_base(session_id, key)
             if base is None:
@@ -237,8 +246,9 @@ class Residency:
             if live is not None:
                 return live
             if session_id in self.memory:
-                await self.expire(session_id, key)
-                return None
+                if await self.expire(session_id, key):
+                    return None
+                continue
             if self._leaving and session_id in self._leaving:
                 self._come_back(self._leaving[session_id])
                 continue
@@ -247,8 +257,9 @@ class Residency:
             if row is None:
                 return None
             if row.deadline <= self._time.now():
-                await self.expire(session_id, key)
-                return None
+                if await self.expire(session_id, key):
+                    return None
+                continue
             record = self.disk.read_now(row, key)
             if record is not None:
                 return self._restore(session_id, record, row, access=access)
@@ -291,7 +302,8 @@ class Residency:
             deadline = min(now + life, cap)
         set_times(bucket, at, now, deadline)
         if must_record(accessed, now, life):
-            self._submit_touch(session_id, key, self.disk.fingerprint(key), now, life, deadline)
+            fingerprint = self._fingerprint(key)
+            self._submit_touch(session_id, key, fingerprint, record, now, life, deadline)
         self.memory.put_noted(session_id, record, now, life, cap)
         if 0 < life < self._shortest_ttl:
             self._note_ttl(life)
@@ -350,6 +362,53 @@ class Residency:
             record = None if found is None else found[0]
         return record
 
+    # --- looking ------------------------------------------------------------------------------
+
+    def has_copy(self, session_id: str) -> bool:
+        """Whether anything is here of a session, in flight, resident or in the log."""
+        return (
+            session_id in self.memory
+            or session_id in self._commits.tails
+            or session_id in self._leaving
+            or self.disk.index.get(self.disk.fingerprint(session_id.encode())) is not None
+        )
+
+    def resident(self, session_id: str) -> bytes | None:
+        """Return the acknowledged record of a session if it is in memory or leaving it."""
+        record = self.memory.peek(session_id)
+        leaving = self._leaving.get(session_id) if record is None else None
+        return record if leaving is None else leaving.record
+
+    def commit_of(self, session_id: str) -> bytes | None:
+        """Return the id of the newest commit of a session, in flight or acknowledged.
+
+        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk.
+        """
+        tail = self._commits.tails.get(session_id)
+        if tail is not None:
+            return tail.ids[ID_BYTES:_IDS_BYTES]
+        record = self.resident(session_id)
+        if record is None:
+            key = session_id.encode()
+            row = self.disk.index.get(self.disk.fingerprint(key))
+            if row is None:
+                return None
+            record = self.disk.read_now(row, key)
+        return NO_ID if record is None else record[ID_BYTES:_IDS_BYTES]
+
+    def wall_times(self, session_id: str) -> tuple[float, float, float]:
+        """Return last access, deadline and cap of a session that is here, in wall seconds."""
+        skew = self._time.skew()
+        if session_id in self.memory:
+            accessed, _ = self.memory.times(session_id)
+            deadline, cap = self.memory.deadline(session_id), self.memory.cap(session_id)
+        else:
+            row = self.disk.index.get(self.disk.fingerprint(session_id.encode()))
+            if row is None:
+                return 0.0, 0.0, NEVER  # it has just ended
+            accessed, deadline, cap = row.accessed, row.deadline, row.cap
+        return accessed + skew, deadline + skew, cap + skew
+
     def is_alive(self, session_id: str, key: bytes) -> bool:
         """Whether a session exists and has not expired, without reading or renewing it."""
         tail = self._commits.tails.get(session_id)
@@ -373,15 +432,18 @@ class Residency:
 
     # --- expiry -------------------------------------------------------------------------------
 
-    async def expire(self, session_id: str, key: bytes) -> None:
+    async def expire(self, session_id: str, key: bytes) -> bool:
         """Log the end of an expired session, so that no crash brings it back.
 
-        A disk that takes nothing does not make the session live again: it stays expired.
+        A disk that takes nothing does not make the session live again: it stays expired. Returns
+        False if it is not over after all, because another worker renewed it.
         """
+        if self.confirm_end is not None and not await self.confirm_end(session_id, key):
+            return False
         try:
             tail = self._commits.tails.get(session_id)
             if tail is None or (tail.record is not None and self._is_over(tail)):
-                commit = self.submit_delete(session_id, key)
+                commit = self.submit_delete(session_id, key, local=True)
                 self.expired += 1
                 assert commit.done is not None, "submitted to be waited for"
                 await commit.done
@@ -389,6 +451,7 @@ class Residency:
                 await self._commits.decided(session_id)
         except PersistenceError as error:
             _log.warning("an expired session could not be removed: %s", error)
+        return True
 
     async def expire_if_over(self, session_id: str, key: bytes) -> None:
         """Log the end of a session that is there but past its deadline.
@@ -399,11 +462,23 @@ class Residency:
         if deadline is not None and deadline <= self._time.now():
             await self.expire(session_id, key)
 
-    def submit_delete(self, session_id: str, key: bytes, *, wait: bool = True) -> Commit:
-        """Submit a tombstone on top of whatever there is."""
+    def submit_delete(
+        self, session_id: str, key: bytes, *, wait: bool = True, local: bool = False
+    ) -> Commit:
+        """Submit a tombstone on top of whatever there is.
+
+        Args:
+            session_id: whose.
+            key: its id as UTF-8.
+            wait: whether somebody waits for it.
+            local: the shared tier knows already, or finds out by itself.
+        """
         now = self._time.now()
         tail = self._commits.tails.get(session_id)
-        record = tail.record if tail is not None else self.memory.peek(session_id)
+        record = tail.record if tail is not None else self.resident(session_id)
+        ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
+        if record is not None:
+            ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
         commit = Commit(
             DELETE,
             session_id,
@@ -411,13 +486,14 @@ class Residency:
             self.disk.fingerprint(key),
             b"",
             None,
-            NO_IDS if record is None else record[:ID_BYTES] + NO_ID + record[ID_BYTES:_IDS_BYTES],
+            ids,
             now,
             now,
             NEVER,
             0.0,
             0,
         )
+        commit.local = local
         self._commits.submit(commit, wait=wait)
         return commit
 
@@ -494,10 +570,11 @@ class Residency:
             if self.unlogged and session_id in self.unlogged:
                 self._submit_spill(session_id, key, *taken)
                 continue
-            _, accessed, life, cap = taken
+            record, accessed, life, cap = taken
             deadline = accessed + life if life > 0 else -life
             deadline = min(deadline, cap)
-            self.note_access(session_id, key, self._fingerprint(key), accessed, life, deadline)
+            fingerprint = self._fingerprint(key)
+            self.note_access(session_id, key, fingerprint, record, accessed, life, deadline)
             self.spilled += 1
 
     def _submit_spill(
@@ -568,9 +645,29 @@ class Residency:
         """
         if self._commits.is_full:
             await self._commits.admission()
+        if session_id in self._commits.tails:
+            return  # this worker went on meanwhile, and will hear whether that was on this version
+        if charge(session_id, record) > self.memory.budget_bytes:
+            await self._log_adopted(session_id, record, accessed, life, cap)
+            return
+        self._leaving.pop(session_id, None)
         self.unlogged.add(session_id)
+        if self.disk.index.get(self.disk.fingerprint(session_id.encode())) is None:
+            self.unlisted.add(session_id)
         self.memory.put(session_id, record, accessed, life, cap)
-        self.spill_down()
+        self._note_ttl(life)
+        self.spill_down(spare=session_id)
+
+    async def _log_adopted(
+        self, session_id: str, record: bytes, accessed: float, life: float, cap: float
+    ) -> None:
+        """Commit a session that is too large to be resident."""
+        key = session_id.encode()
+        commit = self.put_commit(session_id, key, record, accessed, life, cap)
+        commit.local = True
+        self._commits.submit(commit)
+        assert commit.done is not None, "submitted to be waited for"
+        await commit.done
 
     async def log_unlogged(self) -> None:
         """Commit every session that is not in the log yet; they stay resident."""
@@ -581,6 +678,7 @@ class Residency:
             if self._commits.is_full:
                 await self._commits.admission()
             commit = self._put_of_resident(session_id, session_id.encode(), record)
+            commit.local = True
             self._commits.submit(commit, wait=False)
 
     # --- renewals -----------------------------------------------------------------------------
@@ -588,13 +686,16 @@ class Residency:
     def _note_resident(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
         accessed, life = self.memory.times(session_id)
         deadline = self.memory.deadline(session_id)
-        self.note_access(session_id, key, fingerprint, accessed, life, deadline)
+        record = self.memory.peek(session_id)
+        assert record is not None, "resident"
+        self.note_access(session_id, key, fingerprint, record, accessed, life, deadline)
 
     def note_access(
         self,
         session_id: str,
         key: bytes,
         fingerprint: bytes,
+        record: bytes,
         accessed: float,
         life: float,
         deadline: float,
@@ -602,13 +703,14 @@ class Residency:
         """Bring a last access into the index, and into the log if that is due."""
         before = self.disk.index.touch(fingerprint, accessed, deadline)
         if before is not None and accessed != before and must_record(before, accessed, life):
-            self._submit_touch(session_id, key, fingerprint, accessed, life, deadline)
+            self._submit_touch(session_id, key, fingerprint, record, accessed, life, deadline)
 
     def _submit_touch(
         self,
         session_id: str,
         key: bytes,
         fingerprint: bytes,
+        record: bytes,
         accessed: float,
         life: float,
         deadline: float,
@@ -622,7 +724,7 @@ class Residency:
             fingerprint,
             b"",
             None,
-            NO_IDS,
+            record[:_IDS_BYTES] + NO_ID,
             accessed,
             deadline,
             NEVER,

@@ -19,6 +19,7 @@ from persistence.config import SessionConfig
 from persistence.disk.format import PUT, ROW_RENEWS, user_tag
 from persistence.errors import (
     ConflictError,
+    Overtaken,
     SessionNotFound,
     ValueTooLarge,
     printable,
@@ -30,6 +31,7 @@ from persistence.memory.tier import MemoryTier, deadline_of
 from persistence.record import ID_BYTES, NEVER, NO_ID, RENEWS
 from persistence.residency import Base, Residency
 from persistence.session import Session, SessionDraft
+from persistence.sharing.sharing import Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Change:
         fields: gets the newest record, returns the new packed fields; None: nothing changes.
         meta: gets the newest record, returns the new packed metadata.
         ttl_seconds: the new TTL, from now on; None: as it was.
-        same_version: it is not a new version (and keeps its commit id).
+        same_version: it is not a new version for people.
     """
 
     fields: Callable[[bytes], Mapping[str, bytes | memoryview] | None]
@@ -60,6 +62,7 @@ class Updates:
         residency: finds what an update is built on.
         commits: where versions are submitted to.
         check_open: raises ManagerClosed once the manager is closed.
+        sharing: the shared tier, if there is one.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Updates:
         residency: Residency,
         commits: CommitQueue,
         check_open: Callable[[], None],
+        sharing: Sharing | None,
     ) -> None:
         self.locks = SessionLocks()
         self._max_payload_bytes = config.max_bytes
@@ -84,6 +88,12 @@ class Updates:
         self._commits = commits
         self._commit_ids = CommitIds()
         self._check_open = check_open
+        self._sharing = sharing
+
+    async def prepare(self, session_id: str) -> None:
+        """Bring here what the shared tier has of a session that is about to be updated."""
+        if self._sharing is not None:
+            await self._sharing.current(session_id)
 
     async def admit(self) -> None:
         """Wait while too much is in flight: the back-pressure of a slow disk."""
@@ -96,6 +106,8 @@ class Updates:
     def quick_base(self, session_id: str) -> Base | None:
         """Return what to build an update on if nothing has to be waited for; else None."""
         if self._commits.is_full:
+            return None
+        if self._sharing is not None and not self._sharing.is_current(session_id):
             return None
         try:
             if session_id in self.locks.holders:
@@ -116,14 +128,25 @@ class Updates:
             return await self.unchanged(session_id, session_id.encode(), base)
         commit = self.next_version(session_id, session_id.encode(), base, fields)
         assert commit.done is not None, "submitted to be waited for"
-        await commit.done
+        try:
+            await commit.done
+        except Overtaken:
+            return await self.apply(session_id, Change(lambda record: drafted(record, function)))
         return self._view(session_id, commit)
 
     async def apply(self, session_id: str, change: Change) -> Session:
-        """Build a version on the newest one and commit it."""
+        """Build a version on the newest one and commit it; again when another worker was first."""
+        while True:
+            try:
+                return await self._apply_once(session_id, change)
+            except Overtaken:
+                continue  # `prepare` now knows that the copy here is out of date
+
+    async def _apply_once(self, session_id: str, change: Change) -> Session:
         self._check_open()
         key = check_session_id(session_id)
         await self.admit()
+        await self.prepare(session_id)
         base = None
         if session_id not in self.locks:
             base = self._residency.base_now(session_id)
@@ -166,7 +189,8 @@ class Updates:
         record, life, cap = base
         now = self._now()
         deadline = min(deadline_of(now, life), cap)
-        self._residency.note_access(session_id, key, self._fingerprint(key), now, life, deadline)
+        fingerprint = self._fingerprint(key)
+        self._residency.note_access(session_id, key, fingerprint, record, now, life, deadline)
         return Session.view(session_id, record, now, life, cap, self._time)
 
     # --- versions -----------------------------------------------------------------------------
@@ -208,6 +232,7 @@ class Updates:
             life,
             user | ROW_RENEWS if renews else user,
         )
+        commit.before = before
         self._commits.submit(commit)
         return commit
 
@@ -230,7 +255,7 @@ class Updates:
             deadline = deadline_after(now, ttl_seconds)
         record = rec.assemble(
             incarnation=head.incarnation,
-            commit=head.commit if change.same_version else self._commit_ids.next(),
+            commit=self._commit_ids.next(),
             version=head.version + (not change.same_version),
             created=head.created,
             ttl_seconds=ttl_seconds,
@@ -320,6 +345,7 @@ class Edit:
         await updates.locks.acquire(self._session_id)
         try:
             updates._check_open()
+            await updates.prepare(self._session_id)
             self._base = await self._residency.base(self._session_id, self._key)
             self._draft = SessionDraft(rec.packed_fields(self._base[0]))
         except BaseException:
@@ -356,8 +382,9 @@ class Edit:
             raise SessionNotFound(self._session_id)
         if rec.commit_of(now[0]) != rec.commit_of(self._base[0]):
             raise ConflictError(
-                f"session {printable(self._session_id)}: the update that this edit was made of "
-                "could not be written, so the edit cannot either; edit again"
+                f"session {printable(self._session_id)}: the version that this edit was made of "
+                "is not the newest any more (another worker's commit came first, or it could not "
+                "be written); nothing was written: edit again"
             )
         if fields is None:
             await self._updates.unchanged(self._session_id, self._key, now)

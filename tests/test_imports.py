@@ -6,10 +6,11 @@ Imports point one way, from the bottom up::
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit
                 residency
-                    updates | listing
-                        manager
-                            persistence/__init__.py                 (the public names)
-                                sync, worker, cli, web
+                    sharing
+                        updates | listing
+                            manager
+                                persistence/__init__.py             (the public names)
+                                    sync, worker, cli, web
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "stats"), 2),
     "residency": 3,
-    **dict.fromkeys(("updates", "listing"), 4),
-    "manager": 5,
-    "": 6,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 7),
+    "sharing": 4,
+    **dict.fromkeys(("updates", "listing"), 5),
+    "manager": 6,
+    "": 7,
+    **dict.fromkeys(("sync", "worker", "cli", "web"), 8),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 7)
+OPEN_FLOORS = (0, 8)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli")

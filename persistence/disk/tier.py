@@ -36,6 +36,7 @@ from persistence.disk.format import (
     read_put,
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index, Row
+from persistence.disk.journal import Journal
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovered, Recovery
@@ -252,6 +253,10 @@ class DiskTier:
     def abandon(self) -> None:
         """Let go of everything without a word to the disk: after a fork, in the child."""
         self._lock.abandon()
+
+    def journal(self, name: str) -> Journal:
+        """Return a journal of this directory, for use in the writer thread."""
+        return Journal(self._files, self.directory, name, self._manifest.directory_id)
 
     # --- reading ------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Keeps this worker's sessions in step with the shared tier."""

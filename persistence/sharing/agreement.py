@@ -1,0 +1,304 @@
+"""``redis.write = "through"``: a batch goes to the shared tier before it goes to the log.
+
+The shared tier accepts a commit only on the commit that it was built on, so two workers never both
+commit on the same base. What it refuses fails here, with everything that was built on it. What it
+cannot be asked becomes a branch in the outbox (``on_outage = "local"``) or fails (``"fail"``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from persistence import record as rec
+from persistence.clock import EngineTime
+from persistence.commit import Commit
+from persistence.disk.format import DELETE, PUT, TOUCH
+from persistence.errors import (
+    Overtaken,
+    PersistenceError,
+    RemoteDamaged,
+    RemoteUnavailable,
+    SessionExists,
+    SessionNotFound,
+    printable,
+)
+from persistence.record import ID_BYTES, NO_ID
+from persistence.remote.contract import (
+    CommitResult,
+    Delete,
+    Outcome,
+    Put,
+    RemoteTier,
+    Request,
+    Stored,
+    Touch,
+)
+from persistence.sharing.copies import Copies
+from persistence.sharing.outbox import Branch, Outbox
+
+_COMMIT_AT: Final = ID_BYTES
+_BASE_AT: Final = 2 * ID_BYTES
+_TOUCHES_KEPT: Final = 10_000
+
+
+class Decision(NamedTuple):
+    """What became of a batch.
+
+    Attributes:
+        agreed: these go into the log, in order.
+        refused: these fail, each with its error.
+    """
+
+    agreed: list[Commit]
+    refused: list[tuple[Commit, PersistenceError]]
+
+
+def request_of(commit: Commit, skew: float, base: bytes | None = None) -> Request | None:
+    """Return what to ask of the shared tier for a commit; None: nothing.
+
+    Args:
+        commit: a put, a tombstone or a touch.
+        skew: wall time minus engine time, seconds.
+        base: build it on this commit instead of its own base.
+    """
+    own = commit.ids[_COMMIT_AT:_BASE_AT]
+    if commit.kind == TOUCH:
+        if own == NO_ID:
+            return None
+        return Touch(commit.session_id, own, commit.accessed + skew, commit.deadline + skew)
+    if commit.kind == DELETE:
+        return Delete(commit.session_id, own, commit.ids[:ID_BYTES])
+    assert commit.record is not None, "a put carries its record"
+    return Put(
+        commit.session_id,
+        commit.record,
+        commit.ids[_BASE_AT:] if base is None else base,
+        commit.accessed + skew,
+        commit.deadline + skew,
+        commit.cap + skew,
+        commit.before if base is None else None,
+    )
+
+
+def tier_is_behind(commit: Commit, stored: Stored) -> bool:
+    """Whether the shared tier lost commits that it had acknowledged: it failed over to an old copy.
+
+    The base of `commit` was in the shared tier, for only what is there is acknowledged. If what is
+    stored now is an older version of the same incarnation, the tier went back in time.
+    """
+    if commit.record is None or not stored.lives:
+        return False
+    same = rec.incarnation_of(commit.record) == stored.incarnation
+    return same and stored.version < rec.version_of(commit.record) - 1
+
+
+def branch_of(commit: Commit) -> Branch:
+    """Return the branch that begins with a commit."""
+    version = 0 if commit.record is None else rec.version_of(commit.record) - 1
+    return Branch(commit.ids[_BASE_AT:], version)
+
+
+class Agreement:
+    """Asks the shared tier, batch after batch.
+
+    Args:
+        remote: the shared tier.
+        outbox: what it has not seen.
+        copies: which local copies are valid.
+        time: the engine's time base.
+        accepts_outages: ``redis.on_outage = "local"``.
+        writes_through: ``redis.write = "through"``.
+        went_away: called when a request could not be decided.
+    """
+
+    def __init__(
+        self,
+        remote: RemoteTier,
+        outbox: Outbox,
+        copies: Copies,
+        time: EngineTime,
+        *,
+        accepts_outages: bool,
+        writes_through: bool,
+        went_away: Callable[[], None],
+    ) -> None:
+        self.is_up = False
+        self.delivering: set[str] = set()
+        self._remote = remote
+        self._outbox = outbox
+        self._copies = copies
+        self._time = time
+        self._accepts_outages = accepts_outages
+        self.went_away = went_away
+        self.writes_through = writes_through
+        self.touches: deque[Touch] = deque(maxlen=_TOUCHES_KEPT)
+
+    async def decide(self, batch: Sequence[Commit]) -> Decision:
+        """Ask for a batch; never raises a PersistenceError."""
+        asked: list[tuple[Commit, Request]] = []
+        branches: list[Commit] = []
+        skew = self._time.skew()
+        on_branch: set[str] = set()
+        for commit in batch:
+            session_id = commit.session_id
+            if commit.local or commit.spills:
+                continue
+            if not self._accepts_outages and not self.is_up:
+                asked_for = None if commit.kind == TOUCH else self._request(commit, skew, on_branch)
+            elif not self.is_up or session_id in self.delivering:
+                branches.append(commit)
+                continue
+            else:
+                asked_for = self._request(commit, skew, on_branch)
+            if asked_for is not None:
+                asked.append((commit, asked_for))
+        refused = await self._ask(asked, branches)
+        refused += await self._begin_branches(branches)
+        lost = {id(commit) for commit, _ in refused}
+        return Decision([commit for commit in batch if id(commit) not in lost], refused)
+
+    async def postpone(self, batch: Sequence[Commit]) -> Decision:
+        """Remember a batch for later (``redis.write = "behind"``)."""
+        skew = self._time.skew()
+        changes = []
+        for commit in batch:
+            if commit.local or commit.spills:
+                continue
+            if commit.kind != TOUCH:
+                changes.append(commit)
+                continue
+            touch = request_of(commit, skew)
+            if isinstance(touch, Touch):
+                self.touches.append(touch)
+        refused = await self._begin_branches(changes)
+        lost = {id(commit) for commit, _ in refused}
+        return Decision([commit for commit in batch if id(commit) not in lost], refused)
+
+    def _request(self, commit: Commit, skew: float, on_branch: set[str]) -> Request | None:
+        """Build the request; the first one of a session with a branch delivers the branch."""
+        session_id = commit.session_id
+        base = None
+        if commit.kind == PUT and session_id not in on_branch:
+            branch = self._outbox.branches.get(session_id)
+            base = None if branch is None else branch.base
+            on_branch.add(session_id)
+        return request_of(commit, skew, base)
+
+    async def _ask(
+        self, asked: list[tuple[Commit, Request]], branches: list[Commit]
+    ) -> list[tuple[Commit, PersistenceError]]:
+        """Send the requests; add to `branches` what nobody could decide; return what is refused."""
+        refused: list[tuple[Commit, PersistenceError]] = []
+        again: list[Commit] = []
+        if not asked:
+            return refused
+        results = await self._remote.commit([request for _, request in asked])
+        behind: dict[str, bytes] = {}
+        for (commit, request), result in zip(asked, results, strict=True):
+            base = self._restored_base(commit, result)
+            if base is not None:
+                behind.setdefault(commit.session_id, base)
+            if commit.session_id in behind and commit.kind == PUT:
+                again.append(commit)
+                continue
+            await self._take(commit, request, result, branches, refused)
+        if again:
+            await self._ask_again(again, behind, branches, refused)
+        return refused
+
+    def _restored_base(self, commit: Commit, result: CommitResult) -> bytes | None:
+        """Return what to build a commit on whose base the shared tier lost; None: it did not."""
+        if commit.kind != PUT:
+            return None
+        if result.outcome is Outcome.MISSING and commit.ids[_BASE_AT:] != NO_ID:
+            return NO_ID
+        stored = result.stored
+        if result.outcome is Outcome.CONFLICT and stored is not None:
+            in_outbox = commit.session_id in self._outbox
+            return stored.commit if not in_outbox and tier_is_behind(commit, stored) else None
+        return None
+
+    async def _ask_again(
+        self,
+        commits: list[Commit],
+        bases: dict[str, bytes],
+        branches: list[Commit],
+        refused: list[tuple[Commit, PersistenceError]],
+    ) -> None:
+        """Commit what was built on something that the shared tier lost, on what it has now."""
+        skew = self._time.skew()
+        asked = []
+        for commit in commits:
+            request = request_of(commit, skew, bases.pop(commit.session_id, None))
+            assert request is not None, "puts only"
+            asked.append((commit, request))
+        results = await self._remote.commit([request for _, request in asked])
+        for (commit, request), result in zip(asked, results, strict=True):
+            await self._take(commit, request, result, branches, refused)
+
+    async def _take(
+        self,
+        commit: Commit,
+        request: Request,
+        result: CommitResult,
+        branches: list[Commit],
+        refused: list[tuple[Commit, PersistenceError]],
+    ) -> None:
+        """Take one result."""
+        session_id = commit.session_id
+        outcome = result.outcome
+        if commit.kind == TOUCH:
+            return  # a renewal that is lost is recorded again a sixteenth of a TTL later
+        if result.is_stored or (
+            commit.kind == DELETE and outcome in (Outcome.TERMINATED, Outcome.MISSING)
+        ):
+            commit.shared = True
+            if session_id in self._outbox:
+                await self._outbox.remove(session_id)
+            if commit.kind == PUT:
+                self._copies.validate(session_id)
+            return
+        if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
+            if not isinstance(result.error, RemoteDamaged):
+                self.went_away()
+                if self._accepts_outages:
+                    branches.append(commit)
+                    return
+            assert result.error is not None, "a refusal says why"
+            refused.append((commit, result.error))
+            return
+        creates = isinstance(request, Put) and request.base == NO_ID
+        if outcome is Outcome.TERMINATED:
+            refused.append((commit, SessionNotFound(session_id)))
+        elif creates and commit.creates:
+            refused.append((commit, SessionExists(session_id)))
+        else:
+            refused.append((commit, _overtaken(session_id)))
+        stored = result.stored
+        self._copies.announced(session_id, NO_ID if stored is None else stored.commit)
+
+    async def _begin_branches(self, commits: list[Commit]) -> list[tuple[Commit, PersistenceError]]:
+        """Let the shared tier learn of `commits` later."""
+        branches: dict[str, Branch] = {}
+        kept = [commit for commit in commits if commit.kind != TOUCH]
+        for commit in kept:
+            branches.setdefault(commit.session_id, branch_of(commit))
+        try:
+            await self._outbox.add(branches)
+        except PersistenceError as error:
+            return [(commit, type(error)(*error.args)) for commit in kept]
+        return []
+
+
+def unavailable(where: str) -> RemoteUnavailable:
+    """Return the error for what cannot be asked while the shared tier is away."""
+    return RemoteUnavailable(f"{where} cannot be reached, and redis.on_outage is 'fail'")
+
+
+def _overtaken(session_id: str) -> Overtaken:
+    return Overtaken(
+        f"session {printable(session_id)}: another worker's commit came first; nothing was "
+        "written: edit again, on the newer version"
+    )

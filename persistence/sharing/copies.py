@@ -1,0 +1,79 @@
+"""Which local copies of sessions are known to be what the shared tier has.
+
+While announcements of other workers arrive, a copy that was compared once stays *valid* until a
+commit to its session is announced. When they may have been missed, no copy is valid any more.
+
+The table is split into many small sets, so that none of them grows in one long step.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_SHARDS: Final = 256
+_MASK: Final = _SHARDS - 1
+_MAX_PER_SHARD: Final = 8192
+
+
+class Copies:
+    """Valid, known to be out of date, or neither: then it has to be compared.
+
+    Invariant: no session is both valid and stale.
+    """
+
+    def __init__(self) -> None:
+        self._valid: list[set[str]] = [set() for _ in range(_SHARDS)]
+        self._stale: set[str] = set()
+        self._filling: dict[str, set[bytes]] = {}
+        self.generation = 0
+
+    def is_valid(self, session_id: str) -> bool:
+        """Whether the local copy is what the shared tier has."""
+        return session_id in self._valid[hash(session_id) & _MASK]
+
+    def is_stale(self, session_id: str) -> bool:
+        """Whether another commit than the local copy's is known to be in the shared tier."""
+        return session_id in self._stale
+
+    def validate(self, session_id: str) -> None:
+        """The local copy was compared, or is what was just committed."""
+        valid = self._valid[hash(session_id) & _MASK]
+        if len(valid) >= _MAX_PER_SHARD:
+            valid.clear()  # they are compared again when they are next read
+        valid.add(session_id)
+        self._stale.discard(session_id)
+
+    def forget(self, session_id: str) -> None:
+        """Nothing is known about a session any more; there may be no local copy."""
+        self._valid[hash(session_id) & _MASK].discard(session_id)
+        self._stale.discard(session_id)
+
+    def announced(self, session_id: str, commit: bytes) -> None:
+        """Another worker committed: the local copy, and any fill under way, may be older."""
+        self._valid[hash(session_id) & _MASK].discard(session_id)
+        self._stale.add(session_id)
+        seen = self._filling.get(session_id)
+        if seen is not None:
+            seen.add(commit)
+
+    def reset(self) -> None:
+        """Announcements may have been missed: every local copy has to be compared again."""
+        self.generation += 1
+        self._valid = [set() for _ in range(_SHARDS)]
+        self._stale.clear()
+
+    # --- fills --------------------------------------------------------------------------------
+    #
+    # The race: a reply with version 3 is on its way to us, version 4 is committed and announced,
+    # the announcement overtakes the reply. Cached now, version 3 would stay for good. So commits
+    # that are announced while a fill is under way are remembered, and a reply that is not the
+    # last of them is not taken for current.
+
+    def begin_fill(self, session_id: str) -> None:
+        """A question about a session is about to be sent to the shared tier."""
+        assert session_id not in self._filling, "one fill of a session at a time"
+        self._filling[session_id] = set()
+
+    def end_fill(self, session_id: str) -> set[bytes]:
+        """Return the commits that were announced since `begin_fill`."""
+        return self._filling.pop(session_id)

@@ -1,0 +1,278 @@
+"""Brings to the shared tier what it has not seen: branches of the outbox, or everything again.
+
+A branch is delivered as its newest version, on the commit where it began. If the shared tier has
+another one by now, the shared state wins and the branch becomes a conflict record. A tier that
+lost its content, or fell back to an older one, gets the newest version of what is here: the
+highest version of an incarnation wins, because only what was in the tier was ever acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from itertools import islice
+from typing import Final
+
+from persistence import record as rec
+from persistence.errors import PersistenceError, RemoteDamaged
+from persistence.ids import CommitIds
+from persistence.record import NO_ID
+from persistence.remote.contract import (
+    CommitResult,
+    Delete,
+    Outcome,
+    Put,
+    RemoteTier,
+    Request,
+    Stored,
+)
+from persistence.sharing.agreement import Agreement
+from persistence.sharing.conflicts import Conflict, Conflicts
+from persistence.sharing.local import Local
+from persistence.sharing.outbox import Branch, Outbox
+
+_log = logging.getLogger("persistence.sharing")
+
+_PER_ROUND: Final = 256
+_RETRY_SECONDS: Final = 1.0
+
+
+class Delivery:
+    """Owns the task that delivers.
+
+    Args:
+        remote: the shared tier.
+        agreement: says whether it is up, and is told what is being delivered.
+        outbox: what it has not seen.
+        conflicts: where refused branches are kept.
+        local: this worker's own side.
+        refresh: takes over what the shared tier has of a session.
+        flush_interval_seconds: how long a branch may wait.
+    """
+
+    def __init__(
+        self,
+        remote: RemoteTier,
+        agreement: Agreement,
+        outbox: Outbox,
+        conflicts: Conflicts,
+        local: Local,
+        *,
+        refresh: Callable[[str], Awaitable[None]],
+        flush_interval_seconds: float,
+    ) -> None:
+        self.delivered = 0
+        self._remote = remote
+        self._agreement = agreement
+        self._outbox = outbox
+        self._conflicts = conflicts
+        self._residency = local.residency
+        self._commits = local.commits
+        self._wall = local.clock.wall
+        self._all_ids = local.all_ids
+        self._refresh = refresh
+        self._flush_interval_seconds = flush_interval_seconds
+        self._commit_ids = CommitIds()
+        self._wake = asyncio.Event()
+        self._refill_epoch: bytes | None = None
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start delivering."""
+        self._task = asyncio.create_task(self._run(), name="persistence-delivery")
+
+    def wake(self) -> None:
+        """Deliver now, not only at the next interval."""
+        self._wake.set()
+
+    def refill(self, epoch: bytes) -> None:
+        """Bring every local session to a tier whose content is new to this worker."""
+        self._refill_epoch = epoch
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Deliver what the tier takes, and end."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+
+    async def _run(self) -> None:
+        while True:
+            if not self._closing:
+                await self._pause()
+            try:
+                if self._agreement.is_up:
+                    await self._deliver_all()
+            except PersistenceError as error:
+                _log.warning("delivering to the shared tier: %s", error)
+            except Exception:  # noqa: BLE001 - logged; the next round tries again
+                _log.exception("delivering to the shared tier failed")
+            if self._closing:
+                return
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(self._flush_interval_seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    async def _deliver_all(self) -> None:
+        epoch = self._refill_epoch
+        if epoch is not None:
+            await self._refill(epoch)
+        await self._send_touches()
+        seen: set[str] = set()
+        while self._agreement.is_up:
+            # A branch that cannot be delivered now is tried again at the next interval.
+            waiting = (sid for sid in self._outbox.branches if sid not in seen)
+            some = list(islice(waiting, _PER_ROUND))
+            if not some:
+                return
+            seen.update(some)
+            await self._deliver(some)
+
+    async def _send_touches(self) -> None:
+        touches = self._agreement.touches
+        while touches and self._agreement.is_up:
+            some = [touches.popleft() for _ in range(min(len(touches), _PER_ROUND))]
+            await self._remote.commit(some)
+
+    # --- branches -----------------------------------------------------------------------------
+
+    async def _deliver(self, session_ids: list[str]) -> None:
+        """Deliver some branches in one round trip."""
+        delivering = self._agreement.delivering
+        if self._agreement.writes_through:
+            # A commit in flight may be delivering the branch itself.
+            session_ids = [sid for sid in session_ids if sid not in self._commits.tails]
+        delivering.update(session_ids)
+        try:
+            asked: list[tuple[str, Request, bytes | None]] = []
+            for session_id in session_ids:
+                branch = self._outbox.branches.get(session_id)
+                if branch is not None:
+                    record = await self._residency.peek(session_id, session_id.encode())
+                    asked.append((session_id, self._request(session_id, record, branch), record))
+            results = await self._remote.commit([request for _, request, _ in asked])
+            for (session_id, request, record), result in zip(asked, results, strict=True):
+                await self._delivered(session_id, request, record, result)
+        finally:
+            delivering.difference_update(session_ids)
+
+    def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request:
+        if record is None:
+            return Delete(session_id, self._commit_ids.next(), base=branch.base)
+        accessed, deadline, cap = self._residency.wall_times(session_id)
+        return Put(session_id, record, branch.base, accessed, deadline, cap)
+
+    async def _delivered(
+        self, session_id: str, request: Request, record: bytes | None, result: CommitResult
+    ) -> None:
+        """Take what became of one branch."""
+        outcome = result.outcome
+        if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
+            if not isinstance(result.error, RemoteDamaged):
+                self._agreement.went_away()
+            _log.warning("session is not delivered yet: %s", result.error)
+            return
+        over = (Outcome.TERMINATED, Outcome.MISSING)
+        if result.is_stored or (record is None and outcome in over):
+            await self._advance(session_id, record)
+            return
+        branch = self._outbox.branches.get(session_id)
+        if branch is None:
+            return
+        base = _base_in_lossy_tier(record, branch, result)
+        if base is not None:
+            await self._outbox.advance(session_id, base, lambda: None)
+            self._wake.set()  # again, on what the tier has now
+            return
+        await self._keep_conflict(session_id, record, branch, result.stored)
+
+    async def _advance(self, session_id: str, record: bytes | None) -> None:
+        self.delivered += 1
+        newest = self._residency.commit_of
+
+        def is_newest() -> bytes | None:
+            return newest(session_id) or NO_ID  # NO_ID: there is no such session
+
+        delivered = Branch(NO_ID, 0)
+        if record is not None:
+            delivered = Branch(rec.commit_of(record), rec.version_of(record))
+        await self._outbox.advance(session_id, delivered, is_newest)
+
+    async def _keep_conflict(
+        self, session_id: str, record: bytes | None, branch: Branch, stored: Stored | None
+    ) -> None:
+        """The shared state wins; what this worker had is kept and reported."""
+        version, ended = (0, False) if stored is None else (stored.version, not stored.lives)
+        await self._conflicts.keep(
+            Conflict(session_id, self._wall(), record or b"", branch.base, version, ended)
+        )
+        await self._outbox.remove(session_id)
+        await self._refresh(session_id)
+
+    # --- everything ---------------------------------------------------------------------------
+
+    async def _refill(self, epoch: bytes) -> None:
+        """Bring every local session to the tier, which may have got some from other workers."""
+        some: list[str] = []
+        async for session_id in self._all_ids():
+            if session_id in self._outbox or session_id in self._commits.tails:
+                continue
+            some.append(session_id)
+            if len(some) == _PER_ROUND:
+                await self._seed(some)
+                some = []
+        await self._seed(some)
+        if not self._agreement.is_up:
+            return  # again when it is back
+        await self._outbox.set_epoch(epoch)
+        if self._refill_epoch == epoch:
+            self._refill_epoch = None
+
+    async def _seed(self, session_ids: list[str]) -> None:
+        asked: list[tuple[bytes, Put]] = []
+        for session_id in session_ids:
+            record = await self._residency.peek(session_id, session_id.encode())
+            if record is not None:
+                accessed, deadline, cap = self._residency.wall_times(session_id)
+                asked.append((record, Put(session_id, record, NO_ID, accessed, deadline, cap)))
+        again = []
+        for (record, put), result in zip(
+            asked, await self._remote.commit([put for _, put in asked]), strict=True
+        ):
+            stored = result.stored
+            if result.outcome is Outcome.CONFLICT and stored is not None:
+                if stored.incarnation == rec.incarnation_of(record) and (
+                    stored.version < rec.version_of(record)
+                ):
+                    again.append(put._replace(base=stored.commit))
+            elif result.outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
+                self._agreement.went_away()
+                return
+        if again:
+            await self._remote.commit(again)
+
+
+def _base_in_lossy_tier(
+    record: bytes | None, branch: Branch, result: CommitResult
+) -> Branch | None:
+    """Return what to build a branch on whose base the shared tier lost; None: it did not."""
+    if record is None:
+        return None
+    if result.outcome is Outcome.MISSING and branch.base != NO_ID:
+        return Branch(NO_ID, 0)
+    stored = result.stored
+    if result.outcome is Outcome.CONFLICT and stored is not None:
+        same = stored.incarnation == rec.incarnation_of(record)
+        if same and stored.version < max(branch.version, 1 if branch.base != NO_ID else 0):
+            return Branch(stored.commit, stored.version)
+        if same and branch.base == NO_ID and stored.version < rec.version_of(record):
+            return Branch(stored.commit, stored.version)
+    return None

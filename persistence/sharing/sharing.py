@@ -1,0 +1,412 @@
+"""Puts the room together: what the manager and the commit queue ask about the shared tier.
+
+Reads: a local copy that is not known to be current is compared with the shared tier, or fetched
+from it, before it is served (`current`). Writes: see `agreement` for ``through``; with ``behind``
+every update begins a branch in the outbox, and `delivery` brings it over soon after.
+
+While the shared tier is away, ``on_outage = "local"`` serves what is here and remembers what
+changed; ``"fail"`` refuses both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Any, Final
+
+from persistence import record as rec
+from persistence.commit import Commit
+from persistence.config import RedisConfig
+from persistence.disk.format import DELETE, PUT
+from persistence.errors import PersistenceError, RemoteUnavailable
+from persistence.expiry import life_of
+from persistence.record import NO_ID
+from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
+from persistence.sharing.agreement import Agreement, Decision, unavailable
+from persistence.sharing.conflicts import Conflicts
+from persistence.sharing.copies import Copies
+from persistence.sharing.delivery import Delivery
+from persistence.sharing.local import Local
+from persistence.sharing.outbox import Branch, Outbox
+
+_log = logging.getLogger("persistence.sharing")
+
+_PROBE_SECONDS: Final = 0.5
+
+
+class Sharing:
+    """This worker's side of the shared tier. Every method runs on the event loop.
+
+    Args:
+        remote: the shared tier, opened by `open`.
+        config: ``write``, ``on_outage``, ``flush_interval_seconds``.
+        outbox: what the shared tier has not seen.
+        conflicts: where refused branches are kept.
+        local: this worker's own side.
+    """
+
+    def __init__(
+        self,
+        remote: RemoteTier,
+        config: RedisConfig,
+        outbox: Outbox,
+        conflicts: Conflicts,
+        local: Local,
+    ) -> None:
+        self.copies = Copies()
+        self.outbox = outbox
+        self.conflicts = conflicts
+        self.refreshed = 0
+        self._remote = remote
+        self._config = config
+        self._residency = local.residency
+        self._commits = local.commits
+        self._time = local.time
+        self._accepts_outages = config.on_outage == "local"
+        self._is_listening = False
+        self._fills: dict[str, asyncio.Task[None]] = {}
+        self._changes: set[asyncio.Task[None]] = set()
+        self._probing: asyncio.Task[None] | None = None
+        self._closing = False
+        self.agreement = Agreement(
+            remote,
+            outbox,
+            self.copies,
+            local.time,
+            accepts_outages=self._accepts_outages,
+            writes_through=config.write == "through",
+            went_away=self._suspect,
+        )
+        self._delivery = Delivery(
+            remote,
+            self.agreement,
+            outbox,
+            conflicts,
+            local,
+            refresh=self.refresh,
+            flush_interval_seconds=config.flush_interval_seconds,
+        )
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the shared tier answers and announcements arrive."""
+        return self.agreement.is_up
+
+    # --- opening and closing ------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and start listening and delivering.
+
+        With ``on_outage = "local"`` a shared tier that is away is no reason not to start.
+
+        Raises:
+            ConfigError: it can never work like this.
+            RemoteUnavailable: it is away, and ``on_outage`` is ``"fail"``.
+        """
+        await self.outbox.open()
+        await self.conflicts.open()
+        try:
+            await self._remote.open()
+        except RemoteUnavailable as error:
+            if not self._accepts_outages:
+                raise
+            _log.warning("starting without the shared tier: %s", error)
+            self._probe()
+        else:
+            await self._remote.subscribe(self)
+        self._delivery.start()
+
+    async def close(self) -> None:
+        """Deliver what can be delivered, and disconnect."""
+        self._closing = True
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+        for task in (*self._fills.values(), *self._changes):
+            task.cancel()
+        await asyncio.gather(*self._fills.values(), *self._changes, return_exceptions=True)
+        await self._delivery.close()
+        await self._remote.close()
+
+    async def close_journals(self) -> None:
+        """Close the files, once nothing is committed any more."""
+        await self.outbox.close()
+        await self.conflicts.close()
+
+    # --- the shared tier's calls --------------------------------------------------------------
+
+    def announced(self, announcements: Sequence[Announcement]) -> None:
+        """Other workers committed."""
+        for item in announcements:
+            session_id = item.session_id
+            if not self._residency.has_copy(session_id) and session_id not in self._fills:
+                continue
+            if self._residency.commit_of(session_id) == item.commit:
+                self.copies.validate(session_id)
+                continue
+            self.copies.announced(session_id, item.commit)
+            if item.ended:
+                # It is absent everywhere from now on, also in lists, so do not wait for a reader.
+                self._in_background(self.refresh(session_id))
+
+    def connected(self, *, epoch: bytes) -> None:
+        """Announcements arrive from now on; what was before may have been missed."""
+        self.copies.reset()
+        self._is_listening = True
+        if epoch != self.outbox.epoch:
+            if self.outbox.epoch != NO_ID:
+                _log.warning("the shared tier lost its content: it is filled again from here")
+            self._delivery.refill(epoch)
+        self._up()
+
+    def disconnected(self) -> None:
+        """Announcements may be missing."""
+        self._is_listening = False
+        self.copies.reset()
+        self._down()
+
+    def _up(self) -> None:
+        if not self.agreement.is_up:
+            self.agreement.is_up = True
+            _log.info("the shared tier is there")
+        self._delivery.wake()
+
+    def _down(self) -> None:
+        if self.agreement.is_up:
+            self.agreement.is_up = False
+            _log.warning("the shared tier is away")
+
+    def _suspect(self) -> None:
+        """A request was not answered: do not ask again before a probe was."""
+        self._down()
+        self._probe()
+
+    def _probe(self) -> None:
+        if self._probing is None and not self._closing:
+            self._probing = asyncio.create_task(self._probe_until_up(), name="persistence-probe")
+            self._probing.add_done_callback(self._probed)
+
+    def _probed(self, task: asyncio.Task[None]) -> None:
+        self._probing = None
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("probing the shared tier stopped", exc_info=task.exception())
+
+    async def _probe_until_up(self) -> None:
+        """Ask until there is an answer; the first one makes the shared tier usable again."""
+        subscribed = self._is_listening or self.copies.generation > 0
+        while True:
+            await asyncio.sleep(_PROBE_SECONDS)
+            try:
+                if not subscribed:
+                    await self._remote.open()
+                    await self._remote.subscribe(self)
+                    return  # `connected` does the rest
+                await self._remote.ping()
+            except PersistenceError:
+                continue
+            if self._is_listening:
+                self._up()
+            return
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="persistence-refresh")
+        self._changes.add(task)
+        task.add_done_callback(self._changed)
+
+    def _changed(self, task: asyncio.Task[None]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.warning("after an announcement: %s", task.exception())
+
+    # --- the commit queue's calls -------------------------------------------------------------
+
+    async def decide(self, batch: Sequence[Commit]) -> Decision:
+        """Ask the shared tier for a batch (``through``), or remember it for later (``behind``)."""
+        if not self.agreement.writes_through:
+            return await self.agreement.postpone(batch)
+        decision = await self.agreement.decide(batch)
+        for commit in decision.agreed:
+            if commit.settled:  # the log failed meanwhile, for what it was built on
+                self.failed(commit)
+        return decision
+
+    def failed(self, commit: Commit) -> None:
+        """A commit failed: if the shared tier has it all the same, the local copy is behind."""
+        if commit.shared:
+            self.copies.announced(commit.session_id, commit.ids[16:32])
+
+    def acknowledged(self, commits: Sequence[Commit]) -> None:
+        """Commits are in the log."""
+        for commit in commits:
+            if commit.kind == DELETE:
+                self.copies.forget(commit.session_id)
+            elif commit.kind == PUT and commit.shared:
+                self.copies.validate(commit.session_id)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def is_current(self, session_id: str) -> bool:
+        """Whether a local copy may be served without asking."""
+        if self.copies.is_valid(session_id):
+            return True
+        if session_id in self.outbox or session_id in self._commits.tails:
+            return True  # this worker is ahead
+        return not self.agreement.is_up and self._accepts_outages
+
+    async def current(self, session_id: str, *, fresh: bool = False) -> None:
+        """Make sure that what is here of a session is what the shared tier has.
+
+        Args:
+            session_id: which one; it need not be here.
+            fresh: ask even if the local copy counts as current.
+
+        Raises:
+            RemoteUnavailable: it cannot be asked, and ``on_outage`` is ``"fail"``.
+        """
+        if not fresh and self.is_current(session_id) and self._residency.has_copy(session_id):
+            return
+        if not self.agreement.is_up:
+            if self._accepts_outages:
+                return
+            raise unavailable("the shared tier")
+        try:
+            await self.refresh(session_id)
+        except RemoteUnavailable:
+            self._suspect()
+            if not self._accepts_outages:
+                raise
+
+    async def refresh(self, session_id: str) -> None:
+        """Compare a session with the shared tier and take over what is newer there."""
+        task = self._fills.get(session_id)
+        if task is None:
+            task = asyncio.create_task(self._fill(session_id), name="persistence-fill")
+            self._fills[session_id] = task
+            task.add_done_callback(partial(self._filled, session_id))
+        await asyncio.shield(task)
+
+    def _filled(self, session_id: str, task: asyncio.Task[None]) -> None:
+        del self._fills[session_id]
+        if not task.cancelled():
+            task.exception()  # whoever waits is told; nobody may
+
+    async def _fill(self, session_id: str) -> None:
+        key = session_id.encode()
+        while True:
+            generation = self.copies.generation
+            mine = await self._residency.peek(session_id, key)
+            self.copies.begin_fill(session_id)
+            try:
+                found = await self._ask(session_id, mine)
+            finally:
+                announced = self.copies.end_fill(session_id)
+            if generation != self.copies.generation:
+                continue  # it disconnected meanwhile: what came may be out of date
+            if not announced or _commit_id(found, mine) in announced:
+                break
+        if session_id in self._commits.tails or session_id in self.outbox:
+            return  # this worker went ahead meanwhile
+        await self._take_over(session_id, key, found)
+
+    async def _ask(
+        self, session_id: str, mine: bytes | None
+    ) -> RemoteSession | Stored | bytes | None:
+        """Return what the shared tier has; the local record itself if it is the same version."""
+        if mine is not None and not self.copies.is_stale(session_id):
+            [stored] = await self._remote.stored([session_id])
+            if stored is None or not stored.lives:
+                return stored
+            if stored.commit == rec.commit_of(mine):
+                return mine
+        return await self._remote.load(session_id)
+
+    async def _take_over(
+        self, session_id: str, key: bytes, found: RemoteSession | Stored | bytes | None
+    ) -> None:
+        """Let the local state follow what the shared tier has."""
+        if isinstance(found, bytes):
+            if self._residency.commit_of(session_id) == rec.commit_of(found):
+                self.copies.validate(session_id)
+            return
+        if found is None:
+            await self._missing_there(session_id, key)
+            return
+        if isinstance(found, Stored):
+            await self._ended_there(session_id, key, found)
+            return
+        await self._adopt(session_id, key, found)
+
+    async def _adopt(self, session_id: str, key: bytes, found: RemoteSession) -> None:
+        if mine_is_newer(self._residency.resident(session_id), found):
+            # It failed over to an older copy: everything acknowledged was there before.
+            record = found.record
+            branch = Branch(rec.commit_of(record), rec.version_of(record))
+            await self.outbox.add({session_id: branch})
+            self._delivery.wake()
+            return
+        skew = self._time.skew()
+        deadline = found.deadline - skew
+        ttl_seconds, flags = rec.ttl_and_flags_of(found.record)
+        life = life_of(ttl_seconds, flags & rec.RENEWS, deadline)
+        await self._residency.adopt(
+            session_id, found.record, found.accessed - skew, life, found.cap - skew
+        )
+        self.refreshed += 1
+        self.copies.validate(session_id)
+
+    async def _ended_there(self, session_id: str, key: bytes, tombstone: Stored) -> None:
+        """Another worker terminated it."""
+        self.copies.forget(session_id)
+        if self._residency.has_copy(session_id):
+            commit = self._residency.submit_delete(session_id, key, local=True)
+            assert commit.done is not None, "submitted to be waited for"
+            await commit.done
+
+    async def _missing_there(self, session_id: str, key: bytes) -> None:
+        """The shared tier has nothing, not even a tombstone.
+
+        So nobody terminated it: it expired there while a renewal was on its way, or the tier lost
+        it. What lives here goes there again.
+        """
+        if self._residency.is_acknowledged(session_id, key):
+            await self.outbox.add({session_id: Branch(NO_ID, 0)})
+            self._delivery.wake()
+
+    async def confirm_end(self, session_id: str, key: bytes) -> bool:
+        """Whether a session that expired here is over in the shared tier too.
+
+        Another worker may have renewed it; then it goes on with the newer times.
+        """
+        if not self.agreement.is_up or session_id in self.outbox:
+            return True
+        try:
+            found = await self._remote.load(session_id)
+        except PersistenceError:
+            return True
+        now = self._time.now()
+        if isinstance(found, RemoteSession) and found.deadline - self._time.skew() > now:
+            if session_id not in self._commits.tails:
+                await self._adopt(session_id, key, found)
+            return False
+        return True
+
+
+def mine_is_newer(mine: bytes | None, found: RemoteSession) -> bool:
+    """Whether the local record is a later version of the same incarnation.
+
+    Only what the shared tier has, or what is in the outbox, is ever acknowledged: so if it is in
+    no outbox, the shared tier had it and lost it.
+    """
+    if mine is None or rec.incarnation_of(mine) != rec.incarnation_of(found.record):
+        return False
+    return rec.version_of(mine) > rec.version_of(found.record)
+
+
+def _commit_id(found: RemoteSession | Stored | bytes | None, mine: bytes | None) -> bytes | None:
+    if found is None:
+        return None
+    if isinstance(found, bytes):
+        return rec.commit_of(found)
+    return found.commit if isinstance(found, Stored) else rec.commit_of(found.record)
