@@ -109,6 +109,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "namespace": "persistence",
             "write": "through",
             "on_outage": "local",
+            "flush_interval_seconds": 1,
             "timeout_seconds": 2,
             "heartbeat_seconds": 5,
             "tombstone_seconds": 86_400,

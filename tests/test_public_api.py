@@ -130,8 +130,12 @@ def test_a_manager_without_arguments_has_the_default_configuration() -> None:
     assert StateManager().config == StateConfig()
 
 
-def test_a_shared_tier_that_is_not_there_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match=r"redis\.url"):
-        StateManager("redis://localhost:6379")
-    with pytest.raises(ConfigError, match=r"redis\.url"):
-        StateManager(config=StateConfig.model_validate({"redis": {"url": "redis://localhost"}}))
+def test_the_url_given_to_the_manager_is_the_one_it_uses() -> None:
+    config = StateConfig.model_validate({"redis": {"url": "redis://elsewhere", "write": "behind"}})
+    redis = StateManager("redis://localhost:6379", config).config.redis
+    assert (redis.url, redis.write) == ("redis://localhost:6379", "behind")
+
+
+def test_a_wrong_url_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="url"):
+        StateManager("http://localhost")

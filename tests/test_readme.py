@@ -27,7 +27,6 @@ FIRST_COMMANDS = [
 PLANNED = {
     "CheckpointDamaged",
     "CheckpointNotFound",
-    "RemoteUnavailable",
     "RequestLimitReached",
     "TokenInvalid",
 }
