@@ -1,0 +1,58 @@
+"""Workers that share sessions through a real server, each with a directory of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persistence import StateManager
+from tests.engine import ScriptedFiles, config_for
+from tests.redis_servers import Proxy, RedisServer
+
+Worker = Callable[..., Awaitable[StateManager]]
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+    """Open workers that are closed at the end of the test.
+
+    Called with a URL, settings of the shared tier, and `path` for a directory that exists already.
+    """
+    numbers = itertools.count(1)
+    opened: list[StateManager] = []
+
+    async def worker(
+        url: str,
+        *,
+        path: Path | None = None,
+        session: dict[str, Any] | None = None,
+        memory: dict[str, Any] | None = None,
+        **redis: Any,
+    ) -> StateManager:
+        sections: dict[str, dict[str, Any]] = {
+            "redis": {"timeout_seconds": 1, "heartbeat_seconds": 1, **redis},
+            "session": session or {},
+            "memory": memory or {},
+        }
+        directory = path or tmp_path / f"worker {next(numbers)}"
+        config = config_for(directory, **sections)
+        state = StateManager(url, config, files=ScriptedFiles())
+        await state.open()
+        opened.append(state)
+        return state
+
+    yield worker
+    for state in opened:
+        await state.close()
+
+
+@pytest.fixture
+async def proxy(own_server: RedisServer) -> AsyncIterator[Proxy]:
+    """A proxy in front of the test's own server."""
+    running = await Proxy(own_server.port).start()
+    yield running
+    await running.close()

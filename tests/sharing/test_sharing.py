@@ -1,0 +1,223 @@
+"""Several workers, one server: what one does, the others see; nothing is lost, nothing doubled."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from persistence import SessionMetadata, StateManager
+from persistence.errors import ConflictError, SessionExists, SessionNotFound
+from tests.redis_servers import Group, RedisServer
+from tests.sharing.conftest import Worker
+from tests.sharing.support import add_one, sharing_of, until, until_up, value
+
+
+@pytest.fixture
+async def pair(worker: Worker, shared_server: RedisServer) -> tuple[StateManager, StateManager]:
+    """Two workers that are connected."""
+    a, b = await worker(shared_server.url), await worker(shared_server.url)
+    await until_up(a, b)
+    return a, b
+
+
+Pair = tuple[StateManager, StateManager]
+
+
+async def test_a_session_is_the_same_everywhere(worker: Worker, deployment: Group) -> None:
+    a, b = await worker(deployment.url), await worker(deployment.url)
+    await until_up(a, b)
+    meta = SessionMetadata(client_ip="203.0.113.9", attributes={"tenant": "acme"})
+    sid = await a.create_session("ada", meta, ttl_seconds=600, data={"cart": {"items": [1]}})
+    there = await b.get_session(sid)
+    here = await a.get_session(sid)
+    assert here is not None
+    assert there is not None
+    assert dict(there.data) == {"cart": {"items": [1]}}
+    assert (there.user_id, there.metadata, there.version) == ("ada", meta, 1)
+    assert there.created_at == here.created_at
+    assert there.ttl_seconds == 600
+    assert there.expires_at is not None
+    assert here.expires_at is not None
+    assert abs((there.expires_at - here.expires_at).total_seconds()) < 1
+    assert await b.find_sessions(user_id="ada") == [sid]
+
+
+async def test_an_update_is_seen_by_the_others(pair: Pair) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    await a.update_session_data(sid, "n", 1)
+
+    async def seen() -> bool:
+        return bool(await value(b, sid) == 1)
+
+    await until(seen)
+
+
+async def test_a_fresh_read_sees_an_update_at_once(pair: Pair) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    for count in range(1, 51):
+        await a.update_session_data(sid, "n", count)
+        session = await b.get_session(sid, fresh=True)
+        assert session is not None
+        assert session["n"] == count
+
+
+async def test_no_increment_of_several_workers_is_lost(worker: Worker, deployment: Group) -> None:
+    workers = [await worker(deployment.url) for _ in range(3)]
+    await until_up(*workers)
+    sid = await workers[0].create_session(data={"n": 0})
+
+    async def count_up(state: StateManager) -> None:
+        for _ in range(20):
+            await state.update_session(sid, add_one)
+
+    await asyncio.gather(*(count_up(state) for state in workers for _ in range(3)))
+    for state in workers:
+        session = await state.get_session(sid, fresh=True)
+        assert session is not None
+        assert (session["n"], session.version) == (180, 181)
+
+
+async def test_nothing_built_on_a_refused_commit_is_accepted(pair: Pair) -> None:
+    """B's version 2 wins; A's version 2 fails, and so does its version 3, built on it."""
+    a, b = pair
+    sid = await a.create_session(data={"n": 0, "by": "a"})
+    assert await value(b, sid) == 0
+    await b.update_session_data(sid, "by", "b")
+    # A has not run since: it takes its own copy for current and pipelines two commits on it.
+    first = asyncio.create_task(_edit_by(a, sid, "first"))
+    second = asyncio.create_task(a.update_session(sid, add_one))
+    with pytest.raises(ConflictError):
+        await first
+    await second
+    session = await b.get_session(sid, fresh=True)
+    assert session is not None
+    assert (session["n"], session["by"], session.version) == (1, "b", 3)
+
+
+async def _edit_by(state: StateManager, session_id: str, name: str) -> None:
+    sharing = sharing_of(state)
+    sharing.copies.validate(session_id)  # as before the announcement
+    async with state.edit(session_id) as draft:
+        draft["by"] = name
+
+
+async def test_an_edit_that_another_worker_overtook_changes_nothing(pair: Pair) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0})
+    with pytest.raises(ConflictError, match="edit again"):
+        async with a.edit(sid) as draft:
+            await b.update_session_data(sid, "n", 7)
+            draft["n"] = 1
+    assert (await b.get_session(sid, fresh=True))["n"] == 7  # type: ignore[index]
+    async with a.edit(sid) as draft:
+        draft["n"] += 1
+    assert (await b.get_session(sid, fresh=True))["n"] == 8  # type: ignore[index]
+
+
+async def test_a_session_that_ended_elsewhere_is_absent_here(pair: Pair) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    assert await a.terminate_session(sid) is True
+
+    async def gone() -> bool:
+        return not await b.has_session(sid) and await b.get_active_sessions() == []
+
+    await until(gone)
+    assert await b.get_session(sid) is None
+    with pytest.raises(SessionNotFound):
+        await b.update_session(sid, add_one)
+    assert await b.terminate_session(sid) is False
+
+
+async def test_of_two_creations_of_one_id_one_succeeds(pair: Pair) -> None:
+    results = await asyncio.gather(
+        *(state.create_session(session_id="one", data={"n": 0}) for state in pair * 3),
+        return_exceptions=True,
+    )
+    assert results.count("one") == 1
+    assert all(isinstance(each, SessionExists) for each in results if each != "one")
+
+
+async def test_getting_or_creating_is_one_session_for_all(pair: Pair) -> None:
+    sessions = await asyncio.gather(
+        *(state.get_or_create_session("one", data={"n": 0}) for state in pair * 5)
+    )
+    assert {session.created_at for session in sessions} == {sessions[0].created_at}
+
+
+async def test_an_id_can_be_used_again_after_its_end(pair: Pair) -> None:
+    a, b = pair
+    await a.create_session(session_id="one", data={"n": 1})
+    assert await value(b, "one") == 1
+    await b.terminate_session("one")
+    await b.create_session(session_id="one", data={"n": 2})
+    assert (await a.get_session("one", fresh=True))["n"] == 2  # type: ignore[index]
+
+
+async def test_a_worker_elsewhere_takes_over_the_sessions_of_one_that_is_gone(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    a = await worker(shared_server.url)
+    await until_up(a)
+    ids = [await a.create_session(data={"n": number}) for number in range(50)]
+    await a.close()
+    b = await worker(shared_server.url, memory={"max_bytes": 8192})
+    await until_up(b)
+    for number, sid in enumerate(ids):
+        session = await b.update_session(sid, add_one)
+        assert session["n"] == number + 1
+    for number, sid in enumerate(ids):  # most of them have been spilled
+        assert await value(b, sid) == number + 1
+
+
+async def test_what_happened_while_a_worker_was_away_is_seen_when_it_is_back(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    a, b = await worker(shared_server.url), await worker(shared_server.url)
+    await until_up(a, b)
+    changed, ended, kept = [await a.create_session(data={"n": 0}) for _ in range(3)]
+    for sid in (changed, ended, kept):
+        assert await value(b, sid) == 0
+    await b.close()
+    await a.update_session_data(changed, "n", 5)
+    await a.terminate_session(ended)
+    b = await worker(shared_server.url, path=b.config.disk.path)
+    await until_up(b)
+    assert await value(b, changed) == 5
+    assert await b.get_session(ended) is None
+    assert await value(b, kept) == 0
+
+
+async def test_a_ttl_set_elsewhere_holds_here(pair: Pair) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0}, ttl_seconds=600)
+    assert await value(b, sid) == 0
+    assert await b.set_ttl(sid, 5000)
+    session = await a.get_session(sid, fresh=True)
+    assert session is not None
+    assert (session.ttl_seconds, session.version) == (5000, 1)
+
+
+async def test_a_session_that_another_worker_renewed_does_not_expire_here(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    a, b = await worker(shared_server.url), await worker(shared_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0}, ttl_seconds=1.0)
+    assert await value(b, sid) == 0
+    loop = asyncio.get_running_loop()
+    end = loop.time() + 2.0
+
+    async def renewed_for_two_ttls() -> bool:
+        assert await value(a, sid) == 0
+        return loop.time() > end
+
+    await until(renewed_for_two_ttls)
+    assert await value(b, sid) == 0
+    assert await b.has_session(sid)
