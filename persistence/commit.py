@@ -154,6 +154,12 @@ class Commit:
         # The writer fills in where the frame lies: `row`, `segment`, `length`.
 
 
+async def committed(commit: Commit) -> None:
+    """Wait until a commit is acknowledged, or raise why it failed."""
+    assert commit.done is not None, "submitted to be waited for"
+    await commit.done
+
+
 class CommitQueue:
     """Owns the task that commits. Every method runs on the event loop.
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from persistence import record as rec
 from persistence.clock import Clock, EngineTime, SystemClock
-from persistence.commit import Commit, CommitQueue
+from persistence.commit import Commit, CommitQueue, committed
 from persistence.config import RedisConfig, StateConfig
 from persistence.disk.filenames import CONFLICTS, OUTBOX
 from persistence.disk.files import Files
@@ -47,7 +47,7 @@ from persistence.sharing.local import Local
 from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.stats import Latencies, Stats
-from persistence.updates import Change, Edit, Updates, committed
+from persistence.updates import Change, Edit, Updates
 
 _log = logging.getLogger("persistence")
 

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from persistence.clock import Clock, EngineTime
-from persistence.commit import Commit, CommitQueue
+from persistence.commit import Commit, CommitQueue, committed
 from persistence.config import MemoryConfig
 from persistence.disk.format import (
     DELETE,
@@ -49,6 +49,7 @@ from persistence.record import (
     ttl_and_flags_of,
     user_of,
 )
+from persistence.remote.contract import RemoteSession
 from persistence.session import Session
 from persistence.slices import Slices
 
@@ -648,7 +649,7 @@ class Residency:
         if session_id in self._commits.tails:
             return  # this worker went on meanwhile, and will hear whether that was on this version
         if charge(session_id, record) > self.memory.budget_bytes:
-            await self._log_adopted(session_id, record, accessed, life, cap)
+            await committed(self._submit_local(session_id, record, accessed, life, cap))
             return
         self._leaving.pop(session_id, None)
         self.unlogged.add(session_id)
@@ -658,16 +659,24 @@ class Residency:
         self._note_ttl(life)
         self.spill_down(spare=session_id)
 
-    async def _log_adopted(
+    def submit_remote(self, session_id: str, found: RemoteSession) -> Commit:
+        """Submit a version that the shared tier has, in place of whatever there is here."""
+        return self._submit_local(session_id, *self.times_of_remote(found))
+
+    def _submit_local(
         self, session_id: str, record: bytes, accessed: float, life: float, cap: float
-    ) -> None:
-        """Commit a session that is too large to be resident."""
-        key = session_id.encode()
-        commit = self.put_commit(session_id, key, record, accessed, life, cap)
+    ) -> Commit:
+        commit = self.put_commit(session_id, session_id.encode(), record, accessed, life, cap)
         commit.local = True
         self._commits.submit(commit)
-        assert commit.done is not None, "submitted to be waited for"
-        await commit.done
+        return commit
+
+    def times_of_remote(self, found: RemoteSession) -> tuple[bytes, float, float, float]:
+        """Return (record, last access, life, cap) in engine seconds."""
+        skew = self._time.skew()
+        ttl_seconds, flags = ttl_and_flags_of(found.record)
+        life = life_of(ttl_seconds, flags & RENEWS, found.deadline - skew)
+        return found.record, found.accessed - skew, life, found.cap - skew
 
     async def log_unlogged(self) -> None:
         """Commit every session that is not in the log yet; they stay resident."""

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from persistence import record as rec
 from persistence.clock import Clock, EngineTime
-from persistence.commit import Commit, CommitQueue
+from persistence.commit import Commit, CommitQueue, committed
 from persistence.config import SessionConfig
 from persistence.disk.format import PUT, ROW_RENEWS, user_tag
 from persistence.errors import (
@@ -390,12 +390,6 @@ class Edit:
             await self._updates.unchanged(self._session_id, self._key, now)
             return None
         return self._updates.next_version(self._session_id, self._key, now, fields)
-
-
-async def committed(commit: Commit) -> None:
-    """Wait until a commit is acknowledged, or raise why it failed."""
-    assert commit.done is not None, "submitted to be waited for"
-    await commit.done
 
 
 def drafted(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from persistence import record as rec
@@ -22,6 +23,7 @@ from persistence.errors import (
     RemoteUnavailable,
     SessionExists,
     SessionNotFound,
+    again,
     printable,
 )
 from persistence.record import ID_BYTES, NO_ID
@@ -53,6 +55,26 @@ class Decision(NamedTuple):
 
     agreed: list[Commit]
     refused: list[tuple[Commit, PersistenceError]]
+
+
+@dataclass(slots=True)
+class _Fate:
+    """What becomes of a batch, while it is being found out.
+
+    Attributes:
+        branches: what the shared tier learns of later.
+        unsure: those of them that were sent, and may have been applied.
+        refused: what fails.
+    """
+
+    branches: list[Commit] = field(default_factory=list)
+    unsure: list[Commit] = field(default_factory=list)
+    refused: list[tuple[Commit, PersistenceError]] = field(default_factory=list)
+
+    def decision(self, batch: Sequence[Commit]) -> Decision:
+        """Return what may be written of `batch`, in its order."""
+        lost = {id(commit) for commit, _ in self.refused}
+        return Decision([commit for commit in batch if id(commit) not in lost], self.refused)
 
 
 def request_of(commit: Commit, skew: float, base: bytes | None = None) -> Request | None:
@@ -138,7 +160,7 @@ class Agreement:
     async def decide(self, batch: Sequence[Commit]) -> Decision:
         """Ask for a batch; never raises a PersistenceError."""
         asked: list[tuple[Commit, Request]] = []
-        branches: list[Commit] = []
+        fate = _Fate()
         skew = self._time.skew()
         on_branch: set[str] = set()
         for commit in batch:
@@ -148,33 +170,31 @@ class Agreement:
             if not self._accepts_outages and not self.is_up:
                 asked_for = None if commit.kind == TOUCH else self._request(commit, skew, on_branch)
             elif not self.is_up or session_id in self.delivering:
-                branches.append(commit)
+                fate.branches.append(commit)
                 continue
             else:
                 asked_for = self._request(commit, skew, on_branch)
             if asked_for is not None:
                 asked.append((commit, asked_for))
-        refused = await self._ask(asked, branches)
-        refused += await self._begin_branches(branches)
-        lost = {id(commit) for commit, _ in refused}
-        return Decision([commit for commit in batch if id(commit) not in lost], refused)
+        await self._ask(asked, fate)
+        await self._begin_branches(fate)
+        return fate.decision(batch)
 
     async def postpone(self, batch: Sequence[Commit]) -> Decision:
         """Remember a batch for later (``redis.write = "behind"``)."""
         skew = self._time.skew()
-        changes = []
+        fate = _Fate()
         for commit in batch:
             if commit.local or commit.spills:
                 continue
             if commit.kind != TOUCH:
-                changes.append(commit)
+                fate.branches.append(commit)
                 continue
             touch = request_of(commit, skew)
             if isinstance(touch, Touch):
                 self.touches.append(touch)
-        refused = await self._begin_branches(changes)
-        lost = {id(commit) for commit, _ in refused}
-        return Decision([commit for commit in batch if id(commit) not in lost], refused)
+        await self._begin_branches(fate)
+        return fate.decision(batch)
 
     def _request(self, commit: Commit, skew: float, on_branch: set[str]) -> Request | None:
         """Build the request; the first one of a session with a branch delivers the branch."""
@@ -186,14 +206,11 @@ class Agreement:
             on_branch.add(session_id)
         return request_of(commit, skew, base)
 
-    async def _ask(
-        self, asked: list[tuple[Commit, Request]], branches: list[Commit]
-    ) -> list[tuple[Commit, PersistenceError]]:
-        """Send the requests; add to `branches` what nobody could decide; return what is refused."""
-        refused: list[tuple[Commit, PersistenceError]] = []
-        again: list[Commit] = []
+    async def _ask(self, asked: list[tuple[Commit, Request]], fate: _Fate) -> None:
+        """Send the requests and take what becomes of them."""
         if not asked:
-            return refused
+            return
+        repeated: list[Commit] = []
         results = await self._remote.commit([request for _, request in asked])
         behind: dict[str, bytes] = {}
         for (commit, request), result in zip(asked, results, strict=True):
@@ -201,12 +218,11 @@ class Agreement:
             if base is not None:
                 behind.setdefault(commit.session_id, base)
             if commit.session_id in behind and commit.kind == PUT:
-                again.append(commit)
+                repeated.append(commit)
                 continue
-            await self._take(commit, request, result, branches, refused)
-        if again:
-            await self._ask_again(again, behind, branches, refused)
-        return refused
+            await self._take(commit, request, result, fate)
+        if repeated:
+            await self._ask_again(repeated, behind, fate)
 
     def _restored_base(self, commit: Commit, result: CommitResult) -> bytes | None:
         """Return what to build a commit on whose base the shared tier lost; None: it did not."""
@@ -224,8 +240,7 @@ class Agreement:
         self,
         commits: list[Commit],
         bases: dict[str, bytes],
-        branches: list[Commit],
-        refused: list[tuple[Commit, PersistenceError]],
+        fate: _Fate,
     ) -> None:
         """Commit what was built on something that the shared tier lost, on what it has now."""
         skew = self._time.skew()
@@ -236,15 +251,14 @@ class Agreement:
             asked.append((commit, request))
         results = await self._remote.commit([request for _, request in asked])
         for (commit, request), result in zip(asked, results, strict=True):
-            await self._take(commit, request, result, branches, refused)
+            await self._take(commit, request, result, fate)
 
     async def _take(
         self,
         commit: Commit,
         request: Request,
         result: CommitResult,
-        branches: list[Commit],
-        refused: list[tuple[Commit, PersistenceError]],
+        fate: _Fate,
     ) -> None:
         """Take one result."""
         session_id = commit.session_id
@@ -264,32 +278,34 @@ class Agreement:
             if not isinstance(result.error, RemoteDamaged):
                 self.went_away()
                 if self._accepts_outages:
-                    branches.append(commit)
+                    fate.branches.append(commit)
+                    if outcome is Outcome.UNKNOWN:
+                        fate.unsure.append(commit)
                     return
             assert result.error is not None, "a refusal says why"
-            refused.append((commit, result.error))
+            fate.refused.append((commit, result.error))
             return
         creates = isinstance(request, Put) and request.base == NO_ID
         if outcome is Outcome.TERMINATED:
-            refused.append((commit, SessionNotFound(session_id)))
+            fate.refused.append((commit, SessionNotFound(session_id)))
         elif creates and commit.creates:
-            refused.append((commit, SessionExists(session_id)))
+            fate.refused.append((commit, SessionExists(session_id)))
         else:
-            refused.append((commit, _overtaken(session_id)))
+            fate.refused.append((commit, _overtaken(session_id)))
         stored = result.stored
         self._copies.announced(session_id, NO_ID if stored is None else stored.commit)
 
-    async def _begin_branches(self, commits: list[Commit]) -> list[tuple[Commit, PersistenceError]]:
-        """Let the shared tier learn of `commits` later."""
+    async def _begin_branches(self, fate: _Fate) -> None:
+        """Let the shared tier learn of what it could not be asked, later."""
         branches: dict[str, Branch] = {}
-        kept = [commit for commit in commits if commit.kind != TOUCH]
+        kept = [commit for commit in fate.branches if commit.kind != TOUCH]
         for commit in kept:
             branches.setdefault(commit.session_id, branch_of(commit))
+        sent = [(commit.session_id, commit.ids[_COMMIT_AT:_BASE_AT]) for commit in fate.unsure]
         try:
-            await self._outbox.add(branches)
+            await self._outbox.add(branches, sent)
         except PersistenceError as error:
-            return [(commit, type(error)(*error.args)) for commit in kept]
-        return []
+            fate.refused += [(commit, again(error)) for commit in kept]
 
 
 def unavailable(where: str) -> RemoteUnavailable:

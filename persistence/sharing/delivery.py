@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 from typing import Final
 
 from persistence import record as rec
+from persistence.commit import Commit, committed
 from persistence.errors import PersistenceError, RemoteDamaged
 from persistence.ids import CommitIds
 from persistence.record import NO_ID
@@ -23,6 +24,7 @@ from persistence.remote.contract import (
     Delete,
     Outcome,
     Put,
+    RemoteSession,
     RemoteTier,
     Request,
     Stored,
@@ -47,7 +49,6 @@ class Delivery:
         outbox: what it has not seen.
         conflicts: where refused branches are kept.
         local: this worker's own side.
-        refresh: takes over what the shared tier has of a session.
         flush_interval_seconds: how long a branch may wait.
     """
 
@@ -59,7 +60,6 @@ class Delivery:
         conflicts: Conflicts,
         local: Local,
         *,
-        refresh: Callable[[str], Awaitable[None]],
         flush_interval_seconds: float,
     ) -> None:
         self.delivered = 0
@@ -71,7 +71,6 @@ class Delivery:
         self._commits = local.commits
         self._wall = local.clock.wall
         self._all_ids = local.all_ids
-        self._refresh = refresh
         self._flush_interval_seconds = flush_interval_seconds
         self._commit_ids = CommitIds()
         self._wake = asyncio.Event()
@@ -178,7 +177,9 @@ class Delivery:
         if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
             if not isinstance(result.error, RemoteDamaged):
                 self._agreement.went_away()
-            _log.warning("session is not delivered yet: %s", result.error)
+            if outcome is Outcome.UNKNOWN and record is not None:
+                await self._outbox.add({}, [(session_id, rec.commit_of(record))])
+            _log.warning("a session is not delivered yet: %s", result.error)
             return
         over = (Outcome.TERMINATED, Outcome.MISSING)
         if result.is_stored or (record is None and outcome in over):
@@ -187,7 +188,8 @@ class Delivery:
         branch = self._outbox.branches.get(session_id)
         if branch is None:
             return
-        base = _base_in_lossy_tier(record, branch, result)
+        sent = self._outbox.sent.get(session_id, set())
+        base = _other_base(record, branch, sent, result)
         if base is not None:
             await self._outbox.advance(session_id, base, lambda: None)
             self._wake.set()  # again, on what the tier has now
@@ -196,26 +198,43 @@ class Delivery:
 
     async def _advance(self, session_id: str, record: bytes | None) -> None:
         self.delivered += 1
-        newest = self._residency.commit_of
-
-        def is_newest() -> bytes | None:
-            return newest(session_id) or NO_ID  # NO_ID: there is no such session
-
         delivered = Branch(NO_ID, 0)
         if record is not None:
             delivered = Branch(rec.commit_of(record), rec.version_of(record))
-        await self._outbox.advance(session_id, delivered, is_newest)
+        await self._outbox.advance(session_id, delivered, self._newest_of(session_id))
+
+    def _newest_of(self, session_id: str) -> Callable[[], bytes]:
+        """Return how to ask for the newest commit here; `NO_ID`: there is no such session."""
+        return lambda: self._residency.commit_of(session_id) or NO_ID
 
     async def _keep_conflict(
         self, session_id: str, record: bytes | None, branch: Branch, stored: Stored | None
     ) -> None:
         """The shared state wins; what this worker had is kept and reported."""
+        found = await self._remote.load(session_id)
         version, ended = (0, False) if stored is None else (stored.version, not stored.lives)
         await self._conflicts.keep(
             Conflict(session_id, self._wall(), record or b"", branch.base, version, ended)
         )
-        await self._outbox.remove(session_id)
-        await self._refresh(session_id)
+        mine = None if record is None else rec.commit_of(record)
+        if self._residency.commit_of(session_id) != mine:
+            return  # it went on here meanwhile: the next round keeps that too
+        # From here to the submission nothing awaits, so what is replaced is what was kept.
+        commit = self._replaced(session_id, found)
+        if commit is not None:
+            await committed(commit)
+        delivered = Branch(NO_ID, 0)
+        if isinstance(found, RemoteSession):
+            delivered = Branch(rec.commit_of(found.record), rec.version_of(found.record))
+        await self._outbox.advance(session_id, delivered, self._newest_of(session_id))
+
+    def _replaced(self, session_id: str, found: RemoteSession | Stored | None) -> Commit | None:
+        """Submit what the shared tier has in place of what is here."""
+        if isinstance(found, RemoteSession):
+            return self._residency.submit_remote(session_id, found)
+        if self._residency.has_copy(session_id):
+            return self._residency.submit_delete(session_id, session_id.encode(), local=True)
+        return None
 
     # --- everything ---------------------------------------------------------------------------
 
@@ -260,10 +279,16 @@ class Delivery:
             await self._remote.commit(again)
 
 
-def _base_in_lossy_tier(
-    record: bytes | None, branch: Branch, result: CommitResult
+def _other_base(
+    record: bytes | None, branch: Branch, sent: Collection[bytes], result: CommitResult
 ) -> Branch | None:
-    """Return what to build a branch on whose base the shared tier lost; None: it did not."""
+    """Return what to build a branch on if the shared tier has not its base; None: a conflict.
+
+    Either the tier has a commit of this very branch, whose reply was lost. Or it lost the base.
+    """
+    if result.stored is not None and result.stored.commit in sent:
+        lives = result.stored.lives
+        return Branch(result.stored.commit if lives else NO_ID, result.stored.version)
     if record is None:
         return None
     if result.outcome is Outcome.MISSING and branch.base != NO_ID:

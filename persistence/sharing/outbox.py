@@ -13,7 +13,7 @@ tier lost it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -24,6 +24,7 @@ from persistence.record import NO_ID
 _REMOVED: Final = 0
 _BRANCH: Final = 1
 _EPOCH: Final = 2
+_SENT: Final = 3
 _ENTRY: Final = Struct("<B16sQ")  # what it is, a commit id or the epoch, a version
 _MIN_REWRITE_BYTES: Final = 256 * 1024
 _ENTRY_BYTES: Final = 64  # about, with the session id
@@ -52,6 +53,7 @@ class Outbox:
 
     def __init__(self, journal: Journal, threads: Threads, *, sync: bool) -> None:
         self.branches: dict[str, Branch] = {}
+        self.sent: dict[str, set[bytes]] = {}
         self.epoch = NO_ID
         self._journal = journal
         self._threads = threads
@@ -75,12 +77,29 @@ class Outbox:
         if kind == _EPOCH:
             self.epoch = base
         elif kind == _BRANCH:
-            self.branches[session_id] = Branch(base, version)
+            self._set(session_id, Branch(base, version))
+        elif kind == _SENT:
+            self.sent.setdefault(session_id, set()).add(base)
         else:
-            self.branches.pop(session_id, None)
+            self._end(session_id)
 
-    async def add(self, branches: Mapping[str, Branch]) -> None:
+    def _set(self, session_id: str, branch: Branch) -> None:
+        self.branches[session_id] = branch
+        self.sent.pop(session_id, None)
+
+    def _end(self, session_id: str) -> None:
+        self.branches.pop(session_id, None)
+        self.sent.pop(session_id, None)
+
+    async def add(
+        self, branches: Mapping[str, Branch], sent: Iterable[tuple[str, bytes]] = ()
+    ) -> None:
         """Begin the branches of sessions that are not in it yet; return when that is durable.
+
+        Args:
+            branches: by session id.
+            sent: commits of branches (session id, commit id) that were sent to the shared tier
+                without a reply. It may have any of them: then the branch goes on from there.
 
         Raises:
             DiskFull, WriteOutcomeUnknown: nothing was added.
@@ -88,10 +107,12 @@ class Outbox:
         # Looked at under the lock: two batches may begin the same branch.
         async with self._lock:
             new = {sid: each for sid, each in branches.items() if sid not in self.branches}
-            if new:
-                entries = [_entry(_BRANCH, each, sid) for sid, each in new.items()]
+            entries = [_entry(_BRANCH, each, sid) for sid, each in new.items()]
+            entries += [_entry(_SENT, Branch(commit, 0), sid) for sid, commit in sent]
+            if entries:
                 await self._append(entries, sync=self._sync)
-                self.branches.update(new)
+                for entry in entries:
+                    self._replay(entry)
 
     async def advance(
         self, session_id: str, delivered: Branch, newest: Callable[[], bytes | None]
@@ -106,17 +127,18 @@ class Outbox:
             if session_id not in self.branches:
                 return
             if newest() == delivered.base:
-                del self.branches[session_id]
+                self._end(session_id)
                 await self._append([_entry(_REMOVED, _NOTHING, session_id)], sync=False)
             else:
-                self.branches[session_id] = delivered
+                self._set(session_id, delivered)
                 await self._append([_entry(_BRANCH, delivered, session_id)], sync=False)
             await self._rewrite_if_long()
 
     async def remove(self, session_id: str) -> None:
         """End a branch: the shared tier has all of it, or it is a conflict record now."""
         async with self._lock:
-            if self.branches.pop(session_id, None) is not None:
+            if session_id in self.branches:
+                self._end(session_id)
                 await self._append([_entry(_REMOVED, _NOTHING, session_id)], sync=False)
                 await self._rewrite_if_long()
 
@@ -135,7 +157,9 @@ class Outbox:
         if size < max(_MIN_REWRITE_BYTES, 4 * _ENTRY_BYTES * len(self.branches)):
             return
         entries = [_entry(_EPOCH, Branch(self.epoch, 0), "")]
-        entries += [_entry(_BRANCH, each, sid) for sid, each in self.branches.items()]
+        for sid, branch in self.branches.items():
+            entries.append(_entry(_BRANCH, branch, sid))
+            entries += [_entry(_SENT, Branch(sent, 0), sid) for sent in self.sent.get(sid, ())]
         await asyncio.shield(self._threads.write(self._journal.rewrite, entries))
 
     async def close(self) -> None:

@@ -21,7 +21,6 @@ from persistence.commit import Commit
 from persistence.config import RedisConfig
 from persistence.disk.format import DELETE, PUT
 from persistence.errors import PersistenceError, RemoteUnavailable
-from persistence.expiry import life_of
 from persistence.record import NO_ID
 from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
 from persistence.sharing.agreement import Agreement, Decision, unavailable
@@ -85,7 +84,6 @@ class Sharing:
             outbox,
             conflicts,
             local,
-            refresh=self.refresh,
             flush_interval_seconds=config.flush_interval_seconds,
         )
 
@@ -346,13 +344,7 @@ class Sharing:
             await self.outbox.add({session_id: branch})
             self._delivery.wake()
             return
-        skew = self._time.skew()
-        deadline = found.deadline - skew
-        ttl_seconds, flags = rec.ttl_and_flags_of(found.record)
-        life = life_of(ttl_seconds, flags & rec.RENEWS, deadline)
-        await self._residency.adopt(
-            session_id, found.record, found.accessed - skew, life, found.cap - skew
-        )
+        await self._residency.adopt(session_id, *self._residency.times_of_remote(found))
         self.refreshed += 1
         self.copies.validate(session_id)
 

@@ -1,0 +1,112 @@
+"""``redis.write = "behind"``: acknowledged here, delivered soon after."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.redis_servers import RedisServer
+from tests.sharing.conftest import Worker
+from tests.sharing.support import add_one, sharing_of, until, until_delivered, until_up, value
+
+
+async def test_updates_arrive_coalesced_within_the_interval(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=0.05)
+    b = await worker(own_server.url, write="behind", flush_interval_seconds=0.05)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    for _ in range(200):
+        await a.update_session(sid, add_one)
+    await until_delivered(a)
+
+    async def arrived() -> bool:
+        return bool(await value(b, sid) == 200)
+
+    await until(arrived)
+    assert own_server.ask("INFO", "commandstats")["cmdstat_evalsha"]["calls"] < 150
+
+
+async def test_what_was_not_delivered_at_a_kill_is_delivered_by_the_next_worker(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    await until_up(a)
+    kept = await a.create_session(data={"n": 0})
+    await a.update_session(kept, add_one)
+    own_server.hang()  # its closing delivers nothing
+    await a.close()
+    own_server.go_on()
+    a = await worker(
+        own_server.url, path=a.config.disk.path, write="behind", flush_interval_seconds=0.05
+    )
+    await until_up(a)
+    await until_delivered(a)
+    b = await worker(own_server.url)
+    await until_up(b)
+    assert await value(b, kept) == 1
+
+
+async def test_a_terminated_session_ends_for_the_others(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=0.05)
+    b = await worker(own_server.url, write="behind", flush_interval_seconds=0.05)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    await until_delivered(a)
+    assert await value(b, sid) == 0
+    await a.terminate_session(sid)
+    await until_delivered(a)
+
+    async def gone() -> bool:
+        return await b.get_session(sid) is None
+
+    await until(gone)
+
+
+async def test_of_two_branches_one_wins_and_the_other_is_kept(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    b = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    sharing_of(a)._delivery.wake()
+    await until_delivered(a)
+    assert await value(b, sid) == 0
+    await a.update_session_data(sid, "n", 1)
+    await b.update_session_data(sid, "n", 2)
+    sharing_of(a)._delivery.wake()
+    await until_delivered(a)
+    sharing_of(b)._delivery.wake()
+    await until_delivered(b)
+    assert sharing_of(a).conflicts.count == 0
+    assert sharing_of(b).conflicts.count == 1
+    assert await value(b, sid) == await value(a, sid) == 1
+
+
+async def test_a_session_updated_without_a_pause_is_delivered_too(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=0.02)
+    b = await worker(own_server.url, write="behind", flush_interval_seconds=0.02)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    stop = asyncio.Event()
+
+    async def count_up() -> None:
+        while not stop.is_set():
+            await a.update_session(sid, add_one)
+
+    counting = [asyncio.create_task(count_up()) for _ in range(5)]
+
+    async def far() -> bool:
+        seen = await value(b, sid)
+        return seen is not None and seen > 50
+
+    await until(far)
+    stop.set()
+    await asyncio.gather(*counting)
+    await until_delivered(a)
+    assert sharing_of(a).conflicts.count == 0

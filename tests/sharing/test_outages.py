@@ -1,0 +1,268 @@
+"""The shared tier stops, hangs, forgets, goes back in time: what happens to sessions meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from persistence import StateManager
+from persistence.errors import PersistenceError, RemoteUnavailable
+from tests.redis_servers import Proxy, RedisServer
+from tests.sharing.conftest import Worker
+from tests.sharing.support import (
+    add_one,
+    sharing_of,
+    until,
+    until_delivered,
+    until_down,
+    until_up,
+    value,
+)
+
+
+async def test_work_goes_on_while_the_server_is_away_and_arrives_when_it_is_back(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a, b = await worker(own_server.url), await worker(own_server.url)
+    await until_up(a, b)
+    ids = [await a.create_session(data={"n": 0}) for _ in range(20)]
+    own_server.kill()
+    for sid in ids:
+        await a.update_session(sid, add_one)
+        assert await value(a, sid) == 1
+    during = await a.create_session(data={"n": 5})
+    await a.terminate_session(ids[0])
+    own_server.start()  # without data
+    await until_up(a, b)
+    await until_delivered(a)
+    assert await b.get_session(ids[0], fresh=True) is None
+    for sid in ids[1:]:
+        assert await value(b, sid) == 1
+    assert await value(b, during) == 5
+    assert sharing_of(a).conflicts.count == 0
+
+
+async def test_a_worker_that_hangs_on_a_server_goes_on_alone_within_the_timeout(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, timeout_seconds=0.3)
+    await until_up(a)
+    sid = await a.create_session(data={"n": 0})
+    own_server.hang()
+    async with asyncio.timeout(5):
+        for _ in range(100):  # only the first one waits for the timeout
+            await a.update_session(sid, add_one)
+    assert await value(a, sid) == 100
+    own_server.go_on()
+    await until_up(a)
+    await until_delivered(a)
+    session = await a.get_session(sid, fresh=True)
+    assert session is not None
+    assert (session["n"], session.version) == (100, 101)
+    assert sharing_of(a).conflicts.count == 0
+
+
+async def test_what_the_server_has_not_seen_survives_a_restart_of_the_worker(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url)
+    await until_up(a)
+    kept, ended = [await a.create_session(data={"n": 0}) for _ in range(2)]
+    own_server.hang()
+    await a.update_session(kept, add_one)
+    await a.terminate_session(ended)
+    made = await a.create_session(data={"n": 7})
+    await a.close()
+    own_server.go_on()
+    a = await worker(own_server.url, path=a.config.disk.path)
+    b = await worker(own_server.url)
+    await until_up(a, b)
+    await until_delivered(a)
+    assert await value(b, kept) == 1
+    assert await value(b, made) == 7
+    assert await value(b, ended) is None
+    assert sharing_of(a).conflicts.count == 0
+
+
+async def test_a_worker_starts_without_the_server_and_finds_it_later(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    own_server.kill()
+    a = await worker(own_server.url)
+    sid = await a.create_session(data={"n": 1})
+    assert await value(a, sid) == 1
+    own_server.start()
+    b = await worker(own_server.url)
+    await until_up(a, b)
+
+    async def arrived() -> bool:
+        return bool(await value(b, sid) == 1)
+
+    await until(arrived)
+
+
+async def test_of_two_branches_the_first_wins_and_the_other_is_kept_as_a_conflict_record(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    a, b = await worker(own_server.url), await worker(proxy.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    proxy.refuse()
+    proxy.cut()
+    await until_down(b)
+    await b.update_session_data(sid, "n", 100)
+    await b.update_session(sid, add_one)
+    await a.update_session_data(sid, "n", 7)
+    await proxy.start()
+    await until_up(b)
+    await until_delivered(b)
+    assert await value(b, sid) == 7
+    assert await value(a, sid) == 7
+    assert sharing_of(b).conflicts.count == 1
+    again = await worker(own_server.url, path=(await closed(b)).config.disk.path)
+    assert sharing_of(again).conflicts.count == 1
+
+
+async def closed(state: StateManager) -> StateManager:
+    await state.close()
+    return state
+
+
+async def test_while_the_server_is_away_a_worker_that_must_not_go_alone_refuses(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, on_outage="fail")
+    await until_up(a)
+    sid = await a.create_session(data={"n": 0})
+    own_server.kill()
+    await until_down(a)
+    with pytest.raises(RemoteUnavailable):
+        await a.update_session(sid, add_one)
+    with pytest.raises(RemoteUnavailable):
+        await a.get_session(sid)
+    with pytest.raises(RemoteUnavailable):
+        await a.create_session(data={"n": 0})
+    own_server.start()
+    await until_up(a)
+    assert (await a.update_session(sid, add_one))["n"] == 1
+
+
+async def test_a_worker_that_must_not_go_alone_does_not_start_alone(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    own_server.kill()
+    with pytest.raises(RemoteUnavailable):
+        await worker(own_server.url, on_outage="fail")
+
+
+async def test_a_server_that_forgot_everything_is_filled_again(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url)
+    await until_up(a)
+    ids = [await a.create_session(data={"n": number}) for number in range(300)]
+    for sid in ids[:100]:
+        await a.spill_session(sid)
+    own_server.restart_empty()
+    b = await worker(own_server.url)
+    for number, sid in enumerate(ids):
+
+        async def arrived(sid: str = sid, number: int = number) -> bool:
+            return bool(await value(b, sid) == number)
+
+        await until(arrived)
+
+
+async def test_a_server_that_went_back_in_time_gets_what_it_lost(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    """As after a failover to a replica that was behind."""
+    a, b = await worker(own_server.url), await worker(own_server.url)
+    await until_up(a, b)
+    updated, read = [await a.create_session(data={"n": 0}) for _ in range(2)]
+    [old_updated, old_read] = [dump(own_server, sid) for sid in (updated, read)]
+    for sid in (updated, read):
+        for _ in range(3):
+            await a.update_session(sid, add_one)
+    restore(own_server, *old_updated)
+    restore(own_server, *old_read)
+    assert (await a.update_session(updated, add_one))["n"] == 4
+    assert (await a.get_session(read, fresh=True))["n"] == 3  # type: ignore[index]
+    await until_delivered(a)
+    assert (await b.get_session(updated, fresh=True))["n"] == 4  # type: ignore[index]
+    assert (await b.get_session(read, fresh=True))["n"] == 3  # type: ignore[index]
+
+
+def dump(server: RedisServer, session_id: str) -> tuple[bytes, bytes]:
+    [key] = [key for key in server.ask("KEYS", "*") if session_id.encode() in key]
+    return key, server.ask("DUMP", key)
+
+
+def restore(server: RedisServer, key: bytes, content: bytes) -> None:
+    server.ask("RESTORE", key, 0, content, "REPLACE")
+
+
+async def test_a_lost_reply_never_applies_an_update_twice(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    a = await worker(proxy.url)
+    await until_up(a)
+    ids = [await a.create_session(data={"n": 0}) for _ in range(20)]
+    dice = random.Random(7)
+    rounds = 12
+    for _ in range(rounds):  # the worker notices, and goes on alone until it is connected again
+        proxy.drops_reply = lambda _: dice.random() < 0.3
+        for _ in range(2):
+            await asyncio.gather(*(a.update_session(sid, add_one) for sid in ids))
+        proxy.drops_reply = lambda _: False
+        await until_up(a)
+    await until_delivered(a)
+    assert proxy.dropped > rounds / 2
+    b = await worker(own_server.url)
+    await until_up(b)
+    for sid in ids:
+        session = await b.get_session(sid)
+        assert session is not None
+        assert (session["n"], session.version) == (2 * rounds, 2 * rounds + 1)
+    assert sharing_of(a).conflicts.count == 0
+
+
+async def test_a_cancelled_update_leaves_no_reply_to_another(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url)
+    await until_up(a)
+    ids = [await a.create_session(data={"n": 0, "me": number}) for number in range(20)]
+    dice = random.Random(8)
+    for _ in range(100):
+        tasks = [asyncio.create_task(a.update_session(sid, add_one)) for sid in ids]
+        tasks += [asyncio.create_task(a.get_session(sid, fresh=True)) for sid in ids]
+        for _ in range(dice.randrange(4)):
+            await asyncio.sleep(0)
+        for task in dice.sample(tasks, 10):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for number, sid in enumerate(ids):
+        session = await a.get_session(sid, fresh=True)
+        assert session is not None
+        assert session["me"] == number
+        assert session.version == session["n"] + 1
+
+
+async def test_a_foreign_key_fails_only_its_own_session(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url)
+    await until_up(a)
+    sid = await a.create_session(session_id="mine", data={"n": 0})
+    other = await a.create_session(session_id="other", data={"n": 0})
+    key, _ = dump(own_server, "mine")
+    own_server.ask("DEL", key)
+    own_server.ask("SET", key, "something else")
+    with pytest.raises(PersistenceError, match="mine"):
+        await a.update_session(sid, add_one)
+    assert own_server.ask("GET", key) == b"something else"
+    assert (await a.update_session(other, add_one))["n"] == 1
