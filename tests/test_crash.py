@@ -118,7 +118,8 @@ async def test_a_kill_at_any_time_loses_nothing_acknowledged_and_invents_nothing
         run += 1
         order = {
             "directory": str(directory),
-            "fsync": fsync,
+            "disk": {"fsync": fsync},
+            "filler_bytes": 4000,
             "run": run,
             "seconds": rng.uniform(0.01, LONGEST_SECONDS),
             "closes": rng.random() < 0.2,
