@@ -37,6 +37,7 @@ from persistence.disk.format import (
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index, Row
 from persistence.disk.manifest import Manifest
+from persistence.disk.pressure import Pressure
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovered, Recovery
 from persistence.disk.segments import Damage, OpenSegments, Segment
@@ -104,6 +105,8 @@ class DiskTier:
         self._last_number = recovered.last_number
         self._next_log_number = recovered.last_number + 1  # at least
         self._unusable = recovered.unusable
+        self._pressure = Pressure(config.segment_bytes)
+        self._batch_started = time.now()
         self._dead_since_check = 0
         self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
@@ -134,6 +137,7 @@ class DiskTier:
                 forget=self._forget,
                 damage=self._note_damage,
                 frames_applied=lambda: self._frames_applied,
+                pressure=self._pressure,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -197,6 +201,7 @@ class DiskTier:
             if isinstance(error, OSError):
                 raise not_usable(directory, error) from error
             raise
+        tier._pressure.measure(tier.segments.values())
         tier.compactor.start()
         tier.compactor.wake()
         return tier
@@ -344,7 +349,6 @@ class DiskTier:
         limit = self._config.max_bytes
         if limit and grows and self.total_bytes + nbytes > limit:
             await self._give_up_active()
-            await self._seal_garbage()
             self.compactor.wake(urgent=True)
             raise DiskFull(
                 f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is {limit}: "
@@ -352,11 +356,23 @@ class DiskTier:
                 "writes then resume by themselves"
             )
         self.writer.check_usable()
+        if self._pressure.dead_bytes > self._pressure.soft_bytes:
+            await self._wait_for_compaction()
+        self._batch_started = self._time.now()
         if self.writer.active is not None:
             self.writer.begin()
             if self.writer.has_room(nbytes):
                 return
         await self._rotate()
+
+    async def _wait_for_compaction(self) -> None:
+        """Leave the loop and the disk to compaction for a while; see `pressure`."""
+        pressure = self._pressure
+        while pressure.of_commits >= 1 and await self.compactor.merged():
+            pass
+        pause_seconds = pressure.pause_seconds(self._time.now() - self._batch_started)
+        if pause_seconds and not self.compactor.is_idle:
+            await asyncio.sleep(pause_seconds)
 
     async def _give_up_active(self) -> None:
         """Seal the active segment if it is mostly dead, so that compaction can free its space.
@@ -375,16 +391,6 @@ class DiskTier:
         # Taken before the thread takes the number itself: a manifest that is written in between
         # must not know of the new segment, or it would pass for a dead one.
         self._next_log_number = self._last_number + 1
-        if sealed is not None:
-            sealed.segment.rows = bytes(sealed.rows)
-            self._run_in_background(self._sealed(sealed))
-
-    async def _seal_garbage(self) -> None:
-        """Seal the open segment if much of it is dead: only then can compaction free that."""
-        active = self.writer.active
-        if active is None or active.segment.dead_bytes < active.segment.length / 4:
-            return
-        sealed = await self.threads.write(self.writer.seal)
         if sealed is not None:
             sealed.segment.rows = bytes(sealed.rows)
             self._run_in_background(self._sealed(sealed))
@@ -455,9 +461,11 @@ class DiskTier:
             return
         segment.live_bytes -= length
         assert segment.live_bytes >= 0, (number, segment.live_bytes)
+        self._pressure.dead_bytes += length
         self._dead_since_check += length
         if self._dead_since_check > self._compaction_check_bytes:
             self._dead_since_check = 0
+            self._pressure.measure(self.segments.values())
             self.compactor.wake()
 
     # --- the manifest and compaction ----------------------------------------------------------
@@ -507,6 +515,7 @@ class DiskTier:
             assert item.live_bytes == 0, item
             del self.segments[item.number]
             self._open_segments.forget(item.number)
+        self._pressure.measure(self.segments.values())
         await self.threads.read(remove_segments, self._files, self.directory, numbers)
         await self._write_manifest(remove=frozenset(numbers))
 
