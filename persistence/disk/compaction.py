@@ -303,6 +303,7 @@ def finish_output(files: Files, directory: str, output: Output) -> None:
         output.frames,
         output.segment.lowest_sequence,
         output.highest_sequence,
+        durable_sequence=output.highest_sequence,  # it gets its name once it is synced
     )
     write_exactly(files, output.fd, footer, output.written)
     files.sync(output.fd)

@@ -149,7 +149,8 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
     )
     for number, header in headers.items():
         try:
-            yield _scan_segment(files, path, number, header, is_last=number == last_log)
+            is_last = number == last_log and number not in manifest.sealed
+            yield _scan_segment(files, path, number, header, is_last=is_last)
         except FileNotFoundError:
             continue  # compacted away meanwhile
 
@@ -264,7 +265,7 @@ class _Scan:
             frames = sum(self._counts.values()) - self._counts[FrameType.FOOTER]
             if len(frame.payload) != FOOTER_PAYLOAD.size:
                 self._damage(offset, None, "the footer has a wrong size")
-            elif FOOTER_PAYLOAD.unpack(frame.payload)[0] > frames + len(self._suspects):
+            elif FOOTER_PAYLOAD.unpack(frame.payload)[0] > frames and not self._suspects:
                 self._damage(offset, None, "the footer counts more frames than there are")
         elif frame.type == FrameType.PUT:
             self._check_record(offset, frame)
@@ -292,7 +293,7 @@ class _Scan:
         torn_from = self._size
         damages = list(self._damages)
         for offset, last_sequence, damage in self._suspects:
-            tail = self._is_last and not self._sealed and self._proven_sequence <= last_sequence
+            tail = self._is_last and self._proven_sequence <= last_sequence
             if tail:
                 torn_from = min(torn_from, offset)
             else:

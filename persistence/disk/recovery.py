@@ -19,6 +19,7 @@ It runs in a thread in short steps (it is a generator), so that the event loop k
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -64,6 +65,7 @@ _log = logging.getLogger("persistence.recovery")
 
 _ROWS_PER_STEP: Final = 2_000
 _FRAMES_PER_STEP: Final = 200
+_REWRITE_BYTES: Final = 2**20
 _GRANT: Final = 8
 _SEQUENCE_COLUMN: Final = slice(2, None, INDEX_ROW_BYTES // 8)  # in rows as 64-bit numbers
 _LENGTH_COLUMN: Final = slice(14, None, INDEX_ROW_BYTES // 4)  # in rows as 32-bit numbers
@@ -95,6 +97,42 @@ class Recovered:
     damages: list[Damage] = field(default_factory=list)
     clean: bool = False
     cut_bytes: int = 0
+
+
+class _Tail:
+    """What a scan of the last segment has found so far.
+
+    Attributes:
+        end: behind the last good frame.
+        frames: how many there are, the footer not counted.
+        last_sequence: the highest there is.
+        proven_sequence: a frame says that everything up to here had been synced.
+        has_footer: whether the last good frame is a footer.
+    """
+
+    def __init__(self, base_sequence: int) -> None:
+        self.end = SEGMENT_HEADER_BYTES
+        self.frames = 0
+        self.last_sequence = base_sequence
+        self.proven_sequence = base_sequence
+        self.has_footer = False
+        self._unproven: deque[tuple[int, int]] = deque()
+
+    @property
+    def unproven_from(self) -> int:
+        """Offset of the first good frame that nothing proves to have been synced."""
+        return self._unproven[0][1] if self._unproven else self.end
+
+    def take(self, offset: int, frame: Frame) -> None:
+        """Take in the next good frame."""
+        self.has_footer = frame.type == FrameType.FOOTER
+        self.frames += not self.has_footer
+        self.end = offset + frame.length
+        self.last_sequence = max(self.last_sequence, frame.sequence)
+        self.proven_sequence = max(self.proven_sequence, frame.durable_sequence)
+        self._unproven.append((frame.sequence, offset))
+        while self._unproven and self._unproven[0][0] <= self.proven_sequence:
+            self._unproven.popleft()
 
 
 class Recovery:
@@ -337,33 +375,28 @@ class Recovery:
 
     def _recover_last(self, header: SegmentHeader) -> Iterator[None]:
         segment = self.result.segments[header.number]
-        path = self._path(header.number)
-        size = segment.length
         rows = bytearray()
-        good_end = SEGMENT_HEADER_BYTES
-        last_sequence = header.base_sequence
-        frames = 0
-        sealed = False
-        fd = self._files.open_write(path)
+        tail = _Tail(header.base_sequence)
+        fd = self._files.open_write(self._path(header.number))
         try:
-            scan = scan_frames(self._files, fd, size, segment.salt_checksum)
+            scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
             for count, (offset, found) in enumerate(scan):
                 if count % _FRAMES_PER_STEP == 0:
                     yield
-                if not isinstance(found, Frame):
-                    if not self._acknowledged_behind(fd, segment, offset, last_sequence):
-                        break
+                if isinstance(found, Frame):
+                    self._add_row(rows, segment, offset, found)
+                    tail.take(offset, found)
+                elif self._acknowledged_behind(fd, segment, offset, tail.last_sequence):
                     self._report(segment, offset, found, rows)
-                    continue
-                sealed = found.type == FrameType.FOOTER
-                self._add_row(rows, segment, offset, found)
-                good_end = offset + found.length
-                last_sequence = max(last_sequence, found.sequence)
-                frames += 1
+                else:
+                    break
             yield from self._apply_rows(memoryview(rows), 0.0, segment)
-            self._cut(fd, segment, good_end, size)
-            if not sealed:
-                self._seal(fd, segment, good_end, frames, last_sequence)
+            self._cut(fd, segment, tail.end)
+            for start in range(tail.unproven_from, tail.end, _REWRITE_BYTES):
+                size = min(_REWRITE_BYTES, tail.end - start)
+                write_exactly(self._files, fd, read_exactly(self._files, fd, size, start), start)
+                yield
+            self._seal(fd, segment, tail)
         finally:
             self._files.close(fd)
         segment.sealed = True
@@ -383,7 +416,8 @@ class Recovery:
             isinstance(found, Frame) and found.durable_sequence > last_sequence for _, found in scan
         )
 
-    def _cut(self, fd: int, segment: Segment, good_end: int, size: int) -> None:
+    def _cut(self, fd: int, segment: Segment, good_end: int) -> None:
+        size = segment.length
         if good_end < size:
             tail = read_exactly(self._files, fd, size - good_end, good_end)
             if tail.strip(b"\0"):
@@ -399,13 +433,19 @@ class Recovery:
             self._files.sync(fd)
         segment.length = good_end
 
-    def _seal(self, fd: int, segment: Segment, end: int, frames: int, last_sequence: int) -> None:
-        footer = encode_footer(
-            segment.salt_checksum, frames, segment.lowest_sequence, last_sequence
-        )
-        write_exactly(self._files, fd, footer, end)
+    def _seal(self, fd: int, segment: Segment, tail: _Tail) -> None:
+        """Write the footer, unless it is there, and sync it with what was written again."""
+        if not tail.has_footer:
+            footer = encode_footer(
+                segment.salt_checksum,
+                tail.frames,
+                segment.lowest_sequence,
+                tail.last_sequence,
+                durable_sequence=tail.proven_sequence,
+            )
+            write_exactly(self._files, fd, footer, tail.end)
+            segment.length = tail.end + len(footer)
         self._files.sync(fd)
-        segment.length = end + len(footer)
 
     def _quarantine(self, number: int, offset: int, data: bytes) -> None:
         """Keep bytes that recovery takes out of the log. A full disk must not stop recovery."""

@@ -294,7 +294,11 @@ class LogWriter:
         if active is None:
             return None
         footer = encode_footer(
-            active.segment.salt_checksum, active.frames, active.lowest_sequence, self.sequence
+            active.segment.salt_checksum,
+            active.frames,
+            active.lowest_sequence,
+            self.sequence,
+            durable_sequence=self.durable_sequence,
         )
         self.append([footer], 0, sync=True)
         self._files.close(active.fd)
@@ -338,15 +342,21 @@ class LogWriter:
             self.active = None
 
 
-def encode_footer(salt_checksum: int, frames: int, lowest: int, highest: int) -> bytes:
-    """Encode the last frame of a sealed segment."""
+def encode_footer(
+    salt_checksum: int, frames: int, lowest: int, highest: int, *, durable_sequence: int
+) -> bytes:
+    """Encode the last frame of a sealed segment.
+
+    `durable_sequence` is what had been synced before, as in any other frame: a footer that reached
+    the disk is no proof that what lies in front of it did.
+    """
     return encode_frame(
         salt_checksum,
         FrameType.FOOTER,
         b"",
         FOOTER_PAYLOAD.pack(frames, lowest, highest),
         sequence=highest,
-        durable_sequence=highest,
+        durable_sequence=durable_sequence,
     )
 
 

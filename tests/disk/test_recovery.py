@@ -592,19 +592,20 @@ def test_a_full_disk_does_not_stop_the_cut() -> None:
     assert frames_of(made.files, 3)[-1].frame.type == FrameType.FOOTER
 
 
-def test_the_last_segment_is_sealed_by_truncate_sync_footer_sync_and_only_then_hinted() -> None:
+def test_the_last_segment_is_cut_written_again_sealed_and_only_then_hinted() -> None:
     made = a_tail_of_garbage()
     recover(made.files)
     name = segment_name(3)
     calls = [str(call) for call in made.files.calls]
     start = calls.index(f"truncate {name}")
-    assert calls[start : start + 4] == [
+    assert calls[start : start + 5] == [
         f"truncate {name}",
         f"sync {name}",
-        f"write_at {name}",
+        f"write_at {name}",  # what nothing proves to have been synced
+        f"write_at {name}",  # the footer
         f"sync {name}",
     ]
-    assert calls[start + 4] == f"create {hint_name(3)}.tmp"
+    assert calls[start + 5] == f"create {hint_name(3)}.tmp"
     *_, footer = frames_of(made.files, 3)
     assert footer.frame.type == FrameType.FOOTER
     assert footer.end == len(made.files.data(path_of(3)))
