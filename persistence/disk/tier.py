@@ -54,7 +54,15 @@ _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after whic
 
 @dataclass(frozen=True, slots=True)
 class DiskStats:
-    """What is on disk; sizes in bytes."""
+    """What is on disk; sizes in bytes.
+
+    Attributes:
+        takes_writes: False: the last one was refused, and nothing has changed since.
+        refusal: why not; empty if it does.
+    """
+
+    takes_writes: bool
+    refusal: str
 
     sessions: int
     segments: int
@@ -107,6 +115,7 @@ class DiskTier:
         self._unusable = recovered.unusable
         self._pressure = Pressure(config.segment_bytes)
         self._batch_started = time.now()
+        self._refused_bytes = 0  # of the last batch that disk.max_bytes had no room for
         self._dead_since_check = 0
         self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
@@ -346,15 +355,11 @@ class DiskTier:
             DiskFull: ``disk.max_bytes`` is reached, or there is no room for a new segment.
             WriteOutcomeUnknown: an earlier sync failed.
         """
-        limit = self._config.max_bytes
-        if limit and grows and self.total_bytes + nbytes > limit:
+        if grows and self._is_over_limit(nbytes):
+            self._refused_bytes = nbytes
             await self._give_up_active()
             self.compactor.wake(urgent=True)
-            raise DiskFull(
-                f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is {limit}: "
-                "no new writes; reads and memory go on; terminate sessions or raise the limit, "
-                "writes then resume by themselves"
-            )
+            raise DiskFull(self._limit_reached())
         self.writer.check_usable()
         if self._pressure.dead_bytes > self._pressure.soft_bytes:
             await self._wait_for_compaction()
@@ -364,6 +369,25 @@ class DiskTier:
             if self.writer.has_room(nbytes):
                 return
         await self._rotate()
+
+    def _is_over_limit(self, nbytes: int) -> bool:
+        limit = self._config.max_bytes
+        return bool(limit) and self.total_bytes + nbytes > limit
+
+    def _limit_reached(self) -> str:
+        return (
+            f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is "
+            f"{self._config.max_bytes}: no new writes; reads and memory go on; terminate sessions "
+            "or raise the limit, writes then resume by themselves"
+        )
+
+    def _refusal(self) -> str | None:
+        """Return why the disk takes no writes, as far as the last one tells."""
+        if self.writer.poisoned is not None:
+            return self.writer.poisoned
+        if self._refused_bytes and self._is_over_limit(self._refused_bytes):
+            return self._limit_reached()
+        return self.writer.full
 
     async def _wait_for_compaction(self) -> None:
         """Leave the loop and the disk to compaction for a while; see `pressure`."""
@@ -535,7 +559,10 @@ class DiskTier:
     def stats(self) -> DiskStats:
         """Return what is on disk."""
         segments = self.segments.values()
+        refusal = self._refusal()
         return DiskStats(
+            takes_writes=refusal is None,
+            refusal=refusal or "",
             sessions=len(self.index),
             segments=len(self.segments),
             total_bytes=self.total_bytes,

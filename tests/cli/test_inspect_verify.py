@@ -115,6 +115,13 @@ def test_damage_is_listed_with_file_offset_session_and_reason(
     assert command("inspect", directory, "--json").json["damages"] == 1
 
 
+def test_the_space_that_is_left_is_told(command: Command, directory: Path) -> None:
+    report = command("inspect", directory, "--json").json
+    assert report["free_bytes"] > 0
+    assert report["is_writable"] is True
+    assert "free space" in command("inspect", directory).out
+
+
 def add_one(directory: Path, *, copy: Path | None = None) -> None:
     """Add a session; with `copy`, keep the directory as a kill right after that would leave it."""
 
