@@ -45,6 +45,7 @@ from persistence.disk.format import (
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SEGMENT_HEADER_BYTES,
+    Corrupt,
     Frame,
     FrameType,
     NewerFormat,
@@ -57,6 +58,7 @@ from persistence.disk.index import SHARDS, Fingerprints, Index
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import scan_frames
 from persistence.disk.segments import Damage, Segment
+from persistence.disk.suspects import SUSPECT_BYTES, Suspect, lead_to_damage
 from persistence.disk.writer import encode_footer
 from persistence.errors import DirectoryNotUsable
 from persistence.record import NEVER
@@ -147,6 +149,7 @@ class Recovery:
         self._fingerprints = fingerprints
         self._touches: dict[bytes, tuple[int, float, float]] = {}
         self._deletes: dict[bytes, int] = {}
+        self._suspects: list[Suspect] = []
         self.result = Recovered()
 
     def steps(self) -> Iterator[None]:
@@ -346,15 +349,18 @@ class Recovery:
     def _scan_sealed(self, segment: Segment, rows: bytearray) -> Iterator[None]:
         """Scan a segment that must verify to its footer; any defect in it is corruption."""
         footer_seen = False
+        sequence = segment.lowest_sequence - 1
         fd = self._files.open_read(self._path(segment.number))
         try:
             scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
             for count, (offset, found) in enumerate(scan):
                 if isinstance(found, Frame):
                     footer_seen = found.type == FrameType.FOOTER
+                    sequence = found.sequence
                     self._add_row(rows, segment, offset, found)
                 else:
                     self._report(segment, offset, found, rows)
+                    self._suspect(fd, segment, offset, found, sequence)
                 if count % _FRAMES_PER_STEP == 0:
                     yield
         finally:
@@ -388,6 +394,7 @@ class Recovery:
                     tail.take(offset, found)
                 elif self._acknowledged_behind(fd, segment, offset, tail.last_sequence):
                     self._report(segment, offset, found, rows)
+                    self._suspect(fd, segment, offset, found, tail.last_sequence)
                 else:
                     break
             yield from self._apply_rows(memoryview(rows), 0.0, segment)
@@ -485,7 +492,9 @@ class Recovery:
             frame.user,
         )
 
-    def _report(self, segment: Segment, offset: int, found: object, rows: bytearray) -> None:
+    def _report(
+        self, segment: Segment, offset: int, found: Corrupt | Torn, rows: bytearray
+    ) -> None:
         """Report a defect. Where the key is intact, let reads of that session meet the damage.
 
         Its older versions must not come back: that would be a wrong value. For the same reason a
@@ -494,16 +503,11 @@ class Recovery:
         if isinstance(found, Torn):
             self._damage(segment.number, offset, None, "the frame is cut off")
             return
-        key = getattr(found, "key", None)
-        reason = getattr(found, "reason", "damaged")
-        self._damage(segment.number, offset, None if key is None else _text(key), reason)
-        sequence = getattr(found, "sequence", None)
-        kind = getattr(found, "type", None)
-        if key and sequence is not None and kind in (FrameType.PUT, FrameType.DELETE):
+        key, sequence = found.key, found.sequence
+        self._damage(segment.number, offset, None if key is None else _text(key), found.reason)
+        if key and sequence is not None and found.type in (FrameType.PUT, FrameType.DELETE):
             self.result.last_sequence = max(self.result.last_sequence, sequence)
-            length = getattr(found, "length", None) or 0
-            if kind == FrameType.DELETE:
-                length = ROW_IS_DELETE
+            length = ROW_IS_DELETE if found.type == FrameType.DELETE else found.length or 0
             rows += INDEX_ROW.pack(
                 self._fingerprints.of(key),
                 sequence,
@@ -515,6 +519,26 @@ class Recovery:
                 length,
                 0,
             )
+
+    def _suspect(
+        self, fd: int, segment: Segment, offset: int, found: Corrupt | Torn, sequence: int
+    ) -> None:
+        """Remember a frame that nobody can tell whose it was, until all others are known."""
+        if segment.kind == SegmentKind.LOG and (isinstance(found, Torn) or found.key is None):
+            data = read_exactly(self._files, fd, SUSPECT_BYTES, offset)
+            self._suspects.append(Suspect(segment.number, offset, sequence + 1, data))
+
+    def _resolve_suspects(self) -> None:
+        result = self.result
+        for suspect in self._suspects:
+            key = lead_to_damage(suspect, result.index, self._fingerprints)
+            if key is not None:
+                place = (self._path(suspect.segment), suspect.offset)
+                result.damages = [
+                    item for item in result.damages if (item.path, item.offset) != place
+                ]
+                reason = "the frame header is damaged; by the id behind it, it was this session's"
+                self._damage(suspect.segment, suspect.offset, _text(key), reason)
 
     def _damage(self, number: int, offset: int, session_id: str | None, reason: str) -> None:
         damage = Damage(self._path(number), offset, session_id, reason)
@@ -573,6 +597,7 @@ class Recovery:
         may have been renewed by that much without a trace. Too long is better than too short.
         """
         index = self.result.index
+        self._resolve_suspects()
         for count, (fingerprint, (sequence, accessed, deadline)) in enumerate(
             self._touches.items()
         ):
