@@ -287,7 +287,20 @@ class Recovery:
     # --- the caches ---------------------------------------------------------------------------
 
     def _take_snapshot(self, last_log: int) -> bool:
-        """Use the snapshot of a clean close if it describes exactly the segments that are here.
+        """Use the snapshot of a clean close, and use it up.
+
+        A crash from now on is not a clean close, even if nothing is written before it, and even
+        if the snapshot was not used.
+        """
+        taken = self._load_snapshot(last_log)
+        path = f"{self._directory}/{INDEX_SNAPSHOT}"
+        if self._files.exists(path):
+            self._files.remove(path)
+            self._files.sync_directory(self._directory)
+        return taken
+
+    def _load_snapshot(self, last_log: int) -> bool:
+        """Load the snapshot if it describes exactly the segments that are here.
 
         And if each has its hint: it is wanted by compaction, and only recovery makes lost ones.
         """
@@ -307,9 +320,6 @@ class Recovery:
             segment.live_bytes, segment.tombstone_bytes = live_bytes, tombstone_bytes
             segment.touch_bytes = touch_bytes
         result.clean = True
-        # Used up: a crash from now on is not a clean close, even if nothing is written before it.
-        self._files.remove(f"{self._directory}/{INDEX_SNAPSHOT}")
-        self._files.sync_directory(self._directory)
         if last_log:
             result.segments[last_log].sealed = True  # a clean close seals before the snapshot
         return True

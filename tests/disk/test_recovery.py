@@ -865,6 +865,14 @@ async def deadline_after(*, close: bool, renew: bool = True, ttl_seconds: float 
         return row.deadline - clock.wall()
 
 
+def test_a_snapshot_that_was_not_used_does_not_turn_a_later_crash_into_a_clean_close() -> None:
+    made = segments(closed=True)
+    made.files.delete(hint_of(1))
+    assert not recover(made.files).clean
+    assert hint_of(1) in made.files.contents(), "everything is as the snapshot says again"
+    assert not recover(made.files.after_kill()).clean
+
+
 async def test_after_a_crash_a_renewing_session_is_granted_an_eighth_of_its_ttl() -> None:
     assert await deadline_after(close=False) == pytest.approx(900.0)
 
