@@ -20,7 +20,19 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self, get_args
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeVar,
+    get_args,
+)
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +46,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from persistence.errors import ConfigError
+
+Taken = TypeVar("Taken")
+Kept = TypeVar("Kept")
 
 KIB: Final = 2**10
 MIB: Final = 2**20
@@ -140,11 +155,21 @@ _Seconds = Annotated[float, BeforeValidator(_not_bool), _Noun("a number of secon
 _Count = Annotated[int, BeforeValidator(_not_bool), _Noun("a whole number")]
 _Fraction = Annotated[float, BeforeValidator(_not_bool), _Noun("a number")]
 _SIZE_NOUN: Final = _Noun('a number of bytes or a size such as "64MiB"')
-_Size = Annotated[int, BeforeValidator(_size_bytes), _SIZE_NOUN]
-_Path = Annotated[str, BeforeValidator(_path_text), _Noun("the path of a directory")]
-_Store = Annotated[
-    str, BeforeValidator(_path_text), _Noun('"auto", "redis" or the path of a directory')
-]
+if TYPE_CHECKING:
+    # A field of a descriptor's type takes what its __set__ takes and gives what its __get__ gives.
+    class _Given(Generic[Taken, Kept]):
+        def __get__(self, instance: object, owner: object) -> Kept: ...
+        def __set__(self, instance: object, value: Taken) -> None: ...
+
+    _Size = _Given[int | str, int]
+    _Path = _Given[str | os.PathLike[str], str]
+    _Store = _Given[str | os.PathLike[str], str]
+else:
+    _Size = Annotated[int, BeforeValidator(_size_bytes), _SIZE_NOUN]
+    _Path = Annotated[str, BeforeValidator(_path_text), _Noun("the path of a directory")]
+    _Store = Annotated[
+        str, BeforeValidator(_path_text), _Noun('"auto", "redis" or the path of a directory')
+    ]
 _Url = Annotated[
     str | None,
     BeforeValidator(_url_text),
@@ -159,6 +184,11 @@ _Namespace = Annotated[
     AfterValidator(_namespace_text),
     _Noun("1 to 128 characters without spaces, control characters and braces"),
 ]
+
+
+def _default(value: Any) -> Any:
+    """Return `value`: a default as `Field` takes it where a field's type is a descriptor's."""
+    return value
 
 
 class _Table(BaseModel):
@@ -232,7 +262,7 @@ class SessionConfig(_Table):
         description="Sessions alive at once, in all tiers of this worker; 0 = unlimited.",
     )
     max_bytes: _Size = Field(
-        default=64 * MIB,
+        default=_default(64 * MIB),
         ge=1,
         le=_MAX_SEGMENT_BYTES,
         description="Packed bytes that one session may hold; a larger one is refused.",
@@ -254,7 +284,7 @@ class MemoryConfig(_Table):
     table: ClassVar[str] = "memory"
 
     max_bytes: _Size = Field(
-        default=100 * MIB,
+        default=_default(100 * MIB),
         ge=1,
         le=_MAX_COUNT,
         description="Budget of the sessions held in memory, in bytes.",
@@ -300,7 +330,7 @@ class DiskConfig(_Table):
     table: ClassVar[str] = "disk"
 
     path: _Path = Field(
-        default=".persistence",
+        default=_default(".persistence"),
         description="Directory of the log, created when missing; one process at a time owns it.",
     )
     fsync: Literal["always", "interval", "never"] = Field(
@@ -317,7 +347,7 @@ class DiskConfig(_Table):
         description='Seconds between two syncs with fsync = "interval".',
     )
     segment_bytes: _Size = Field(
-        default=64 * MIB,
+        default=_default(64 * MIB),
         ge=64 * KIB,
         le=_MAX_SEGMENT_BYTES,
         description="Bytes after which the log goes on in a new file.",
@@ -326,19 +356,19 @@ class DiskConfig(_Table):
         default="lz4", description="Compression of records for which it pays."
     )
     max_bytes: _Size = Field(
-        default=0,
+        default=_default(0),
         ge=0,
         le=_MAX_COUNT,
         description="Bytes that the log may take on disk; 0 = as many as there are.",
     )
     compaction_bytes_per_second: _Size = Field(
-        default=64 * MIB,
+        default=_default(64 * MIB),
         ge=0,
         le=_MAX_COUNT,
         description="Bytes per second that compaction may copy; 0 = unlimited.",
     )
     queue_bytes: _Size = Field(
-        default=16 * MIB,
+        default=_default(16 * MIB),
         ge=1,
         le=_MAX_COUNT,
         description="Bytes of updates that may wait for the disk before writers are held back.",
@@ -430,7 +460,7 @@ class CheckpointConfig(_Table):
         default=5, ge=1, le=_MAX_COUNT, description="How many checkpoints stay restorable."
     )
     store: _Store = Field(
-        default="auto",
+        default=_default("auto"),
         description=(
             "Where checkpoints go: redis, the path of a directory, or auto = redis when there is "
             "one, else a directory beside the log."

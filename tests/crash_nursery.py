@@ -1,8 +1,10 @@
 """Runs workers that are killed: one order a line on stdin, their reports on stdout.
 
-An order is ``{"directory": …, "fsync": …, "run": …, "seconds": …, "closes": …}``. A child is
-forked, works in that directory, and is killed with SIGKILL after `seconds`. With `closes` it closes
-its manager after half of that time, so that the kill may hit the closing.
+An order is ``{"directory": …, "disk": {…}, "filler_bytes": …, "run": …, "seconds": …, "closes":
+…}``. A child is forked, works in that directory, and is killed with SIGKILL after `seconds`. With
+`closes` it closes its manager after half of that time, so that the kill may hit the closing.
+`disk` is what its `DiskConfig` says otherwise than here; records hold up to `filler_bytes` more
+than their counters.
 
 The child writes a JSON array a line, each in one call, so that a kill leaves whole lines only:
 
@@ -44,8 +46,9 @@ def report(*words: Any) -> None:
 class Worker:
     """Changes sessions for as long as it lives."""
 
-    def __init__(self, state: StateManager, run: int) -> None:
+    def __init__(self, state: StateManager, run: int, filler_bytes: int) -> None:
         self._state = state
+        self._filler_bytes = filler_bytes
         self._rng = random.Random(run)
         self._generations = count(run * 1_000_000)
 
@@ -91,7 +94,7 @@ class Worker:
         return None
 
     async def _add(self, session_id: str, then: list[int], *, edits: bool = False) -> State:
-        filler = self._rng.randbytes(int(4000 * self._rng.random() ** 3))
+        filler = self._rng.randbytes(int(self._filler_bytes * self._rng.random() ** 3))
 
         def add(draft: SessionDraft) -> None:
             draft["count"] += 1
@@ -114,17 +117,17 @@ async def work(order: dict[str, Any]) -> None:
             "memory": {"max_bytes": "32KiB"},
             "disk": {
                 "path": order["directory"],
-                "fsync": order["fsync"],
                 "flush_interval_seconds": 0.05,
                 "segment_bytes": "64KiB",
                 "queue_bytes": "32KiB",
                 "compaction_bytes_per_second": 0,
+                **order["disk"],
             },
         }
     )
     state = StateManager(config=config)
     await state.open()
-    worker = Worker(state, order["run"])
+    worker = Worker(state, order["run"], order["filler_bytes"])
     tasks = [asyncio.create_task(worker.work(session_id)) for session_id in SESSIONS]
     ended, _ = await asyncio.wait(
         tasks,

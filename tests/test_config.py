@@ -595,3 +595,15 @@ def test_importing_the_configuration_leaves_out_what_only_loading_needs() -> Non
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "set()"
+
+
+# The types
+
+
+def test_the_types_allow_what_the_fields_accept_and_say_what_they_hold() -> None:
+    # Checked by mypy --strict, which looks at the tests as well.
+    session = SessionConfig(max_bytes="64MiB")
+    disk = DiskConfig(path=Path("state"), segment_bytes="1MiB", queue_bytes=2**20)
+    max_bytes: int = session.max_bytes
+    path: str = disk.path
+    assert (max_bytes, path, disk.segment_bytes) == (2**26, "state", 2**20)

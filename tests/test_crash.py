@@ -19,11 +19,14 @@ from typing import Any
 import pytest
 
 from persistence import StateConfig, StateManager
+from persistence.disk.filenames import MANIFEST
+from persistence.disk.inspect import scan_directory
 from tests.crash_nursery import SESSIONS, State
 from tests.engine import contents
 
 KILLS = 24
 LONGEST_SECONDS = 0.4
+MOST_SEGMENTS = 40
 NURSERY = Path(__file__).with_name("crash_nursery.py")
 ROOT = Path(__file__).parents[1]
 
@@ -106,9 +109,17 @@ def work_and_check(
     return code, lines
 
 
-@pytest.mark.parametrize("fsync", ["always", "interval", "never"])
+@pytest.mark.parametrize(
+    ("fsync", "segment", "filler_bytes"),
+    [
+        ("always", "64KiB", 4_000),
+        ("interval", "64KiB", 4_000),
+        ("never", "64KiB", 4_000),
+        ("always", "1MiB", 40_000),
+    ],
+)
 async def test_a_kill_at_any_time_loses_nothing_acknowledged_and_invents_nothing(
-    tmp_path: Path, nursery: Nursery, fsync: str
+    tmp_path: Path, nursery: Nursery, fsync: str, segment: str, filler_bytes: int
 ) -> None:
     rng = random.Random(f"kill with fsync {fsync}")
     directory = tmp_path / "state"
@@ -118,7 +129,8 @@ async def test_a_kill_at_any_time_loses_nothing_acknowledged_and_invents_nothing
         run += 1
         order = {
             "directory": str(directory),
-            "fsync": fsync,
+            "disk": {"fsync": fsync, "segment_bytes": segment, "queue_bytes": segment},
+            "filler_bytes": filler_bytes,
             "run": run,
             "seconds": rng.uniform(0.01, LONGEST_SECONDS),
             "closes": rng.random() < 0.2,
@@ -126,6 +138,10 @@ async def test_a_kill_at_any_time_loses_nothing_acknowledged_and_invents_nothing
         code, _ = work_and_check(nursery, order, histories)
         assert code in (None, 0)
         kills += code is None
+        if (directory / MANIFEST).exists():
+            reports = [report for report, _ in scan_directory(str(directory))]
+            assert not any(report.damages for report in reports), "before it is opened again"
+            assert len(reports) < MOST_SEGMENTS, "compaction keeps up, however short its life is"
         assert run < 4 * KILLS
     assert sum(history.acknowledged for history in histories.values()) > 20 * KILLS
     await check_by_opening(directory, tmp_path / "copy", histories)

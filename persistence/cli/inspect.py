@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from persistence.cli.directory import is_open_elsewhere, quarantine_bytes, requi
 from persistence.cli.failure import EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
+from persistence.disk.files import Files
 from persistence.disk.format import FORMAT_VERSION
 from persistence.disk.inspect import inspect_directory
 
@@ -27,6 +29,8 @@ class Summary:
         torn_bytes: of an append that a crash interrupted; the next opening cuts them off.
         damages: damaged places; ``persistence verify`` lists them.
         quarantined: pieces kept aside by earlier openings.
+        free_bytes: what its file system still takes.
+        is_writable: whether this user may write to it, on a file system that takes writes.
         is_open_elsewhere: a process has the directory open, so the numbers are of a moment.
     """
 
@@ -46,6 +50,8 @@ class Summary:
     damages: int = 0
     quarantined: int = 0
     quarantined_bytes: int = 0
+    free_bytes: int = 0
+    is_writable: bool = True
     is_open_elsewhere: bool = False
 
 
@@ -71,6 +77,8 @@ def summarize(directory: Path) -> Summary:
         str(directory),
         quarantined=len(pieces),
         quarantined_bytes=sum(pieces),
+        free_bytes=Files().space(str(directory)).free_bytes,
+        is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
     )
     for report in inspect_directory(str(directory)):
@@ -101,6 +109,9 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "… renewals", f"{summary.touches:,}"
     yield "… tombstones", f"{summary.deletes:,}"
     yield "quarantine", f"{summary.quarantined:,} ({format_bytes(summary.quarantined_bytes)})"
+    yield "free space", format_bytes(summary.free_bytes)
+    if not summary.is_writable:
+        yield "READ-ONLY", "it cannot be opened by a worker of this user"
     if summary.torn_bytes:
         yield "torn tail", f"{format_bytes(summary.torn_bytes)}, cut off at the next opening"
     if summary.damages:

@@ -53,9 +53,11 @@ _LENGTH: Final = 7  # the column of an index row
 def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
     """Return the segments to merge next, or none. Pure.
 
-    In this order: segments that are dead to `MIN_DEAD_FRACTION`, the deadest first, as many as
-    fill one output; the oldest segments, when tombstones have piled up (only together with
-    everything older can they go); many small ones.
+    In this order: the oldest segments, when tombstones have piled up (only together with
+    everything older can they go) and take more than the dead do; segments that are dead to
+    `MIN_DEAD_FRACTION`, the deadest first, as many as fill one output; many small ones. Where dead
+    ones are merged and there are many small ones, the smallest go along: under a load that never
+    pauses there is always something dead, and each merge may leave a small one behind.
 
     A merge always makes progress, so merging comes to an end: its outputs hold nothing that counts
     as dead, and tombstones that had to be kept are looked at again only when what they wait for
@@ -68,18 +70,32 @@ def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segme
         if item.sealed and not (item.damaged or item.unapplied or item.without_rows)
     ]
     dead = sorted(
-        (item for item in usable if item.dead_bytes > MIN_DEAD_FRACTION * item.length),
+        (item for item in usable if _is_dead(item)),
         key=lambda item: item.dead_bytes / item.length,
         reverse=True,
     )
-    empty = [item for item in usable if item.length <= SEGMENT_HEADER_BYTES + FOOTER_BYTES]
-    if dead or empty:
-        return _as_many_as_fit([*empty, *dead], segment_bytes)
-    buried = _oldest_with_tombstones(usable, everything)
+    buried = _oldest_with_tombstones(usable, everything, sum(item.dead_bytes for item in dead))
     if buried:
         return buried
-    small = [item for item in usable if item.length < segment_bytes * _SMALL_FRACTION]
-    return _as_many_as_fit(small, segment_bytes) if len(small) >= _MIN_SMALL_SEGMENTS else []
+    small = sorted(
+        (
+            item
+            for item in usable
+            if item.length < segment_bytes * _SMALL_FRACTION and not _is_dead(item)
+        ),
+        key=lambda item: item.length,
+    )
+    if len(small) < _MIN_SMALL_SEGMENTS:
+        small = []
+    elif dead:
+        small = small[:_MIN_SMALL_SEGMENTS]
+    return _as_many_as_fit([*small, *dead], segment_bytes)
+
+
+def _is_dead(item: Segment) -> bool:
+    """Whether merging this segment alone would pay: it is empty, or much of it is dead."""
+    is_empty = item.length <= SEGMENT_HEADER_BYTES + FOOTER_BYTES
+    return is_empty or item.dead_bytes > MIN_DEAD_FRACTION * item.length
 
 
 def fade_touches(segments: Iterable[Segment], frames: int, sessions: int) -> None:
@@ -104,11 +120,17 @@ def _as_many_as_fit(segments: list[Segment], segment_bytes: int) -> list[Segment
     return chosen
 
 
-def _oldest_with_tombstones(usable: list[Segment], everything: list[Segment]) -> list[Segment]:
-    """Return the oldest segments up to the first with tombstones that can go, if it pays."""
+def _oldest_with_tombstones(
+    usable: list[Segment], everything: list[Segment], dead_bytes: int
+) -> list[Segment]:
+    """Return the oldest segments up to the first with tombstones that can go, if it pays.
+
+    It pays when tombstones take a good part of the log, and more than `dead_bytes`, which are
+    freed at less expense.
+    """
     total = sum(item.length for item in usable)
     buried = sum(item.tombstone_bytes for item in usable)
-    if buried <= _MAX_TOMBSTONE_FRACTION * total:
+    if buried <= max(dead_bytes, _MAX_TOMBSTONE_FRACTION * total):
         return []
     ordered = sorted(usable, key=lambda item: item.lowest_sequence)
     for place, item in enumerate(ordered):
@@ -281,6 +303,7 @@ def finish_output(files: Files, directory: str, output: Output) -> None:
         output.frames,
         output.segment.lowest_sequence,
         output.highest_sequence,
+        durable_sequence=output.highest_sequence,  # it gets its name once it is synced
     )
     write_exactly(files, output.fd, footer, output.written)
     files.sync(output.fd)

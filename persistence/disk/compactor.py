@@ -34,6 +34,7 @@ from persistence.disk.format import (
     restamp,
 )
 from persistence.disk.index import Fingerprints, Index
+from persistence.disk.pressure import Pressure
 from persistence.disk.segments import OpenSegments, Segment
 from persistence.disk.threads import Threads
 from persistence.slices import Slices
@@ -82,7 +83,7 @@ class Surroundings:
 
     `publish` writes the manifest for (outputs, inputs): the moment of truth. `monotonic` and
     `skew` are the clock's. `damage` reports a defect. `frames_applied` counts the frames that the
-    index has taken in.
+    index has taken in. `pressure` tells how much dead space there is.
     """
 
     files: Files
@@ -98,6 +99,7 @@ class Surroundings:
     forget: Callable[[list[Segment]], Awaitable[None]]
     damage: Callable[[Segment, int, str], None]
     frames_applied: Callable[[], int]
+    pressure: Pressure
     monotonic: Callable[[], float]
     skew: Callable[[], float]
 
@@ -108,7 +110,8 @@ class Compactor:
     Args:
         around: what it works on.
         segment_bytes: size of a segment.
-        bytes_per_second: rate limit for reading; 0: none.
+        bytes_per_second: rate limit for reading; 0: none. The more dead space there is, the more
+            of it is passed over.
     """
 
     def __init__(self, around: Surroundings, segment_bytes: int, bytes_per_second: int) -> None:
@@ -120,6 +123,7 @@ class Compactor:
         self._idle = asyncio.Event()
         self._idle.set()
         self._urgent = False
+        self._waiting: list[asyncio.Future[None]] = []
         self._frames_seen = 0
         self._task: asyncio.Task[None] | None = None
         self.stats = CompactionStats()
@@ -130,6 +134,8 @@ class Compactor:
 
     def wake(self, *, urgent: bool = False) -> None:
         """Look for something to merge; `urgent`: space has run out, ignore the rate limit."""
+        if self._stopping.is_set():
+            return
         self._urgent = self._urgent or urgent
         self._idle.clear()
         self._work.set()
@@ -137,6 +143,26 @@ class Compactor:
     async def settle(self) -> None:
         """Wait until there is nothing left to merge."""
         await self._idle.wait()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has nothing to do, or can do nothing."""
+        return self._idle.is_set()
+
+    async def merged(self) -> bool:
+        """Wait until the next merge has ended; False: there is none to wait for."""
+        if self.is_idle:
+            return False
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        await waiting
+        return not self.is_idle
+
+    def _tell_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for item in waiting:
+            if not item.done():
+                item.set_result(None)
 
     async def stop(self) -> None:
         """Abandon the merge under way and end the task."""
@@ -153,7 +179,7 @@ class Compactor:
             self._fade_touches()  # once, so that traffic does not keep the merging going
             try:
                 while await self._merge_once():
-                    pass
+                    self._tell_waiting()
             except _Stopped:
                 break
             except OSError as error:
@@ -164,8 +190,12 @@ class Compactor:
                 _log.exception("%s: compaction failed", self._around.directory)
             self._urgent = False
             if not self._work.is_set():
-                self._idle.set()
+                self._become_idle()
+        self._become_idle()
+
+    def _become_idle(self) -> None:
         self._idle.set()
+        self._tell_waiting()
 
     def _fade_touches(self) -> None:
         around = self._around
@@ -336,10 +366,11 @@ class Compactor:
         """Keep to the rate limit, and notice that the tier is closing."""
         if self._stopping.is_set():
             raise _Stopped
-        if not self._bytes_per_second or self._urgent:
+        unhurried = 1 - self._around.pressure.of_compaction
+        if not self._bytes_per_second or self._urgent or unhurried <= 0:
             return
         try:
-            async with asyncio.timeout(nbytes / self._bytes_per_second):
+            async with asyncio.timeout(unhurried * nbytes / self._bytes_per_second):
                 await self._stopping.wait()
         except TimeoutError:
             return

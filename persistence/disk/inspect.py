@@ -8,14 +8,13 @@ while they are being looked at are passed over.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from persistence.disk.directory import read_manifest
-from persistence.disk.filenames import QUARANTINE, parse_segment, segment_name
+from persistence.disk.filenames import parse_segment, segment_name
 from persistence.disk.files import Files, read_exactly
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
-    FORMAT_VERSION,
     SEGMENT_HEADER_BYTES,
     Corrupt,
     Frame,
@@ -58,46 +57,11 @@ class SegmentReport:
     damages: list[Damage] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class DirectorySummary:
-    """What a directory is, besides its segments."""
-
-    directory: str
-    format_version: int
-    directory_id: str
-    segments: int
-    missing: list[str]
-    quarantined_files: int
-    total_bytes: int
-
-
 @dataclass(slots=True)
 class _Tally:
     segment: int
     sequence: int
     length: int  # 0: the newest frame is a tombstone
-
-
-def summarize_directory(path: str) -> DirectorySummary:
-    """Return what the directory at `path` is.
-
-    Raises:
-        DirectoryNotUsable: not a directory of this library, or of a newer format.
-    """
-    files = Files()
-    manifest, names = _open(files, path)
-    numbers = _live_numbers(manifest, names)
-    quarantine = f"{path}/{QUARANTINE}"
-    kept = files.list_directory(quarantine) if files.exists(quarantine) else []
-    return DirectorySummary(
-        directory=path,
-        format_version=FORMAT_VERSION,
-        directory_id=manifest.directory_id.hex(),
-        segments=len(numbers),
-        missing=[segment_name(number) for number in sorted(manifest.sealed - set(numbers))],
-        quarantined_files=len(kept),
-        total_bytes=sum(_size(files, f"{path}/{segment_name(number)}") for number in numbers),
-    )
 
 
 def inspect_directory(path: str) -> Iterator[SegmentReport]:
@@ -117,12 +81,8 @@ def inspect_directory(path: str) -> Iterator[SegmentReport]:
                 newest[key] = tally
     for report, _ in scanned:
         live = [item for item in newest.values() if item.segment == report.number and item.length]
-        yield _with_live(report, len(live), sum(item.length for item in live))
-
-
-def _with_live(report: SegmentReport, sessions: int, nbytes: int) -> SegmentReport:
-    values = {name: getattr(report, name) for name in SegmentReport.__dataclass_fields__}
-    return SegmentReport(**{**values, "live_sessions": sessions, "live_bytes": nbytes})
+        live_bytes = sum(item.length for item in live)
+        yield replace(report, live_sessions=len(live), live_bytes=live_bytes)
 
 
 def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tally]]]:
@@ -149,7 +109,8 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
     )
     for number, header in headers.items():
         try:
-            yield _scan_segment(files, path, number, header, is_last=number == last_log)
+            is_last = number == last_log and number not in manifest.sealed
+            yield _scan_segment(files, path, number, header, is_last=is_last)
         except FileNotFoundError:
             continue  # compacted away meanwhile
 
@@ -177,17 +138,6 @@ def _live_numbers(manifest: Manifest, names: list[str]) -> list[int]:
         for number in numbers - manifest.dropped
         if number in manifest.sealed or number >= manifest.next_number
     )
-
-
-def _size(files: Files, path: str) -> int:
-    try:
-        fd = files.open_read(path)
-    except FileNotFoundError:
-        return 0
-    try:
-        return files.size(fd)
-    finally:
-        files.close(fd)
 
 
 def _header(files: Files, path: str, number: int) -> SegmentHeader | None:
@@ -264,7 +214,7 @@ class _Scan:
             frames = sum(self._counts.values()) - self._counts[FrameType.FOOTER]
             if len(frame.payload) != FOOTER_PAYLOAD.size:
                 self._damage(offset, None, "the footer has a wrong size")
-            elif FOOTER_PAYLOAD.unpack(frame.payload)[0] > frames + len(self._suspects):
+            elif FOOTER_PAYLOAD.unpack(frame.payload)[0] > frames and not self._suspects:
                 self._damage(offset, None, "the footer counts more frames than there are")
         elif frame.type == FrameType.PUT:
             self._check_record(offset, frame)
@@ -292,7 +242,7 @@ class _Scan:
         torn_from = self._size
         damages = list(self._damages)
         for offset, last_sequence, damage in self._suspects:
-            tail = self._is_last and not self._sealed and self._proven_sequence <= last_sequence
+            tail = self._is_last and self._proven_sequence <= last_sequence
             if tail:
                 torn_from = min(torn_from, offset)
             else:

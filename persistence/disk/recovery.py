@@ -19,6 +19,7 @@ It runs in a thread in short steps (it is a generator), so that the event loop k
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -44,6 +45,7 @@ from persistence.disk.format import (
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SEGMENT_HEADER_BYTES,
+    Corrupt,
     Frame,
     FrameType,
     NewerFormat,
@@ -56,6 +58,7 @@ from persistence.disk.index import SHARDS, Fingerprints, Index
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import scan_frames
 from persistence.disk.segments import Damage, Segment
+from persistence.disk.suspects import SUSPECT_BYTES, Suspect, lead_to_damage
 from persistence.disk.writer import encode_footer
 from persistence.errors import DirectoryNotUsable
 from persistence.record import NEVER
@@ -64,6 +67,7 @@ _log = logging.getLogger("persistence.recovery")
 
 _ROWS_PER_STEP: Final = 2_000
 _FRAMES_PER_STEP: Final = 200
+_REWRITE_BYTES: Final = 2**20
 _GRANT: Final = 8
 _SEQUENCE_COLUMN: Final = slice(2, None, INDEX_ROW_BYTES // 8)  # in rows as 64-bit numbers
 _LENGTH_COLUMN: Final = slice(14, None, INDEX_ROW_BYTES // 4)  # in rows as 32-bit numbers
@@ -97,6 +101,42 @@ class Recovered:
     cut_bytes: int = 0
 
 
+class _Tail:
+    """What a scan of the last segment has found so far.
+
+    Attributes:
+        end: behind the last good frame.
+        frames: how many there are, the footer not counted.
+        last_sequence: the highest there is.
+        proven_sequence: a frame says that everything up to here had been synced.
+        has_footer: whether the last good frame is a footer.
+    """
+
+    def __init__(self, base_sequence: int) -> None:
+        self.end = SEGMENT_HEADER_BYTES
+        self.frames = 0
+        self.last_sequence = base_sequence
+        self.proven_sequence = base_sequence
+        self.has_footer = False
+        self._unproven: deque[tuple[int, int]] = deque()
+
+    @property
+    def unproven_from(self) -> int:
+        """Offset of the first good frame that nothing proves to have been synced."""
+        return self._unproven[0][1] if self._unproven else self.end
+
+    def take(self, offset: int, frame: Frame) -> None:
+        """Take in the next good frame."""
+        self.has_footer = frame.type == FrameType.FOOTER
+        self.frames += not self.has_footer
+        self.end = offset + frame.length
+        self.last_sequence = max(self.last_sequence, frame.sequence)
+        self.proven_sequence = max(self.proven_sequence, frame.durable_sequence)
+        self._unproven.append((frame.sequence, offset))
+        while self._unproven and self._unproven[0][0] <= self.proven_sequence:
+            self._unproven.popleft()
+
+
 class Recovery:
     """One recovery. Call `steps` and exhaust it, in a thread; then `result` holds the outcome."""
 
@@ -109,6 +149,7 @@ class Recovery:
         self._fingerprints = fingerprints
         self._touches: dict[bytes, tuple[int, float, float]] = {}
         self._deletes: dict[bytes, int] = {}
+        self._suspects: list[Suspect] = []
         self.result = Recovered()
 
     def steps(self) -> Iterator[None]:
@@ -246,7 +287,20 @@ class Recovery:
     # --- the caches ---------------------------------------------------------------------------
 
     def _take_snapshot(self, last_log: int) -> bool:
-        """Use the snapshot of a clean close if it describes exactly the segments that are here.
+        """Use the snapshot of a clean close, and use it up.
+
+        A crash from now on is not a clean close, even if nothing is written before it, and even
+        if the snapshot was not used.
+        """
+        taken = self._load_snapshot(last_log)
+        path = f"{self._directory}/{INDEX_SNAPSHOT}"
+        if self._files.exists(path):
+            self._files.remove(path)
+            self._files.sync_directory(self._directory)
+        return taken
+
+    def _load_snapshot(self, last_log: int) -> bool:
+        """Load the snapshot if it describes exactly the segments that are here.
 
         And if each has its hint: it is wanted by compaction, and only recovery makes lost ones.
         """
@@ -266,9 +320,6 @@ class Recovery:
             segment.live_bytes, segment.tombstone_bytes = live_bytes, tombstone_bytes
             segment.touch_bytes = touch_bytes
         result.clean = True
-        # Used up: a crash from now on is not a clean close, even if nothing is written before it.
-        self._files.remove(f"{self._directory}/{INDEX_SNAPSHOT}")
-        self._files.sync_directory(self._directory)
         if last_log:
             result.segments[last_log].sealed = True  # a clean close seals before the snapshot
         return True
@@ -308,15 +359,18 @@ class Recovery:
     def _scan_sealed(self, segment: Segment, rows: bytearray) -> Iterator[None]:
         """Scan a segment that must verify to its footer; any defect in it is corruption."""
         footer_seen = False
+        sequence = segment.lowest_sequence - 1
         fd = self._files.open_read(self._path(segment.number))
         try:
             scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
             for count, (offset, found) in enumerate(scan):
                 if isinstance(found, Frame):
                     footer_seen = found.type == FrameType.FOOTER
+                    sequence = found.sequence
                     self._add_row(rows, segment, offset, found)
                 else:
                     self._report(segment, offset, found, rows)
+                    self._suspect(fd, segment, offset, found, sequence)
                 if count % _FRAMES_PER_STEP == 0:
                     yield
         finally:
@@ -337,33 +391,29 @@ class Recovery:
 
     def _recover_last(self, header: SegmentHeader) -> Iterator[None]:
         segment = self.result.segments[header.number]
-        path = self._path(header.number)
-        size = segment.length
         rows = bytearray()
-        good_end = SEGMENT_HEADER_BYTES
-        last_sequence = header.base_sequence
-        frames = 0
-        sealed = False
-        fd = self._files.open_write(path)
+        tail = _Tail(header.base_sequence)
+        fd = self._files.open_write(self._path(header.number))
         try:
-            scan = scan_frames(self._files, fd, size, segment.salt_checksum)
+            scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
             for count, (offset, found) in enumerate(scan):
                 if count % _FRAMES_PER_STEP == 0:
                     yield
-                if not isinstance(found, Frame):
-                    if not self._acknowledged_behind(fd, segment, offset, last_sequence):
-                        break
+                if isinstance(found, Frame):
+                    self._add_row(rows, segment, offset, found)
+                    tail.take(offset, found)
+                elif self._acknowledged_behind(fd, segment, offset, tail.last_sequence):
                     self._report(segment, offset, found, rows)
-                    continue
-                sealed = found.type == FrameType.FOOTER
-                self._add_row(rows, segment, offset, found)
-                good_end = offset + found.length
-                last_sequence = max(last_sequence, found.sequence)
-                frames += 1
+                    self._suspect(fd, segment, offset, found, tail.last_sequence)
+                else:
+                    break
             yield from self._apply_rows(memoryview(rows), 0.0, segment)
-            self._cut(fd, segment, good_end, size)
-            if not sealed:
-                self._seal(fd, segment, good_end, frames, last_sequence)
+            self._cut(fd, segment, tail.end)
+            for start in range(tail.unproven_from, tail.end, _REWRITE_BYTES):
+                size = min(_REWRITE_BYTES, tail.end - start)
+                write_exactly(self._files, fd, read_exactly(self._files, fd, size, start), start)
+                yield
+            self._seal(fd, segment, tail)
         finally:
             self._files.close(fd)
         segment.sealed = True
@@ -383,7 +433,8 @@ class Recovery:
             isinstance(found, Frame) and found.durable_sequence > last_sequence for _, found in scan
         )
 
-    def _cut(self, fd: int, segment: Segment, good_end: int, size: int) -> None:
+    def _cut(self, fd: int, segment: Segment, good_end: int) -> None:
+        size = segment.length
         if good_end < size:
             tail = read_exactly(self._files, fd, size - good_end, good_end)
             if tail.strip(b"\0"):
@@ -399,13 +450,19 @@ class Recovery:
             self._files.sync(fd)
         segment.length = good_end
 
-    def _seal(self, fd: int, segment: Segment, end: int, frames: int, last_sequence: int) -> None:
-        footer = encode_footer(
-            segment.salt_checksum, frames, segment.lowest_sequence, last_sequence
-        )
-        write_exactly(self._files, fd, footer, end)
+    def _seal(self, fd: int, segment: Segment, tail: _Tail) -> None:
+        """Write the footer, unless it is there, and sync it with what was written again."""
+        if not tail.has_footer:
+            footer = encode_footer(
+                segment.salt_checksum,
+                tail.frames,
+                segment.lowest_sequence,
+                tail.last_sequence,
+                durable_sequence=tail.proven_sequence,
+            )
+            write_exactly(self._files, fd, footer, tail.end)
+            segment.length = tail.end + len(footer)
         self._files.sync(fd)
-        segment.length = end + len(footer)
 
     def _quarantine(self, number: int, offset: int, data: bytes) -> None:
         """Keep bytes that recovery takes out of the log. A full disk must not stop recovery."""
@@ -445,7 +502,9 @@ class Recovery:
             frame.user,
         )
 
-    def _report(self, segment: Segment, offset: int, found: object, rows: bytearray) -> None:
+    def _report(
+        self, segment: Segment, offset: int, found: Corrupt | Torn, rows: bytearray
+    ) -> None:
         """Report a defect. Where the key is intact, let reads of that session meet the damage.
 
         Its older versions must not come back: that would be a wrong value. For the same reason a
@@ -454,16 +513,11 @@ class Recovery:
         if isinstance(found, Torn):
             self._damage(segment.number, offset, None, "the frame is cut off")
             return
-        key = getattr(found, "key", None)
-        reason = getattr(found, "reason", "damaged")
-        self._damage(segment.number, offset, None if key is None else _text(key), reason)
-        sequence = getattr(found, "sequence", None)
-        kind = getattr(found, "type", None)
-        if key and sequence is not None and kind in (FrameType.PUT, FrameType.DELETE):
+        key, sequence = found.key, found.sequence
+        self._damage(segment.number, offset, None if key is None else _text(key), found.reason)
+        if key and sequence is not None and found.type in (FrameType.PUT, FrameType.DELETE):
             self.result.last_sequence = max(self.result.last_sequence, sequence)
-            length = getattr(found, "length", None) or 0
-            if kind == FrameType.DELETE:
-                length = ROW_IS_DELETE
+            length = ROW_IS_DELETE if found.type == FrameType.DELETE else found.length or 0
             rows += INDEX_ROW.pack(
                 self._fingerprints.of(key),
                 sequence,
@@ -475,6 +529,26 @@ class Recovery:
                 length,
                 0,
             )
+
+    def _suspect(
+        self, fd: int, segment: Segment, offset: int, found: Corrupt | Torn, sequence: int
+    ) -> None:
+        """Remember a frame that nobody can tell whose it was, until all others are known."""
+        if segment.kind == SegmentKind.LOG and (isinstance(found, Torn) or found.key is None):
+            data = read_exactly(self._files, fd, SUSPECT_BYTES, offset)
+            self._suspects.append(Suspect(segment.number, offset, sequence + 1, data))
+
+    def _resolve_suspects(self) -> None:
+        result = self.result
+        for suspect in self._suspects:
+            key = lead_to_damage(suspect, result.index, self._fingerprints)
+            if key is not None:
+                place = (self._path(suspect.segment), suspect.offset)
+                result.damages = [
+                    item for item in result.damages if (item.path, item.offset) != place
+                ]
+                reason = "the frame header is damaged; by the id behind it, it was this session's"
+                self._damage(suspect.segment, suspect.offset, _text(key), reason)
 
     def _damage(self, number: int, offset: int, session_id: str | None, reason: str) -> None:
         damage = Damage(self._path(number), offset, session_id, reason)
@@ -533,6 +607,7 @@ class Recovery:
         may have been renewed by that much without a trace. Too long is better than too short.
         """
         index = self.result.index
+        self._resolve_suspects()
         for count, (fingerprint, (sequence, accessed, deadline)) in enumerate(
             self._touches.items()
         ):

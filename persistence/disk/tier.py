@@ -38,6 +38,7 @@ from persistence.disk.format import (
 from persistence.disk.index import SHARDS, Fingerprints, Index, Row
 from persistence.disk.journal import Journal
 from persistence.disk.manifest import Manifest
+from persistence.disk.pressure import Pressure
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovered, Recovery
 from persistence.disk.segments import Damage, OpenSegments, Segment
@@ -54,7 +55,15 @@ _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after whic
 
 @dataclass(frozen=True, slots=True)
 class DiskStats:
-    """What is on disk; sizes in bytes."""
+    """What is on disk; sizes in bytes.
+
+    Attributes:
+        takes_writes: False: the last one was refused, and nothing has changed since.
+        refusal: why not; empty if it does.
+    """
+
+    takes_writes: bool
+    refusal: str
 
     sessions: int
     segments: int
@@ -105,6 +114,9 @@ class DiskTier:
         self._last_number = recovered.last_number
         self._next_log_number = recovered.last_number + 1  # at least
         self._unusable = recovered.unusable
+        self._pressure = Pressure(config.segment_bytes)
+        self._batch_started = time.now()
+        self._refused_bytes = 0  # of the last batch that disk.max_bytes had no room for
         self._dead_since_check = 0
         self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
@@ -136,6 +148,7 @@ class DiskTier:
                 forget=self._forget,
                 damage=self._note_damage,
                 frames_applied=lambda: self._frames_applied,
+                pressure=self._pressure,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -199,6 +212,7 @@ class DiskTier:
             if isinstance(error, OSError):
                 raise not_usable(directory, error) from error
             raise
+        tier._pressure.measure(tier.segments.values())
         tier.compactor.start()
         tier.compactor.wake()
         return tier
@@ -347,22 +361,48 @@ class DiskTier:
             DiskFull: ``disk.max_bytes`` is reached, or there is no room for a new segment.
             WriteOutcomeUnknown: an earlier sync failed.
         """
-        limit = self._config.max_bytes
-        if limit and grows and self.total_bytes + nbytes > limit:
+        if grows and self._is_over_limit(nbytes):
+            self._refused_bytes = nbytes
             await self._give_up_active()
-            await self._seal_garbage()
             self.compactor.wake(urgent=True)
-            raise DiskFull(
-                f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is {limit}: "
-                "no new writes; reads and memory go on; terminate sessions or raise the limit, "
-                "writes then resume by themselves"
-            )
+            raise DiskFull(self._limit_reached())
         self.writer.check_usable()
+        if self._pressure.dead_bytes > self._pressure.soft_bytes:
+            await self._wait_for_compaction()
+        self._batch_started = self._time.now()
         if self.writer.active is not None:
             self.writer.begin()
             if self.writer.has_room(nbytes):
                 return
         await self._rotate()
+
+    def _is_over_limit(self, nbytes: int) -> bool:
+        limit = self._config.max_bytes
+        return bool(limit) and self.total_bytes + nbytes > limit
+
+    def _limit_reached(self) -> str:
+        return (
+            f"{self.directory} holds {self.total_bytes} bytes and disk.max_bytes is "
+            f"{self._config.max_bytes}: no new writes; reads and memory go on; terminate sessions "
+            "or raise the limit, writes then resume by themselves"
+        )
+
+    def _refusal(self) -> str | None:
+        """Return why the disk takes no writes, as far as the last one tells."""
+        if self.writer.poisoned is not None:
+            return self.writer.poisoned
+        if self._refused_bytes and self._is_over_limit(self._refused_bytes):
+            return self._limit_reached()
+        return self.writer.full
+
+    async def _wait_for_compaction(self) -> None:
+        """Leave the loop and the disk to compaction for a while; see `pressure`."""
+        pressure = self._pressure
+        while pressure.of_commits >= 1 and await self.compactor.merged():
+            pass
+        pause_seconds = pressure.pause_seconds(self._time.now() - self._batch_started)
+        if pause_seconds and not self.compactor.is_idle:
+            await asyncio.sleep(pause_seconds)
 
     async def _give_up_active(self) -> None:
         """Seal the active segment if it is mostly dead, so that compaction can free its space.
@@ -381,16 +421,6 @@ class DiskTier:
         # Taken before the thread takes the number itself: a manifest that is written in between
         # must not know of the new segment, or it would pass for a dead one.
         self._next_log_number = self._last_number + 1
-        if sealed is not None:
-            sealed.segment.rows = bytes(sealed.rows)
-            self._run_in_background(self._sealed(sealed))
-
-    async def _seal_garbage(self) -> None:
-        """Seal the open segment if much of it is dead: only then can compaction free that."""
-        active = self.writer.active
-        if active is None or active.segment.dead_bytes < active.segment.length / 4:
-            return
-        sealed = await self.threads.write(self.writer.seal)
         if sealed is not None:
             sealed.segment.rows = bytes(sealed.rows)
             self._run_in_background(self._sealed(sealed))
@@ -461,9 +491,11 @@ class DiskTier:
             return
         segment.live_bytes -= length
         assert segment.live_bytes >= 0, (number, segment.live_bytes)
+        self._pressure.dead_bytes += length
         self._dead_since_check += length
         if self._dead_since_check > self._compaction_check_bytes:
             self._dead_since_check = 0
+            self._pressure.measure(self.segments.values())
             self.compactor.wake()
 
     # --- the manifest and compaction ----------------------------------------------------------
@@ -513,6 +545,7 @@ class DiskTier:
             assert item.live_bytes == 0, item
             del self.segments[item.number]
             self._open_segments.forget(item.number)
+        self._pressure.measure(self.segments.values())
         await self.threads.read(remove_segments, self._files, self.directory, numbers)
         await self._write_manifest(remove=frozenset(numbers))
 
@@ -532,7 +565,10 @@ class DiskTier:
     def stats(self) -> DiskStats:
         """Return what is on disk."""
         segments = self.segments.values()
+        refusal = self._refusal()
         return DiskStats(
+            takes_writes=refusal is None,
+            refusal=refusal or "",
             sessions=len(self.index),
             segments=len(self.segments),
             total_bytes=self.total_bytes,

@@ -100,6 +100,10 @@ class LogWriter:
         next_number: asked for the number of each new segment.
         last_sequence: the highest sequence number that was ever used.
         skew: wall time minus engine time, seconds (see `clock.EngineTime`).
+
+    Attributes:
+        poisoned: why no more writes are taken until the directory is opened anew.
+        full: why the last write or rotation found no space; None again after the next write.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class LogWriter:
         self.durable_sequence = last_sequence
         self.active: ActiveSegment | None = None
         self.poisoned: str | None = None
+        self.full: str | None = None
         self._pending_end = 0
         self._pending_rows = bytearray()  # for the hint; kept once the batch is in the log
         self.bytes_written = 0
@@ -234,6 +239,7 @@ class LogWriter:
         except OSError as error:
             self._pending_rows.clear()
             self._cut_back(active, error)
+        self.full = None
         if sync:
             self._sync(active.fd, active.path)
         self.bytes_written += end - active.end
@@ -253,10 +259,11 @@ class LogWriter:
             self._poison(active.path, second)
         if error.errno not in NO_SPACE:
             self._poison(active.path, error)
-        raise DiskFull(
+        self.full = (
             f"{active.path}: no space left for new writes ({error.strerror}); reads and memory "
             "go on; free some space, writes then resume by themselves"
-        ) from error
+        )
+        raise DiskFull(self.full) from error
 
     def _sync(self, fd: int, path: str) -> None:
         try:
@@ -294,7 +301,11 @@ class LogWriter:
         if active is None:
             return None
         footer = encode_footer(
-            active.segment.salt_checksum, active.frames, active.lowest_sequence, self.sequence
+            active.segment.salt_checksum,
+            active.frames,
+            active.lowest_sequence,
+            self.sequence,
+            durable_sequence=self.durable_sequence,
         )
         self.append([footer], 0, sync=True)
         self._files.close(active.fd)
@@ -318,7 +329,11 @@ class LogWriter:
             secrets.token_bytes(SALT_BYTES),
         )
         path = f"{self._directory}/{segment_name(number)}"
-        fd = create_segment(self._files, self._directory, path, header)
+        try:
+            fd = create_segment(self._files, self._directory, path, header)
+        except DiskFull as error:
+            self.full = str(error)
+            raise
         segment = Segment.of(header)
         self.active = ActiveSegment(
             segment,
@@ -338,15 +353,21 @@ class LogWriter:
             self.active = None
 
 
-def encode_footer(salt_checksum: int, frames: int, lowest: int, highest: int) -> bytes:
-    """Encode the last frame of a sealed segment."""
+def encode_footer(
+    salt_checksum: int, frames: int, lowest: int, highest: int, *, durable_sequence: int
+) -> bytes:
+    """Encode the last frame of a sealed segment.
+
+    `durable_sequence` is what had been synced before, as in any other frame: a footer that reached
+    the disk is no proof that what lies in front of it did.
+    """
     return encode_frame(
         salt_checksum,
         FrameType.FOOTER,
         b"",
         FOOTER_PAYLOAD.pack(frames, lowest, highest),
         sequence=highest,
-        durable_sequence=highest,
+        durable_sequence=durable_sequence,
     )
 
 

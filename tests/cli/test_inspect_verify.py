@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +115,53 @@ def test_damage_is_listed_with_file_offset_session_and_reason(
     assert command("inspect", directory, "--json").json["damages"] == 1
 
 
-def test_a_torn_tail_is_told_and_no_damage(command: Command, directory: Path) -> None:
-    last = segments(directory)[-1]
-    whole = last.read_bytes()
+def test_the_space_that_is_left_is_told(command: Command, directory: Path) -> None:
+    report = command("inspect", directory, "--json").json
+    assert report["free_bytes"] > 0
+    assert report["is_writable"] is True
+    assert "free space" in command("inspect", directory).out
 
-    async def add_one() -> None:
+
+def add_one(directory: Path, *, copy: Path | None = None) -> None:
+    """Add a session; with `copy`, keep the directory as a kill right after that would leave it."""
+
+    async def add() -> None:
         async with StateManager(config=config(directory)) as state:
             await state.create_session(session_id="torn", data={"x": "y" * 600})
+            if copy is not None:
+                shutil.copytree(directory, copy)
 
-    asyncio.run(add_one())
+    asyncio.run(add())
+
+
+def cut_last_record(directory: Path) -> None:
     last = segments(directory)[-1]
     whole = last.read_bytes()
-    at = whole.index(b"torn")
-    last.write_bytes(whole[: at + 100])
+    last.write_bytes(whole[: whole.index(b"torn") + 100])
+
+
+def test_a_torn_tail_is_told_and_no_damage(
+    command: Command, directory: Path, tmp_path: Path
+) -> None:
+    add_one(directory, copy=tmp_path / "killed")
+    directory = tmp_path / "killed"
+    cut_last_record(directory)
     result = command("verify", directory)
     assert result.code == 0, result.out
     assert "Torn tail" in result.out
     assert "Intact" in result.out
     assert command("verify", directory, "--json").json["torn_bytes"] > 0
     assert command("inspect", directory, "--json").json["torn_bytes"] > 0
+
+
+def test_the_missing_end_of_a_segment_that_was_closed_cleanly_is_damage(
+    command: Command, directory: Path
+) -> None:
+    add_one(directory)
+    cut_last_record(directory)
+    result = command("verify", directory)
+    assert result.code == 1
+    assert "the sealed segment has no footer" in result.out
 
 
 def test_a_directory_that_is_open_is_noted_and_stays_usable(

@@ -159,13 +159,16 @@ def test_progress_is_told_while_it_runs(log: Path, tmp_path: Path) -> None:
 def test_the_real_log_verifies(command: Command, temporary: Path, memory: str) -> None:
     if not REAL_LOG.exists():
         pytest.skip(f"{REAL_LOG.name} is not there")
-    result = command("replay", REAL_LOG, "--memory", memory, "--fsync", "never", "--json")
+    options = ("--memory", memory, "--segment", "1MiB", "--fsync", "never")
+    result = command("replay", REAL_LOG, *options, "--json")
     assert result.code == 0, result.out
     report = result.json
     assert (report["requests"], report["skipped_lines"]) == (10_000, 0)
     assert (report["sessions"], report["verified"]) == (1862, True)
     assert report["spilled"] > 0
     assert report["restored"] > 0
+    assert report["segments"] > 1
+    assert report["compactions"] > 0
     assert report["memory_peak_bytes"] <= report["memory_budget_bytes"] + 8 * KIB
 
 

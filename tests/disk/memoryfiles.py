@@ -549,6 +549,24 @@ def fail(
     return fault
 
 
+def lose_dirty_pages(number: int, *, path: str = "", nth: int = 1) -> Fault:
+    """Return a fault: a sync fails with the error `number`, and the kernel forgets what was dirty.
+
+    As ext4 and XFS do it: the pages are clean from then on and still show what they should hold,
+    later syncs succeed without writing them, and the disk never gets them.
+    """
+    fails = fail(number, {"sync", "sync_data"}, path=path, nth=nth)
+
+    def fault(files: MemoryFiles, call: Call) -> None:
+        try:
+            fails(files, call)
+        except OSError:
+            files._files[call.path].pending.clear()
+            raise
+
+    return fault
+
+
 def kill_at(nth: int, part: float = 0.0) -> Fault:
     """Return a fault: the process dies at its `nth` mutating call, counted from 1.
 

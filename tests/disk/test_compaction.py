@@ -178,6 +178,22 @@ def test_many_small_segments_become_one() -> None:
     assert choose_inputs(many, SEGMENT_BYTES) == many
 
 
+def test_small_segments_do_not_pile_up_while_there_is_always_something_dead() -> None:
+    smalls = [segment_of(n, content=100 * n, live_bytes=100 * n) for n in range(1, 13)]
+    dead = [segment_of(n, content=SEGMENT_BYTES) for n in range(20, 40)]
+    chosen = choose_inputs([*dead, *smalls], SEGMENT_BYTES)
+    assert chosen == [*smalls[:8], *dead[:8]], "the smallest and the dead, half and half"
+    assert choose_inputs([*dead, *smalls[:7]], SEGMENT_BYTES) == dead[:16]
+
+
+def test_tombstones_do_not_pile_up_while_there_is_always_something_dead() -> None:
+    dead = segment_of(1, content=1000, lowest_sequence=90)
+    buried = segment_of(2, content=1200, tombstone_bytes=1200, lowest_sequence=1)
+    assert choose_inputs([dead, buried], SEGMENT_BYTES) == [buried]
+    dead.length *= 2
+    assert choose_inputs([dead, buried], SEGMENT_BYTES) == [dead], "it frees more at once"
+
+
 def test_the_lowest_sequence_outside_is_that_of_the_segments_that_stay() -> None:
     one, two, three = (segment_of(n, lowest_sequence=10 * n) for n in (1, 2, 3))
     assert lowest_outside([one, two, three], [one]) == 20

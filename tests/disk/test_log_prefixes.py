@@ -206,8 +206,9 @@ def consequences(history: History, bit: int) -> Flip:
     - In a frame behind which no frame says that it had been synced: it cannot be told from a torn
       tail, and the log ends before it. It belongs to the last batch, then.
     - In any other frame: reported. With header and key intact, it is known whose frame it is: reads
-      of that session raise (unless a newer frame of it follows), and an end stays an end. Else the
-      session has the version before.
+      of that session raise (unless a newer frame of it follows), and an end stays an end. With the
+      key alone intact, reads of that session raise if it has an older version, which must not be
+      shown. Else the session has the version before.
     """
     place = place_of(history, bit)
     frames = history.frames
@@ -229,8 +230,22 @@ def consequences(history: History, bit: int) -> Flip:
         damaged = frame.key.decode()
         left = history.data_of(others)
         return Flip(bit, place, dict(left), damaged, offset, is_reported=True, is_exact=True)
+    if bit // 8 < offset + FRAME_HEADER_BYTES and older_version_would_show(history, frame):
+        others.pop(frame.key, None)
+        left = history.data_of(others)
+        damaged = frame.key.decode()
+        return Flip(bit, place, dict(left), damaged, offset, is_reported=True, is_exact=True)
     is_exact = knows_whose or history.data_of(others) == history.data_of(fold(frames))
     return Flip(bit, place, dict(history.data_of(others)), None, offset, True, is_exact)
+
+
+def older_version_would_show(history: History, lost: Frame) -> bool:
+    """Whether a session has a put in front of this frame, and neither put nor end behind it."""
+    its = [placed.frame for placed in history.frames if placed.frame.key == lost.key]
+    before = any(f.type == FrameType.PUT and f.sequence < lost.sequence for f in its)
+    return before and not any(
+        f.type in (FrameType.PUT, FrameType.DELETE) and f.sequence > lost.sequence for f in its
+    )
 
 
 def test_no_flipped_bit_in_the_segments_header_goes_unnoticed(history: History) -> None:

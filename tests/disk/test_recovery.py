@@ -592,19 +592,20 @@ def test_a_full_disk_does_not_stop_the_cut() -> None:
     assert frames_of(made.files, 3)[-1].frame.type == FrameType.FOOTER
 
 
-def test_the_last_segment_is_sealed_by_truncate_sync_footer_sync_and_only_then_hinted() -> None:
+def test_the_last_segment_is_cut_written_again_sealed_and_only_then_hinted() -> None:
     made = a_tail_of_garbage()
     recover(made.files)
     name = segment_name(3)
     calls = [str(call) for call in made.files.calls]
     start = calls.index(f"truncate {name}")
-    assert calls[start : start + 4] == [
+    assert calls[start : start + 5] == [
         f"truncate {name}",
         f"sync {name}",
-        f"write_at {name}",
+        f"write_at {name}",  # what nothing proves to have been synced
+        f"write_at {name}",  # the footer
         f"sync {name}",
     ]
-    assert calls[start + 4] == f"create {hint_name(3)}.tmp"
+    assert calls[start + 5] == f"create {hint_name(3)}.tmp"
     *_, footer = frames_of(made.files, 3)
     assert footer.frame.type == FrameType.FOOTER
     assert footer.end == len(made.files.data(path_of(3)))
@@ -635,9 +636,10 @@ def test_damage_in_front_of_a_torn_tail_is_reported_and_the_tail_is_cut() -> Non
     assert made.files.data(path_of(3))[: len(before)] == before
 
 
-def test_a_damaged_header_of_a_frame_costs_that_frame_only() -> None:
+def test_a_destroyed_header_of_a_frame_costs_that_frame_only() -> None:
     made = segments()
-    placed = frames_of(made.files, 3)[1]
+    # The only frame of its session, so nobody can tell whose it was.
+    placed = next(f for f in frames_of(made.files, 3) if len(frames_for(made.files, f)) == 1)
     whole = recover(made.files.after_kill())
     made.files.flip(path_of(3), 8 * (placed.offset + 9))
     recovered = recover(made.files)
@@ -647,6 +649,67 @@ def test_a_damaged_header_of_a_frame_costs_that_frame_only() -> None:
     ]
     gone = rows[0] - rows[1]
     assert {row.offset for row in gone if row.segment == 3} <= {placed.offset}
+
+
+def frames_for(files: MemoryFiles, one: Placed) -> list[tuple[int, Placed]]:
+    """Return the frames of one session in all segments, with their segments."""
+    return [
+        (number, placed)
+        for number in (1, 2, 3)
+        for placed in frames_of(files, number)
+        if placed.frame.key == one.frame.key
+    ]
+
+
+def destroy(files: MemoryFiles, number: int, offset: int, size: int) -> None:
+    data = bytearray(files.data(path_of(number)))
+    data[offset : offset + size] = random.Random(7).randbytes(size)
+    files.set_data(path_of(number), bytes(data))
+
+
+def newest(made: Scene, kind: FrameType) -> tuple[int, Placed]:
+    """Return the newest frame of a session in front of which it has another one."""
+    for number in (1, 2, 3):
+        for placed in frames_of(made.files, number):
+            every = frames_for(made.files, placed)
+            if len(every) > 1 and every[-1] == (number, placed) and placed.frame.type == kind:
+                return number, placed
+    raise AssertionError("there is none")
+
+
+@pytest.mark.parametrize("kind", [FrameType.PUT, FrameType.DELETE])
+@pytest.mark.parametrize(("start", "size"), [(9, 1), (0, FRAME_HEADER_BYTES)], ids=["bit", "all"])
+async def test_a_destroyed_header_does_not_bring_an_older_version_back(
+    kind: FrameType, start: int, size: int
+) -> None:
+    made = segments()
+    number, placed = newest(made, kind)
+    sid = placed.frame.key.decode()
+    destroy(made.files, number, placed.offset + start, size)
+    if number < 3:
+        made.files.delete(hint_of(number))
+    made.loses({sid})
+    made.damages = [(path_of(number), placed.offset, sid)]
+    made.unreadable = {sid: (path_of(number), placed.offset)}
+    made.is_exact = size == 1  # a listing reads the ids, and passes over what it cannot read
+    files = await check(made, made.files)
+    await check(made, files)
+
+
+async def test_a_session_with_a_version_behind_a_destroyed_header_is_as_it_was() -> None:
+    made = segments()
+    number, placed = next(
+        (number, placed)
+        for number in (1, 2)
+        for placed in frames_of(made.files, number)
+        if placed.frame.type == FrameType.PUT
+        and len({f.frame.sequence for _, f in frames_for(made.files, placed)}) > 1
+        and frames_for(made.files, placed)[0] == (number, placed)
+    )
+    destroy(made.files, number, placed.offset, FRAME_HEADER_BYTES)
+    made.files.delete(hint_of(number))
+    made.damages = [(path_of(number), placed.offset, None)]
+    await check(made, made.files)
 
 
 # Hints
@@ -800,6 +863,14 @@ async def deadline_after(*, close: bool, renew: bool = True, ttl_seconds: float 
         assert row is not None
         await abandon(state)
         return row.deadline - clock.wall()
+
+
+def test_a_snapshot_that_was_not_used_does_not_turn_a_later_crash_into_a_clean_close() -> None:
+    made = segments(closed=True)
+    made.files.delete(hint_of(1))
+    assert not recover(made.files).clean
+    assert hint_of(1) in made.files.contents(), "everything is as the snapshot says again"
+    assert not recover(made.files.after_kill()).clean
 
 
 async def test_after_a_crash_a_renewing_session_is_granted_an_eighth_of_its_ttl() -> None:

@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -315,7 +316,7 @@ def test_a_footer_counts_the_frames_and_ends_the_segment() -> None:
     *_, footer = log.frames()
     assert footer.frame.type == FrameType.FOOTER
     assert FOOTER_PAYLOAD.unpack(footer.frame.payload) == (3, 101, 103)
-    assert footer.frame.durable_sequence == 103
+    assert footer.frame.durable_sequence == 102, "the last one was not synced before"
     assert log.writer.durable_sequence == 103
     assert log.files.open_files == []
     assert log.writer.seal() is None
@@ -552,6 +553,9 @@ async def test_after_a_failed_sync_nothing_is_written_and_reads_go_on() -> None:
             with pytest.raises(WriteOutcomeUnknown):
                 await again
         assert await everything(state) == {"s": {"n": 1}, "t": {"n": 1}}
+        disk = (await state.stats()).disk
+        assert not disk.takes_writes
+        assert segment_name(1) in disk.refusal
         await state.close()
         assert files.calls == [], "not even at the end"
     async with opened(files.after_kill()) as state:
@@ -600,14 +604,38 @@ async def test_a_full_disk_refuses_writes_only_and_they_go_on_when_there_is_spac
             with pytest.raises(DiskFull):
                 await state.update_session_data(sid, "x", random.Random(1).randbytes(2000))
         assert await everything(state) == data
+        disk = (await state.stats()).disk
+        assert not disk.takes_writes
+        assert "no space left" in disk.refusal
         files.free_bytes = None
         await state.update_session_data("s0", "x", b"new")
+        disk = (await state.stats()).disk
+        assert (disk.takes_writes, disk.refusal) == (True, "")
         data["s0"]["x"] = b"new"
         assert await everything(state) == data
         await abandon(state)
     async with opened(files.after_kill()) as state:
         assert await everything(state) == data
         assert state._disk.damages == []
+
+
+async def test_stats_tell_that_the_limit_is_reached_until_there_is_room_again() -> None:
+    files = MemoryFiles()
+    limit = 4 * SEGMENT_BYTES
+    async with opened(files, config(segment_bytes=SEGMENT_BYTES, max_bytes=limit)) as state:
+        created = []
+        with suppress(DiskFull):
+            for number in itertools.count():
+                data = {"x": random.Random(number).randbytes(5000)}
+                created.append(await state.create_session(data=data))
+        disk = (await state.stats()).disk
+        assert not disk.takes_writes
+        assert f"disk.max_bytes is {limit}" in disk.refusal
+        for session_id in created:
+            await state.terminate_session(session_id)
+        await state.compact()
+        disk = (await state.stats()).disk
+        assert (disk.takes_writes, disk.refusal) == (True, "")
 
 
 async def test_a_failed_batch_right_before_a_close_is_in_no_hint() -> None:
