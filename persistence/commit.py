@@ -28,8 +28,9 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Final, TypeAlias
 
 from persistence.clock import Clock
 from persistence.config import DiskConfig
@@ -234,10 +235,11 @@ class CommitQueue:
         self._loop = asyncio.get_running_loop()
         if self._decide is not None:
             self._decider = asyncio.create_task(
-                self._run(self._decide_until_closed(self._decide)), name="persistence-decide"
+                self._run(partial(self._decide_until_closed, self._decide)),
+                name="persistence-decide",
             )
         self._task = asyncio.create_task(
-            self._run(self._commit_until_closed()), name="persistence-commit"
+            self._run(self._commit_until_closed), name="persistence-commit"
         )
 
     @property
@@ -355,9 +357,9 @@ class CommitQueue:
 
     # --- the committing task ------------------------------------------------------------------
 
-    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except Exception as error:  # noqa: BLE001 - whatever it is, waiters must hear of it
             _log.exception("the commit queue failed; no more updates are taken")
             self._disk.writer.poisoned = f"internal error: {error!r}"

@@ -316,4 +316,8 @@ class _Author:
 
     async def _set_ttl(self) -> None:
         if self._alive:
-            await self._state.set_ttl(self._chance.choice(self._alive), TTL_SECONDS * 2)
+            sid = self._chance.choice(self._alive)
+            await self._state.set_ttl(sid, TTL_SECONDS * 2)
+            session = await self._state.get_session(sid)
+            assert session is not None
+            self._tell(sid, session._record, session.data)
