@@ -405,6 +405,10 @@ class CommitQueue:
             self._work.clear()
             batch = self._take(self._queue)
             self._inflight = [written, batch]
+            if written and self._disk.holds_back:
+                # What is durable must not wait for what has to wait.
+                await self._acknowledge(written)
+                written = []
             writing = await self._start(batch) if batch else None
             if written:
                 await self._acknowledge(written)

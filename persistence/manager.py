@@ -46,11 +46,14 @@ from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
+from persistence.shutdown import Grace
 from persistence.stats import Latencies, Stats
 from persistence.updates import Change, Edit, Updates
 
 _log = logging.getLogger("persistence")
 
+_EDITS_SHARE: Final = 0.5  # of what is left of a shutdown's time
+_REMOTE_SHARE: Final = 0.5
 MAX_TTL_SECONDS: Final = 3_155_760_000  # 100 years: now plus any TTL is still a datetime
 _open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
 
@@ -98,6 +101,7 @@ class StateManager:
         self._memory_reader = MemoryReader()
         self._background: list[asyncio.Task[None]] = []
         self._is_open = False
+        self._grace = Grace(self.config.shutdown.grace_seconds, self._clock)
         self._closing: asyncio.Task[None] | None = None
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
         self._sharing: Sharing | None = None
@@ -242,36 +246,45 @@ class StateManager:
             for name, step in every
         ]
 
-    async def close(self) -> None:
-        """Refuse new work, let running edits finish, decide what is in flight, sync, seal.
+    async def close(self, *, grace_seconds: float | None = None) -> None:
+        """Refuse new work, let running edits finish, sync, deliver, seal.
 
-        Running edits get at most ``shutdown.grace_seconds``. Idempotent; concurrent calls wait for
-        the same end, and cancelling one does not cut the closing short.
+        What may take long (running edits, the shared tier) has ``shutdown.grace_seconds``; what is
+        acknowledged is in the log in any case. Idempotent; concurrent calls wait for the same end,
+        and cancelling one does not cut the closing short.
+
+        Args:
+            grace_seconds: at most so many seconds instead, also for a close that is under way;
+                0: at once.
         """
         if self._closing is None:
             if not self._is_open:
                 return
             self._closing = asyncio.create_task(self._close(), name="persistence-close")
+        if grace_seconds is not None:
+            self._grace.limit(grace_seconds)
         await asyncio.shield(self._closing)
 
+    def start_grace(self) -> None:
+        """Let the grace period of the close that will follow begin now."""
+        self._grace.begin()
+
     async def _close(self) -> None:
+        self._grace.begin()
         self._is_open = False
         self._why_closed = "the manager is closed"
         self._resident = self._refuse
+        self._restore_now = self._refuse
         _open_managers.discard(self)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        try:
-            async with asyncio.timeout(self.config.shutdown.grace_seconds):
-                await self._updates.locks.all_free()
-        except TimeoutError:
-            _log.warning("closing although %d edits are still running", len(self._updates.locks))
+        await self._grace.spend(self._updates.locks.all_free(), "running edits", _EDITS_SHARE)
         try:
             await self._residency.log_unlogged()
             await self._residency.record_renewals()
             if self._sharing is not None:
-                await self._commits.flush()
+                await self._grace.spend(self._sharing.deliver(), "the shared tier", _REMOTE_SHARE)
                 await self._sharing.close()
             await self._commits.close()
             await self._residency.close()

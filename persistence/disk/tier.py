@@ -367,7 +367,7 @@ class DiskTier:
             self.compactor.wake(urgent=True)
             raise DiskFull(self._limit_reached())
         self.writer.check_usable()
-        if self._pressure.dead_bytes > self._pressure.soft_bytes:
+        if self.holds_back:
             await self._wait_for_compaction()
         self._batch_started = self._time.now()
         if self.writer.active is not None:
@@ -394,6 +394,11 @@ class DiskTier:
         if self._refused_bytes and self._is_over_limit(self._refused_bytes):
             return self._limit_reached()
         return self.writer.full
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether a batch has to wait before it is written, for compaction to keep up."""
+        return self._pressure.dead_bytes > self._pressure.soft_bytes
 
     async def _wait_for_compaction(self) -> None:
         """Leave the loop and the disk to compaction for a while; see `pressure`."""

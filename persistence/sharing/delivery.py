@@ -91,12 +91,18 @@ class Delivery:
         self._refill_epoch = epoch
         self._wake.set()
 
-    async def close(self) -> None:
-        """Deliver what the tier takes, and end."""
+    async def end(self) -> None:
+        """Deliver what the tier takes now, and end."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
             await self._task
+
+    async def close(self) -> None:
+        """End at once."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:

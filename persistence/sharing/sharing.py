@@ -116,8 +116,13 @@ class Sharing:
             await self._remote.subscribe(self)
         self._delivery.start()
 
+    async def deliver(self) -> None:
+        """Deliver what the shared tier has not seen and takes now; to be followed by `close`."""
+        await self._commits.flush()
+        await self._delivery.end()
+
     async def close(self) -> None:
-        """Deliver what can be delivered, and disconnect."""
+        """Disconnect. What was not delivered is in the outbox."""
         self._closing = True
         if self._probing is not None:
             self._probing.cancel()

@@ -1,0 +1,119 @@
+"""Runs a worker: an open manager, signals, an orderly end.
+
+On SIGTERM or SIGINT the worker's coroutine is cancelled; then running edits end, everything is
+synced, the shared tier gets what it has not seen, a checkpoint is written, and the log is sealed,
+all within ``shutdown.grace_seconds``. A second signal leaves out what may take long: the log is
+consistent all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from persistence.clock import Clock
+from persistence.config import StateConfig
+from persistence.manager import StateManager
+
+_log = logging.getLogger("persistence.worker")
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_MAIN_SHARE: Final = 0.4
+"""Share of the grace period that the worker's own coroutine has to end in once it is cancelled."""
+
+
+def run(
+    main: Callable[[StateManager], Awaitable[object]],
+    config: StateConfig | None = None,
+    *,
+    url: str | None = None,
+    clock: Clock | None = None,
+) -> None:
+    """Run ``await main(state)`` with an open manager; return when it ended or was told to stop.
+
+    To be called in the main thread, without a running event loop.
+
+    Args:
+        main: a coroutine function that gets the open manager. It is cancelled on a signal.
+        config: the configuration; default: all defaults.
+        url: URL of the shared tier; it overrides ``redis.url``.
+        clock: where time comes from; default: the machine's clocks.
+
+    Raises:
+        PersistenceError: the manager could not be opened (see `StateManager.open`).
+        Exception: whatever `main` raised, after everything has been closed.
+    """
+    asyncio.run(_Worker(main, StateManager(url, config, clock=clock)).run())
+
+
+class _Worker:
+    """One run."""
+
+    def __init__(
+        self, main: Callable[[StateManager], Awaitable[object]], state: StateManager
+    ) -> None:
+        self._main = main
+        self._state = state
+        self._signals = 0
+        self._told = asyncio.Event()
+        self._hurrying: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        with self._listening():
+            opening = asyncio.create_task(self._state.open(), name="persistence-open")
+            if not await self._until_told(opening):
+                opening.cancel()
+                await asyncio.wait((opening,))
+                await self._state.close()
+                return
+            opening.result()
+            await self._serve()
+
+    async def _serve(self) -> None:
+        working = asyncio.create_task(self._worked(), name="persistence-worker")
+        try:
+            if not await self._until_told(working):
+                working.cancel()
+                grace_seconds = self._state.config.shutdown.grace_seconds
+                self._state.start_grace()
+                await asyncio.wait((working,), timeout=_MAIN_SHARE * grace_seconds)
+                if not working.done():
+                    _log.warning("the worker's coroutine goes on although it was cancelled")
+        finally:
+            await self._state.close()
+        if working.done() and not working.cancelled():
+            working.result()
+
+    async def _worked(self) -> None:
+        await self._main(self._state)
+
+    async def _until_told(self, task: asyncio.Task[None]) -> bool:
+        """Wait until `task` is done (True), or a signal comes first."""
+        told = asyncio.create_task(self._told.wait())
+        await asyncio.wait((task, told), return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        return task.done()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._take, number)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _take(self, number: signal.Signals) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            _log.info("%s: shutting down", signal.Signals(number).name)
+            self._told.set()
+        elif self._hurrying is None:
+            _log.warning("%s again: shutting down at once", signal.Signals(number).name)
+            self._hurrying = asyncio.create_task(self._state.close(grace_seconds=0))
