@@ -1,0 +1,194 @@
+"""Workers under signals, as processes: they end in order, in time, and lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from persistence import StateConfig, StateManager
+from persistence.disk.inspect import scan_directory
+from tests.redis_servers import RedisServer
+
+ROOT = Path(__file__).parents[1]
+NURSERY = Path(__file__).with_name("worker_nursery.py")
+ROUNDS = 25
+
+
+class End(NamedTuple):
+    """How a worker ended: exit code, seconds since the first signal, what it reported."""
+
+    code: int
+    seconds: float
+    reports: list[list[Any]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The highest acknowledged count of each session."""
+        counts: dict[str, int] = {}
+        for word, *rest in self.reports:
+            if word == "done":
+                counts[rest[0]] = rest[1]
+        return counts
+
+
+class Nursery:
+    """The process that raises the workers."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(NURSERY)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self._process.__exit__(None, None, None)  # closes its stdin, which ends it
+
+    def run(self, directory: Path, kind: str, seconds: float | None = 0.1, **order: Any) -> End:
+        """Run a worker to its end."""
+        order = {
+            "directory": str(directory),
+            "kind": kind,
+            "seconds": seconds,
+            "signals": ["SIGTERM"],
+            "url": None,
+            **order,
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        reports = []
+        for line in self._process.stdout:
+            words = json.loads(line)
+            if words[0] == "end":
+                return End(words[1], words[2], reports)
+            reports.append(words)
+        raise AssertionError("the nursery died")
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+async def contents(directory: Path) -> dict[str, Any]:
+    """Return the data of every session of a directory."""
+    config = StateConfig.model_validate({"disk": {"path": directory}})
+    async with StateManager(config=config) as state:
+        found = {}
+        async for sid in state.iter_sessions():
+            session = await state.get_session(sid)
+            assert session is not None
+            found[sid] = dict(session.data)
+        return found
+
+
+async def test_a_worker_whose_coroutine_ends_closes_and_returns(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    end = nursery.run(tmp_path, "brief", seconds=None)
+    assert end.code == 0
+    assert await contents(tmp_path) == {"brief": {}}
+
+
+async def test_what_the_coroutine_raises_is_raised_after_closing(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    end = nursery.run(tmp_path, "failing", seconds=None)
+    assert end.code == 4
+    assert await contents(tmp_path) == {"failing": {}}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+async def test_a_signal_ends_a_worker_with_exit_code_0_and_nothing_is_lost(
+    nursery: Nursery, tmp_path: Path, name: str
+) -> None:
+    end = nursery.run(tmp_path, "busy", signals=[name])
+    assert end.code == 0
+    found = await contents(tmp_path)
+    assert end.counts
+    assert all(found[sid]["n"] >= count for sid, count in end.counts.items())
+
+
+@pytest.mark.timeout(120)
+async def test_a_signal_at_any_moment_of_a_busy_worker_loses_nothing(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    dice = random.Random(5)
+    for _ in range(ROUNDS):
+        end = nursery.run(tmp_path, "busy", seconds=dice.random() * 0.3)
+        assert end.code == 0
+        assert end.seconds < 5
+        assert scan_directory(tmp_path).damages == []
+        found = await contents(tmp_path)
+        for sid, count in end.counts.items():
+            assert count <= found[sid]["n"] <= count + 1
+
+
+@pytest.mark.timeout(120)
+async def test_a_signal_to_a_worker_that_shares_its_sessions_loses_nothing(
+    nursery: Nursery, tmp_path: Path, shared_server: RedisServer
+) -> None:
+    dice = random.Random(6)
+    for number in range(ROUNDS // 3):
+        here = tmp_path / f"worker {number % 2}"
+        end = nursery.run(here, "busy", seconds=dice.random() * 0.3, url=shared_server.url)
+        assert end.code == 0
+        assert end.seconds < 5
+        elsewhere = tmp_path / f"look {number}"
+        config = StateConfig.model_validate({"disk": {"path": elsewhere}})
+        async with StateManager(shared_server.url, config) as state:
+            for sid, count in end.counts.items():
+                session = await state.get_session(sid, fresh=True)
+                assert session is not None
+                assert count <= session["n"] <= count + 1
+
+
+async def test_a_signal_while_it_opens_ends_a_worker(nursery: Nursery, tmp_path: Path) -> None:
+    for delay in (0.001, 0.01, 0.03):
+        end = nursery.run(tmp_path, "busy", seconds=-delay)
+        assert end.code in (0, -15)  # before the first line of it runs, a signal just kills it
+        assert end.seconds < 5
+
+
+async def test_a_coroutine_that_does_not_end_holds_a_shutdown_up_for_the_grace_period_only(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    end = nursery.run(tmp_path, "stubborn", grace_seconds=1.0)
+    assert ["cancelled"] in end.reports
+    assert await contents(tmp_path) == {"stubborn": {}}
+    assert end.seconds < 4
+
+
+async def test_an_edit_that_does_not_end_holds_a_shutdown_up_for_the_grace_period_only(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    end = nursery.run(tmp_path, "editing", grace_seconds=1.0)
+    assert end.code == 0
+    assert end.seconds < 3
+    assert await contents(tmp_path) == {"held": {}}
+
+
+async def test_a_second_signal_cuts_a_shutdown_short_and_leaves_the_log_in_order(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    signals = ["SIGTERM", "SIGTERM"]
+    end = nursery.run(tmp_path, "editing", grace_seconds=60.0, signals=signals)
+    assert end.code == 0
+    assert end.seconds < 5
+    assert scan_directory(tmp_path).damages == []
+    assert await contents(tmp_path) == {"held": {}}
