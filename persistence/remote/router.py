@@ -29,8 +29,9 @@ from persistence.remote.topology import Topology
 
 _log = logging.getLogger("persistence.remote")
 
-_FIRST_PAUSE_SECONDS: Final = 0.02
+_FIRST_PAUSE_SECONDS: Final = 0.01
 _LONGEST_PAUSE_SECONDS: Final = 0.5
+_SOONER: Final = 3
 _ELSEWHERE: Final = frozenset({"MOVED", "READONLY"})
 _PASSING: Final = frozenset({"MOVED", "ASK", "TRYAGAIN", "NOSCRIPT"})
 
@@ -105,8 +106,8 @@ class Router:
         replies: list[Any] = [None] * len(calls)
         lost = [False] * len(calls)
         pending = list(range(len(calls)))
-        end = self._monotonic() + lost_seconds
-        pause = _FIRST_PAUSE_SECONDS
+        start = self._monotonic()
+        pause = 0.0
         while pending:
             found = await self._send([calls[index] for index in pending])
             again = []
@@ -117,14 +118,17 @@ class Router:
                     replies[index] = reply
                 if isinstance(reply, Exception):
                     again.append(index)
-            if not again or self._monotonic() >= end:
+            # Who cannot even be reached is given up sooner than who takes requests and is silent.
+            gone = any(isinstance(reply, Unsent) for reply in found)
+            waited = self._monotonic() - start
+            if not again or waited >= (lost_seconds / _SOONER if gone else lost_seconds):
                 break
             again = await self._repairable(calls, again, found_by(pending, found), lost)
             pending = self._with_successors(calls, pending, again)
             if pending:
                 self.repeated += len(pending)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
         return [Settled(reply, was) for reply, was in zip(replies, lost, strict=True)]
 
     async def _send(self, calls: list[Call]) -> list[Any]:
