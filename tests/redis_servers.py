@@ -410,6 +410,25 @@ def shared_server(deployments: Deployments) -> RedisServer:
 
 
 @pytest.fixture
+def sentinel(deployments: Deployments) -> Group:
+    """The shared Sentinel deployment, empty."""
+    return deployments.get("sentinel")
+
+
+@pytest.fixture
+def cluster(deployments: Deployments) -> Iterator[Group]:
+    """The shared Cluster, empty. Nodes that were made to hang go on afterwards."""
+    group = deployments.get("cluster")
+    yield group
+    for node in group.servers:
+        node.go_on()
+    wait_until(
+        lambda: all("cluster_state:ok" in node.told("CLUSTER INFO") for node in group.servers),
+        "the Cluster is whole again",
+    )
+
+
+@pytest.fixture
 def own_server() -> Iterator[RedisServer]:
     """A server of the test's own, that it may kill, hang and configure."""
     server = RedisServer(need_binary()).start()

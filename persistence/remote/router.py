@@ -147,7 +147,7 @@ class Router:
             found = await link.exchange([calls[index] for index in indexes])
             for index, reply in zip(indexes, found, strict=True):
                 replies[index] = reply
-                if isinstance(reply, redis_errors.AskError):
+                if type(reply) is redis_errors.AskError:  # MovedError is one of them
                     replies[index] = await self._ask_elsewhere(reply, calls[index])
 
         if len(by_link) == 1:
@@ -162,7 +162,11 @@ class Router:
     async def _ask_elsewhere(self, redirection: redis_errors.AskError, call: Call) -> Any:
         """Send one call to the node that its slot is moving to."""
         link = self._topology.link_at((redirection.host, redirection.port))
-        return (await link.exchange([Command(b"ASKING"), call]))[1]
+        reply = (await link.exchange([Command(b"ASKING"), call]))[1]
+        if isinstance(call, ScriptCall) and isinstance(reply, redis_errors.NoScriptError):
+            await link.exchange([Command(b"SCRIPT", b"LOAD", call.script.source)])
+            reply = (await link.exchange([Command(b"ASKING"), call]))[1]
+        return reply
 
     async def _repairable(
         self, calls: Sequence[Call], failed: list[int], found: dict[int, Any], lost: list[bool]
