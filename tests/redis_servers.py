@@ -133,7 +133,7 @@ class RedisServer:
         self.directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self.socket_path = str(self.directory / "s")
         self.password: str | None = None
-        self._options = options or {}
+        self.options = options or {}
         self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
@@ -166,7 +166,7 @@ class RedisServer:
             "save": "",
             "appendonly": "no",
             "repl-diskless-sync-delay": "0",
-            **self._options,
+            **self.options,
         }
         given = [(f"--{name}", *(value.split(" "))) for name, value in options.items()]
         return [self.binary.path, *(part for parts in given for part in parts)]
@@ -182,7 +182,7 @@ class RedisServer:
     def client(self, **options: Any) -> redis.Redis:
         """Return a plain client without retries, to look from outside."""
         retry = Retry(NoBackoff(), 0)
-        if "unixsocket" in self._options or self._options.get("port") == "0":
+        if "unixsocket" in self.options or self.options.get("port") == "0":
             return redis.Redis(unix_socket_path=self.socket_path, retry=retry, **options)
         return redis.Redis(HOST, self.port, retry=retry, password=self.password, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -54,7 +55,7 @@ async def test_commits_of_another_worker_are_announced_in_order_and_own_ones_are
         chain.append(next_record(chain[-1], {"n": n}))
     ending = end("ü")
     await tier.commit([create("ü", chain[0]), create("other", new_record({}))])
-    for old, new in zip(chain, chain[1:], strict=False):
+    for old, new in pairwise(chain):
         await tier.commit([update("ü", old, new)])
     await tier.commit([touch("ü", chain[-1], 9e9, 9e9), ending])
     await eventually(lambda: len(own.announcements) == 7)

@@ -17,7 +17,7 @@ from persistence.errors import (
     RemoteUnavailable,
     WriteOutcomeUnknown,
 )
-from persistence.remote.contract import APPLIED, Outcome, RemoteSession
+from persistence.remote.contract import APPLIED, Outcome, RemoteSession, Request
 from persistence.remote.redis import RedisTier
 from tests.engine import eventually
 from tests.redis_servers import Proxy, RedisServer, need_binary
@@ -353,7 +353,7 @@ async def test_a_key_of_somebody_else_is_told_and_left_alone(
         await tier.load("a")
     assert (caught.value.key, caught.value.session_id) == (key, "a")
     assert await tier.stored(["a"]) == [None]
-    requests = [create("a", new_record({})), create("b", new_record({})), end("a")]
+    requests: list[Request] = [create("a", new_record({})), create("b", new_record({})), end("a")]
     results = await tier.commit(requests)
     assert results[1] == APPLIED, "others are not affected"
     for result in (results[0], results[2]):
