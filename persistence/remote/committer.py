@@ -98,17 +98,13 @@ class Committer:
     ) -> list[list[int]]:
         """Return the indexes of what goes into one run of the script each."""
         found = []
-        for group in self._router.groups([keys[i] for i in todo], REQUESTS_PER_CALL):
-            current: list[int] = []
-            room = _BYTES_PER_CALL
-            for index in (todo[place] for place in group):
-                size = _size(requests[index])
-                if current and size > room:
-                    found.append(current)
-                    current, room = [], _BYTES_PER_CALL
-                current.append(index)
-                room -= size
-            found.append(current)
+        for places in self._router.groups([keys[i] for i in todo], REQUESTS_PER_CALL):
+            group = [todo[place] for place in places]
+            sizes = [_size(requests[index]) for index in group]
+            if sum(sizes) <= _BYTES_PER_CALL:
+                found.append(group)
+            else:
+                found += _split(group, sizes)
         return found
 
     def arguments(self, requests: Sequence[Request]) -> list[bytes]:
@@ -189,6 +185,19 @@ class _CommitCall(ScriptCall):
     def pack(self) -> list[bytes]:
         """Return it in the protocol's bytes, in pieces."""
         return ScriptCall(self.script, self.keys, self._committer.arguments(self._requests)).pack()
+
+
+def _split(group: list[int], sizes: list[int]) -> list[list[int]]:
+    """Return `group` in parts of at most `_BYTES_PER_CALL`, or of one."""
+    parts: list[list[int]] = []
+    room = 0
+    for index, size in zip(group, sizes, strict=True):
+        if not parts or size > room:
+            parts.append([])
+            room = _BYTES_PER_CALL
+        parts[-1].append(index)
+        room -= size
+    return parts
 
 
 def _size(request: Request) -> int:

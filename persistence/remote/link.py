@@ -25,6 +25,7 @@ from persistence.remote.faults import Fault, Lost, Refused, Unsent
 from persistence.remote.layout import pack_command
 
 _PAUSE_ABOVE_BYTES: Final = 32 * 1024
+_REPLIES_PER_SLICE: Final = 32
 
 
 class Call(Protocol):
@@ -192,8 +193,8 @@ class Link:
     async def exchange(self, calls: Sequence[Call]) -> list[Any]:
         """Send `calls` in one pipeline; return for each its reply, or the `Fault` it met.
 
-        Gives way to the event loop between calls that are large, so Redis starts while the rest
-        is still being packed.
+        Gives way to the event loop between calls that are large, so that Redis starts while the
+        rest is still being packed, and now and then between replies.
         """
         replies: list[Any] = []
         sent = False
@@ -207,6 +208,8 @@ class Link:
                         await asyncio.sleep(0)
                 while len(replies) < len(calls):
                     replies.append(await lease.receive())
+                    if len(replies) % _REPLIES_PER_SLICE == 0:
+                        await asyncio.sleep(0)  # those that have come already are read at once
         except Fault as fault:
             replies.append(fault)
             # Those behind it may have been sent, and their answers cannot be read any more.

@@ -38,6 +38,7 @@ from persistence.remote.link import Command
 from persistence.remote.router import Router, Script, ScriptCall
 from persistence.remote.topology import topology_of
 from persistence.remote.urls import parse_url
+from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.remote")
 
@@ -112,10 +113,12 @@ class RedisTier:
         keys = [self._keys.session(session_id) for session_id in session_ids]
         calls = [Command(b"HGETALL", key, key=key) for key in keys]
         replies = await self._read(calls, f"load {_sessions(session_ids)}")
-        return [
-            self._decode(key, session_id, reply)
-            for key, session_id, reply in zip(keys, session_ids, replies, strict=True)
-        ]
+        slices = Slices(self._clock.monotonic)
+        found = []
+        for key, session_id, reply in zip(keys, session_ids, replies, strict=True):
+            found.append(self._decode(key, session_id, reply))
+            await slices.give_way_if_due()
+        return found
 
     def _decode(
         self, key: bytes, session_id: str, reply: Any

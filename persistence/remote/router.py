@@ -217,6 +217,9 @@ class Router:
 
     def groups(self, keys: Sequence[bytes], limit: int) -> list[list[int]]:
         """Return the indexes of `keys` in groups that one command may take, in order per key."""
+        if not self._topology.routes_by_slot:
+            every = range(len(keys))
+            return [list(every[start : start + limit]) for start in every[::limit]]
         by_route: dict[object, list[list[int]]] = {}
         for index, key in enumerate(keys):
             groups = by_route.setdefault(self._route(key), [[]])

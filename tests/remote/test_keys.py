@@ -12,7 +12,7 @@ from redis.crc import key_slot
 from persistence.remote.keys import CLUSTER_SLOTS, Keys, slot_of
 from tests.redis_servers import RedisServer
 
-IDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20)
+IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 
 
 @given(session_id=IDS)
