@@ -187,7 +187,8 @@ def _assemble(fields: Mapping[bytes, bytes]) -> RemoteSession:
         raise ValueError("its head is too short")
     accessed, deadline, cap, checksum = _HEAD.unpack_from(head)
     order = msgpack.unpackb(fields[ORDER])
-    if type(order) is not list or len(order) != len(fields) - 3:
+    names = type(order) is list and all(type(name) is str for name in order)
+    if not names or len(order) != len(fields) - 3:
         raise ValueError("its fields are not those that its order names")
     record = rec.with_fields(head[_HEAD.size :], {name: fields[name.encode()] for name in order})
     if crc32c(record) != checksum:

@@ -147,7 +147,7 @@ class Router:
             found = await link.exchange([calls[index] for index in indexes])
             for index, reply in zip(indexes, found, strict=True):
                 replies[index] = reply
-                if type(reply) is redis_errors.AskError:  # MovedError is one of them
+                if isinstance(reply, Exception) and code_of(reply) == "ASK":
                     replies[index] = await self._ask_elsewhere(reply, calls[index])
 
         if len(by_link) == 1:
@@ -159,9 +159,11 @@ class Router:
                     group.create_task(send(link, indexes))
         return replies
 
-    async def _ask_elsewhere(self, redirection: redis_errors.AskError, call: Call) -> Any:
+    async def _ask_elsewhere(self, redirection: Exception, call: Call) -> Any:
         """Send one call to the node that its slot is moving to."""
-        link = self._topology.link_at((redirection.host, redirection.port))
+        # The answer ends with host:port; not every redis-py has a class for it.
+        host, _, port = str(redirection).rpartition(" ")[2].rpartition(":")
+        link = self._topology.link_at((host, int(port)))
         reply = (await link.exchange([Command(b"ASKING"), call]))[1]
         if isinstance(call, ScriptCall) and isinstance(reply, redis_errors.NoScriptError):
             await link.exchange([Command(b"SCRIPT", b"LOAD", call.script.source)])

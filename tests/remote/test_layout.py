@@ -113,6 +113,13 @@ def test_a_hash_that_lacks_something_is_damaged(missing: bytes) -> None:
         decode_session(b"k", "a", fields)
 
 
+@pytest.mark.parametrize("order", [b"", b"\xc0", b"\x91\x01", b"\x91\xa1x", b"\x91\xa1n\x00"])
+def test_an_order_that_names_other_fields_is_damage(order: bytes) -> None:
+    fields = stored_hash(new_record({"n": 1}))
+    with pytest.raises(RemoteDamaged):
+        decode_session(b"k", "a", {**fields, ORDER: order})
+
+
 @pytest.mark.parametrize("state", [b"", b"L", b"X" + bytes(40), bytes(41)])
 def test_a_state_of_somebody_else_is_none(state: bytes) -> None:
     with pytest.raises(ValueError, match="not one that this library writes"):
