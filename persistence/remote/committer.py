@@ -19,7 +19,7 @@ from typing import Final
 from persistence.config import RedisConfig
 from persistence.errors import PersistenceError, RemoteDamaged, printable
 from persistence.remote.contract import APPLIED, CommitResult, Outcome, Put, Request
-from persistence.remote.faults import code_in, explain, explain_key, explain_text, unknown
+from persistence.remote.faults import Lost, code_in, explain, explain_key, explain_text, unknown
 from persistence.remote.keys import Keys
 from persistence.remote.layout import (
     APPLIED_CODE,
@@ -129,7 +129,7 @@ class Committer:
         results: list[CommitResult],
     ) -> None:
         """Write down what became of one run of the script."""
-        reply, was_lost = settled
+        reply, was_lost, is_outdated = settled
         if isinstance(reply, Exception):
             for index in group:
                 results[index] = self._failed(requests[index], reply, was_lost=was_lost)
@@ -141,7 +141,11 @@ class Committer:
                 results[index] = APPLIED
             else:
                 detail = next(details) if code in DETAILED else b""
-                results[index] = self._answered(requests[index], code, detail)
+                result = self._answered(requests[index], code, detail)
+                if is_outdated and not result.is_stored:  # it may have been applied since
+                    lost = Lost("it was sent again behind another one, without a reply")
+                    result = self._failed(requests[index], lost, was_lost=True)
+                results[index] = result
 
     def _failed(self, request: Request, reply: Exception, *, was_lost: bool) -> CommitResult:
         """Return the outcome of a request whose run of the script had no result."""

@@ -202,7 +202,7 @@ class RedisTier:
         settled = await self._router.settle(calls, lost_seconds=self._config.timeout_seconds)
         return b"".join(
             self._epoch_part(name, reply)
-            for name, (reply, _) in zip(names, settled[1::2], strict=True)
+            for name, (reply, *_) in zip(names, settled[1::2], strict=True)
         )
 
     def _epoch_part(self, name: bytes, reply: Any) -> bytes:
@@ -236,7 +236,7 @@ class RedisTier:
         """
         replies = []
         settled = await self._router.settle(calls, lost_seconds=self._config.timeout_seconds)
-        for reply, _ in settled:
+        for reply, *_ in settled:
             if isinstance(reply, Fault):
                 raise explain(reply, self.where, doing)
             replies.append(reply)

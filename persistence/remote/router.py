@@ -76,10 +76,12 @@ class Settled(NamedTuple):
     Attributes:
         reply: the last reply, which may be an error that the server answered, or a `Fault`.
         was_lost: whether a sending of it got no reply, so that it may have been executed.
+        is_outdated: the reply is of an earlier sending; the last one got none.
     """
 
     reply: Any
     was_lost: bool
+    is_outdated: bool
 
 
 class Router:
@@ -105,6 +107,7 @@ class Router:
         """
         replies: list[Any] = [None] * len(calls)
         lost = [False] * len(calls)
+        outdated = [False] * len(calls)
         pending = list(range(len(calls)))
         start = self._monotonic()
         pause = 0.0
@@ -114,7 +117,8 @@ class Router:
             for index, reply in zip(pending, found, strict=True):
                 lost[index] = lost[index] or isinstance(reply, Lost)
                 # A reply that was there before is better than none.
-                if not isinstance(reply, Fault) or replies[index] is None:
+                outdated[index] = isinstance(reply, Lost) and _is_reply(replies[index])
+                if not outdated[index]:
                     replies[index] = reply
                 if isinstance(reply, Exception):
                     again.append(index)
@@ -123,13 +127,13 @@ class Router:
             waited = self._monotonic() - start
             if not again or waited >= (lost_seconds / _SOONER if gone else lost_seconds):
                 break
-            again = await self._repairable(calls, again, found_by(pending, found), lost)
+            again = await self._repairable(calls, again, _by_index(pending, found), lost)
             pending = self._with_successors(calls, pending, again)
             if pending:
                 self.repeated += len(pending)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
                 pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
-        return [Settled(reply, was) for reply, was in zip(replies, lost, strict=True)]
+        return list(map(Settled, replies, lost, outdated))
 
     async def _send(self, calls: list[Call]) -> list[Any]:
         """Send `calls` once: each server's in one pipeline, all servers at the same time."""
@@ -189,16 +193,16 @@ class Router:
             return False
 
     async def _load_scripts(self, calls: Sequence[Call]) -> None:
-        missing = {
-            (self._topology.link_of(call.key), call.script)
-            for call in calls
-            if isinstance(call, ScriptCall)
-        }
-        for link, script in missing:
-            try:
+        try:
+            missing = {
+                (self._topology.link_of(call.key), call.script)
+                for call in calls
+                if isinstance(call, ScriptCall)
+            }
+            for link, script in missing:
                 await link.ask(b"SCRIPT", b"LOAD", script.source)
-            except Fault as fault:
-                _log.debug("a script could not be loaded: %s", fault)
+        except (Fault, PersistenceError) as error:
+            _log.debug("a script could not be loaded: %s", error)
 
     def _with_successors(
         self, calls: Sequence[Call], pending: list[int], again: list[int]
@@ -231,6 +235,10 @@ class Router:
         return [group for groups in by_route.values() for group in groups]
 
 
-def found_by(indexes: Sequence[int], values: Sequence[Any]) -> dict[int, Any]:
+def _is_reply(found: Any) -> bool:
+    return found is not None and not isinstance(found, Exception)
+
+
+def _by_index(indexes: Sequence[int], values: Sequence[Any]) -> dict[int, Any]:
     """Return `values` by index."""
     return dict(zip(indexes, values, strict=True))
