@@ -27,6 +27,7 @@ FIRST_COMMANDS = [
 PLANNED = {
     "CheckpointDamaged",
     "CheckpointNotFound",
+    "RemoteDamaged",
     "RemoteUnavailable",
     "RequestLimitReached",
     "TokenInvalid",
