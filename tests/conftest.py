@@ -13,14 +13,24 @@ from persistence import Clock, ManualClock, StateManager
 from persistence.disk.files import Files
 from tests.engine import Crash, ScriptedFiles, Start, config_for
 from tests.redis_servers import (
+    cluster,
     deployment,
     deployments,
     each_server,
     own_server,
+    sentinel,
     shared_server,
 )
 
-__all__ = ["deployment", "deployments", "each_server", "own_server", "shared_server"]
+__all__ = [
+    "cluster",
+    "deployment",
+    "deployments",
+    "each_server",
+    "own_server",
+    "sentinel",
+    "shared_server",
+]
 
 
 @pytest.fixture

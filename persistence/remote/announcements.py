@@ -69,12 +69,15 @@ class Subscription:
         self._epoch = epoch
         self._heartbeat_seconds = heartbeat_seconds
         self._timeout_seconds = timeout_seconds
+        self._closing = False
         self._beats: set[bytes] = set()
         self._returned = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name="persistence-subscription")
 
     async def close(self) -> None:
         """Stop listening."""
+        self._closing = True
+        self.is_connected = False
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -88,6 +91,8 @@ class Subscription:
                 _log.warning("the subscription to other workers' commits broke: %s", error)
             except Exception:  # noqa: BLE001 - whatever it is, the listener must not go deaf
                 _log.exception("the subscription to other workers' commits failed")
+            if self._closing:  # a task group whose task fails meanwhile forgets a cancellation
+                return
             if self.is_connected:
                 self.is_connected = False
                 self._listener.disconnected()

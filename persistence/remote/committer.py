@@ -19,7 +19,7 @@ from typing import Final
 from persistence.config import RedisConfig
 from persistence.errors import PersistenceError, RemoteDamaged, printable
 from persistence.remote.contract import APPLIED, CommitResult, Outcome, Put, Request
-from persistence.remote.faults import code_in, explain, explain_key, explain_text, unknown
+from persistence.remote.faults import Lost, code_in, explain, explain_key, explain_text, unknown
 from persistence.remote.keys import Keys
 from persistence.remote.layout import (
     APPLIED_CODE,
@@ -98,17 +98,13 @@ class Committer:
     ) -> list[list[int]]:
         """Return the indexes of what goes into one run of the script each."""
         found = []
-        for group in self._router.groups([keys[i] for i in todo], REQUESTS_PER_CALL):
-            current: list[int] = []
-            room = _BYTES_PER_CALL
-            for index in (todo[place] for place in group):
-                size = _size(requests[index])
-                if current and size > room:
-                    found.append(current)
-                    current, room = [], _BYTES_PER_CALL
-                current.append(index)
-                room -= size
-            found.append(current)
+        for places in self._router.groups([keys[i] for i in todo], REQUESTS_PER_CALL):
+            group = [todo[place] for place in places]
+            sizes = [_size(requests[index]) for index in group]
+            if sum(sizes) <= _BYTES_PER_CALL:
+                found.append(group)
+            else:
+                found += _split(group, sizes)
         return found
 
     def arguments(self, requests: Sequence[Request]) -> list[bytes]:
@@ -133,7 +129,7 @@ class Committer:
         results: list[CommitResult],
     ) -> None:
         """Write down what became of one run of the script."""
-        reply, was_lost = settled
+        reply, was_lost, is_outdated = settled
         if isinstance(reply, Exception):
             for index in group:
                 results[index] = self._failed(requests[index], reply, was_lost=was_lost)
@@ -145,7 +141,11 @@ class Committer:
                 results[index] = APPLIED
             else:
                 detail = next(details) if code in DETAILED else b""
-                results[index] = self._answered(requests[index], code, detail)
+                result = self._answered(requests[index], code, detail)
+                if is_outdated and not result.is_stored:  # it may have been applied since
+                    lost = Lost("it was sent again behind another one, without a reply")
+                    result = self._failed(requests[index], lost, was_lost=True)
+                results[index] = result
 
     def _failed(self, request: Request, reply: Exception, *, was_lost: bool) -> CommitResult:
         """Return the outcome of a request whose run of the script had no result."""
@@ -189,6 +189,19 @@ class _CommitCall(ScriptCall):
     def pack(self) -> list[bytes]:
         """Return it in the protocol's bytes, in pieces."""
         return ScriptCall(self.script, self.keys, self._committer.arguments(self._requests)).pack()
+
+
+def _split(group: list[int], sizes: list[int]) -> list[list[int]]:
+    """Return `group` in parts of at most `_BYTES_PER_CALL`, or of one."""
+    parts: list[list[int]] = []
+    room = 0
+    for index, size in zip(group, sizes, strict=True):
+        if not parts or size > room:
+            parts.append([])
+            room = _BYTES_PER_CALL
+        parts[-1].append(index)
+        room -= size
+    return parts
 
 
 def _size(request: Request) -> int:

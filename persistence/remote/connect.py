@@ -88,7 +88,7 @@ async def ask_server(link: Link) -> Server:
         raise Refused(reply, link.where)
     told = {_word(name): _word(value) for name, value in reply.items()}
     numbers = tuple(int(part) for part in told["version"].split(".") if part.isdigit())
-    return Server(numbers, told["mode"], told["role"] != "master")
+    return Server(numbers, told["mode"], told.get("role") == "replica")
 
 
 def _word(value: object) -> str:

@@ -146,6 +146,8 @@ def as_config_error(error: Exception, where: str) -> ConfigError | None:
         return ConfigError(
             f"redis.url: Redis at {where} has no such database ({text}); a Cluster has only 0"
         )
+    if "cluster support disabled" in text:
+        return ConfigError(f"redis.url: the server at {where} is no Redis Cluster; write redis://")
     if code == "NOPROTO" or "unknown command" in text.lower():
         return ConfigError(
             f"redis.url: the server at {where} does not speak RESP3 ({text}); Redis 6.2 or newer, "

@@ -48,9 +48,11 @@ _STATE: Final = Struct("<cQ16s16s")  # with the newest commit id
 STATE_BYTES: Final = _STATE.size
 _TIMES: Final = Struct("<dd")
 _HEAD: Final = Struct("<dddI")
-_HEADER: Final = Struct("<cII16s16s16sQ")
+_HEADER: Final = Struct("<cII32s16s8s")  # incarnation and commit are one piece, as in a record
 _EVENT: Final = Struct("<cQ16sH")
 _pack_header = _HEADER.pack
+_NO_VERSION: Final = bytes(8)
+_VERSION_END: Final = 2 * ID_BYTES + 8
 _pack_head = _HEAD.pack
 
 CODES: Final = {
@@ -81,32 +83,32 @@ def request_arguments(request: Request, tombstone_ms: bytes) -> list[bytes]:
     if type(request) is Put:
         return put_arguments(request)
     if type(request) is Delete:
-        header = _pack_header(b"D", 0, 0, request.incarnation, request.commit, request.base, 0)
-        return [header + tombstone_ms]
+        ids = request.incarnation + request.commit
+        return [_pack_header(b"D", 0, 0, ids, request.base, _NO_VERSION) + tombstone_ms]
     assert type(request) is Touch, "there are three kinds of requests"
-    header = _pack_header(b"T", 0, 1, NO_ID, request.commit, NO_ID, 0)
-    return [header + _milliseconds(request.deadline), _TIMES.pack(request[2], request.deadline)]
+    header = _pack_header(b"T", 0, 1, NO_ID + request.commit, NO_ID, _NO_VERSION)
+    times = _TIMES.pack(request.accessed, request.deadline)
+    return [header + _milliseconds(request.deadline), times]
 
 
 def put_arguments(put: Put) -> list[bytes]:
     """Return the arguments of a put: names and values to set, then names to remove."""
-    record = put.record
-    changed, removed = difference(put.old, record)
-    assert put.old is None or rec.commit_of(put.old) == put.base, "old is not what it was built on"
-    head = _pack_head(put.accessed, put.deadline, put.cap, crc32c(record))
+    _, record, base, accessed, deadline, cap, old = put
+    changed, removed = difference(old, record)
+    assert old is None or rec.commit_of(old) == base, "old is not what it was built on"
+    head = _pack_head(accessed, deadline, cap, crc32c(record))
     changed += (HEAD, head + record[: rec.meta_end_of(record)])
-    replaces = b"R" if put.old is None else b"P"
-    kind = b"C" if put.base == NO_ID else replaces
+    replaces = b"R" if old is None else b"P"
+    kind = b"C" if base == NO_ID else replaces
     header = _pack_header(
         kind,
         len(changed),
         len(removed),
-        record[:ID_BYTES],
-        record[ID_BYTES : 2 * ID_BYTES],
-        put.base,
-        rec.version_of(record),
+        record[: 2 * ID_BYTES],
+        base,
+        record[2 * ID_BYTES : _VERSION_END],
     )
-    return [header + _milliseconds(put.deadline), *changed, *removed]
+    return [header + _milliseconds(deadline), *changed, *removed]
 
 
 def difference(old: bytes | None, new: bytes) -> tuple[list[bytes], list[bytes]]:
@@ -117,14 +119,21 @@ def difference(old: bytes | None, new: bytes) -> tuple[list[bytes], list[bytes]]
     after = rec.packed_fields(new)
     before = {} if old is None else rec.packed_fields(old)
     changed: list[bytes] = []
+    if len(before) == len(after):
+        # Nearly always the names are the same, in the same order: one walk over both tells.
+        for (name, value), (known_name, known) in zip(after.items(), before.items(), strict=True):
+            if name != known_name:
+                break
+            if value != known:
+                changed += (name.encode(), bytes(value))
+        else:
+            if old is not None:
+                return changed, []
+    changed = []
     for name, value in after.items():
-        known = before.get(name)
-        if known is None or known != value:
-            changed.append(name.encode())
-            changed.append(bytes(value))
-    if old is None or list(before) != list(after):
-        changed.append(ORDER)
-        changed.append(msgpack.packb(list(after)))
+        if before.get(name) != value:
+            changed += (name.encode(), bytes(value))
+    changed += (ORDER, msgpack.packb(list(after)))
     return changed, [name.encode() for name in before if name not in after]
 
 
@@ -178,7 +187,8 @@ def _assemble(fields: Mapping[bytes, bytes]) -> RemoteSession:
         raise ValueError("its head is too short")
     accessed, deadline, cap, checksum = _HEAD.unpack_from(head)
     order = msgpack.unpackb(fields[ORDER])
-    if type(order) is not list or len(order) != len(fields) - 3:
+    names = type(order) is list and all(type(name) is str for name in order)
+    if not names or len(order) != len(fields) - 3:
         raise ValueError("its fields are not those that its order names")
     record = rec.with_fields(head[_HEAD.size :], {name: fields[name.encode()] for name in order})
     if crc32c(record) != checksum:

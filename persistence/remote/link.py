@@ -8,13 +8,13 @@ still in it. Here:
   whether anything was sent.
 - A connection goes back only when every reply that was asked for has been read. After a timeout, a
   cancelled call or any other error it is closed, so no reply ever reaches another caller.
-- Timeouts are for progress: for each write and each reply, not for a whole batch.
+- Timeouts are for progress: for each write and each few replies, not for a whole batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
 
@@ -24,7 +24,8 @@ from redis.asyncio.connection import AbstractConnection
 from persistence.remote.faults import Fault, Lost, Refused, Unsent
 from persistence.remote.layout import pack_command
 
-_PAUSE_ABOVE_BYTES: Final = 32 * 1024
+_BYTES_PER_SLICE: Final = 32 * 1024
+_REPLIES_PER_SLICE: Final = 32
 
 
 class Call(Protocol):
@@ -68,39 +69,43 @@ class Lease:
         self._where = where
         self.owed = 0
 
-    async def send(self, pieces: list[bytes]) -> None:
-        """Send one command.
+    async def send(self, pieces: list[bytes], calls: int) -> None:
+        """Send some commands, which `calls` replies will answer.
 
         Raises:
             Lost: the connection broke.
         """
-        self.owed += 1
+        self.owed += calls
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 await self._connection.send_packed_command(pieces, check_health=False)
         except (redis_errors.RedisError, OSError) as error:  # a builtin TimeoutError is an OSError
             raise Lost(f"Redis at {self._where}: {_words(error, 'takes no more')}") from error
 
-    async def receive(self) -> Any:
-        """Return the next reply; one that is an error is returned too.
+    async def receive_into(self, replies: list[Any], count: int) -> None:
+        """Add the next `count` replies; those that are errors are added too.
 
         Raises:
             Refused: the answer is an error behind which the connection cannot be used.
-            Lost: it did not come.
+            Lost: it did not come. Those that came before it have been added.
         """
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                reply = await self._connection.read_response()
-        except redis_errors.ResponseError as error:
-            reply = error
+                for _ in range(count):
+                    replies.append(await self._receive())
+                    self.owed -= 1
         except redis_errors.ConnectionError as error:
             if _is_answer(error):
                 raise Refused(error, self._where) from error
             raise Lost(f"Redis at {self._where}: {_words(error, 'gone')}") from error
         except (redis_errors.RedisError, OSError) as error:
             raise Lost(f"Redis at {self._where}: {_words(error, 'does not answer')}") from error
-        self.owed -= 1
-        return reply
+
+    async def _receive(self) -> Any:
+        try:
+            return await self._connection.read_response()
+        except redis_errors.ResponseError as error:
+            return error
 
 
 class Link:
@@ -192,21 +197,22 @@ class Link:
     async def exchange(self, calls: Sequence[Call]) -> list[Any]:
         """Send `calls` in one pipeline; return for each its reply, or the `Fault` it met.
 
-        Gives way to the event loop between calls that are large, so Redis starts while the rest
-        is still being packed.
+        Gives way to the event loop every now and then, so that Redis starts while the rest is
+        still being packed.
         """
         replies: list[Any] = []
         sent = False
         try:
             async with self.lease() as lease:
-                for call in calls:
-                    pieces = call.pack()
+                for pieces, count in _slices(calls):
                     sent = True
-                    await lease.send(pieces)
-                    if len(pieces[0]) > _PAUSE_ABOVE_BYTES:
-                        await asyncio.sleep(0)
+                    await lease.send(pieces, count)
+                    await asyncio.sleep(0)
                 while len(replies) < len(calls):
-                    replies.append(await lease.receive())
+                    wanted = min(_REPLIES_PER_SLICE, len(calls) - len(replies))
+                    await lease.receive_into(replies, wanted)
+                    if lease.owed:
+                        await asyncio.sleep(0)  # those that have come already are read at once
         except Fault as fault:
             replies.append(fault)
             # Those behind it may have been sent, and their answers cannot be read any more.
@@ -238,6 +244,22 @@ class Link:
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.disconnect(nowait=True)
+
+
+def _slices(calls: Sequence[Call]) -> Iterator[tuple[list[bytes], int]]:
+    """Pack `calls` in slices: yield the bytes of some, and how many they are."""
+    pieces: list[bytes] = []
+    count = size = 0
+    for call in calls:
+        packed = call.pack()
+        pieces += packed
+        count += 1
+        size += sum(map(len, packed))
+        if size > _BYTES_PER_SLICE:
+            yield pieces, count
+            pieces, count, size = [], 0, 0
+    if pieces:
+        yield pieces, count
 
 
 def _is_stale(connection: AbstractConnection) -> bool:

@@ -24,18 +24,26 @@ from persistence.remote.announcements import Subscription
 from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server
 from persistence.remote.committer import REQUESTS_PER_CALL, Committer
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
-from persistence.remote.faults import Fault, as_config_error, code_of, explain, explain_key
+from persistence.remote.faults import (
+    Fault,
+    Refused,
+    as_config_error,
+    code_of,
+    explain,
+    explain_key,
+)
 from persistence.remote.keys import Keys
 from persistence.remote.layout import decode_session, decode_state
 from persistence.remote.link import Command
 from persistence.remote.router import Router, Script, ScriptCall
 from persistence.remote.topology import topology_of
 from persistence.remote.urls import parse_url
+from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.remote")
 
 _SCAN_COUNT: Final = b"1000"
-_EPOCH_BYTES: Final = 16
+_EPOCH_BYTES: Final = 8
 
 
 class RedisTier:
@@ -77,10 +85,10 @@ class RedisTier:
             for link in self._topology.primaries():
                 await check_server(self._target, link, allow_eviction=self._config.allow_eviction)
                 await check_keys(self._keys, link)
+            await self._read_epoch()
         except Fault as fault:
             wrong = as_config_error(fault, self.where)
             raise wrong or explain(fault, self.where, "opening the shared tier") from None
-        await self.epoch()
 
     async def close(self) -> None:
         """Give all connections back; idempotent."""
@@ -105,10 +113,12 @@ class RedisTier:
         keys = [self._keys.session(session_id) for session_id in session_ids]
         calls = [Command(b"HGETALL", key, key=key) for key in keys]
         replies = await self._read(calls, f"load {_sessions(session_ids)}")
-        return [
-            self._decode(key, session_id, reply)
-            for key, session_id, reply in zip(keys, session_ids, replies, strict=True)
-        ]
+        slices = Slices(self._clock.monotonic)
+        found = []
+        for key, session_id, reply in zip(keys, session_ids, replies, strict=True):
+            found.append(self._decode(key, session_id, reply))
+            await slices.give_way_if_due()
+        return found
 
     def _decode(
         self, key: bytes, session_id: str, reply: Any
@@ -176,26 +186,33 @@ class RedisTier:
 
     async def epoch(self) -> bytes:
         """Return the id of the tier's content; create what of it is missing."""
+        try:
+            return await self._read_epoch()
+        except Fault as fault:
+            raise explain(fault, self.where, "read the epoch of the shared tier") from None
+
+    async def _read_epoch(self) -> bytes:
         names = self._keys.epochs(cluster=self._topology.routes_by_slot)
-        # SET with NX and GET in one command needs Redis 7.
-        fresh = [EPOCH_MAGIC + secrets.token_hex(_EPOCH_BYTES // 2).encode() for _ in names]
-        doing = "read the epoch of the shared tier"
-        calls = [
-            call
-            for name, value in zip(names, fresh, strict=True)
-            for call in (
-                Command(b"SET", name, value, b"NX", key=name),
-                Command(b"GET", name, key=name),
-            )
-        ]
-        parts = []
-        for name, reply in zip(names, (await self._read(calls, doing))[1::2], strict=True):
-            if isinstance(reply, Exception):
-                raise explain(reply, self.where, doing)
-            if not isinstance(reply, bytes) or not reply.startswith(EPOCH_MAGIC):
-                raise RemoteDamaged(name.decode(), "it holds no epoch of this library")
-            parts.append(reply.removeprefix(EPOCH_MAGIC))
-        return b"".join(parts)
+        calls = []
+        for name in names:
+            fresh = EPOCH_MAGIC + secrets.token_hex(_EPOCH_BYTES).encode()
+            # SET with NX and GET in one command needs Redis 7.
+            calls.append(Command(b"SET", name, fresh, b"NX", key=name))
+            calls.append(Command(b"GET", name, key=name))
+        settled = await self._router.settle(calls, lost_seconds=self._config.timeout_seconds)
+        return b"".join(
+            self._epoch_part(name, reply)
+            for name, (reply, *_) in zip(names, settled[1::2], strict=True)
+        )
+
+    def _epoch_part(self, name: bytes, reply: Any) -> bytes:
+        if isinstance(reply, Fault):
+            raise reply
+        if isinstance(reply, Exception) and code_of(reply) != "WRONGTYPE":
+            raise Refused(reply, self.where)
+        if not isinstance(reply, bytes) or not reply.startswith(EPOCH_MAGIC):
+            raise RemoteDamaged(name.decode(), "it holds no epoch of this library")
+        return reply.removeprefix(EPOCH_MAGIC)
 
     async def ping(self) -> float:
         """Return how long the slowest primary took to answer, seconds."""
@@ -219,7 +236,7 @@ class RedisTier:
         """
         replies = []
         settled = await self._router.settle(calls, lost_seconds=self._config.timeout_seconds)
-        for reply, _ in settled:
+        for reply, *_ in settled:
             if isinstance(reply, Fault):
                 raise explain(reply, self.where, doing)
             replies.append(reply)

@@ -29,8 +29,9 @@ from persistence.remote.topology import Topology
 
 _log = logging.getLogger("persistence.remote")
 
-_FIRST_PAUSE_SECONDS: Final = 0.02
+_FIRST_PAUSE_SECONDS: Final = 0.01
 _LONGEST_PAUSE_SECONDS: Final = 0.5
+_SOONER: Final = 3
 _ELSEWHERE: Final = frozenset({"MOVED", "READONLY"})
 _PASSING: Final = frozenset({"MOVED", "ASK", "TRYAGAIN", "NOSCRIPT"})
 
@@ -75,10 +76,12 @@ class Settled(NamedTuple):
     Attributes:
         reply: the last reply, which may be an error that the server answered, or a `Fault`.
         was_lost: whether a sending of it got no reply, so that it may have been executed.
+        is_outdated: the reply is of an earlier sending; the last one got none.
     """
 
     reply: Any
     was_lost: bool
+    is_outdated: bool
 
 
 class Router:
@@ -104,28 +107,33 @@ class Router:
         """
         replies: list[Any] = [None] * len(calls)
         lost = [False] * len(calls)
+        outdated = [False] * len(calls)
         pending = list(range(len(calls)))
-        end = self._monotonic() + lost_seconds
-        pause = _FIRST_PAUSE_SECONDS
+        start = self._monotonic()
+        pause = 0.0
         while pending:
             found = await self._send([calls[index] for index in pending])
             again = []
             for index, reply in zip(pending, found, strict=True):
                 lost[index] = lost[index] or isinstance(reply, Lost)
                 # A reply that was there before is better than none.
-                if not isinstance(reply, Fault) or replies[index] is None:
+                outdated[index] = isinstance(reply, Lost) and _is_reply(replies[index])
+                if not outdated[index]:
                     replies[index] = reply
                 if isinstance(reply, Exception):
                     again.append(index)
-            if not again or self._monotonic() >= end:
+            # Who cannot even be reached is given up sooner than who takes requests and is silent.
+            gone = any(isinstance(reply, Unsent) for reply in found)
+            waited = self._monotonic() - start
+            if not again or waited >= (lost_seconds / _SOONER if gone else lost_seconds):
                 break
-            again = await self._repairable(calls, again, found_by(pending, found), lost)
+            again = await self._repairable(calls, again, _by_index(pending, found), lost)
             pending = self._with_successors(calls, pending, again)
             if pending:
                 self.repeated += len(pending)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        return [Settled(reply, was) for reply, was in zip(replies, lost, strict=True)]
+                pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+        return list(map(Settled, replies, lost, outdated))
 
     async def _send(self, calls: list[Call]) -> list[Any]:
         """Send `calls` once: each server's in one pipeline, all servers at the same time."""
@@ -143,7 +151,7 @@ class Router:
             found = await link.exchange([calls[index] for index in indexes])
             for index, reply in zip(indexes, found, strict=True):
                 replies[index] = reply
-                if isinstance(reply, redis_errors.AskError):
+                if isinstance(reply, Exception) and code_of(reply) == "ASK":
                     replies[index] = await self._ask_elsewhere(reply, calls[index])
 
         if len(by_link) == 1:
@@ -155,10 +163,16 @@ class Router:
                     group.create_task(send(link, indexes))
         return replies
 
-    async def _ask_elsewhere(self, redirection: redis_errors.AskError, call: Call) -> Any:
+    async def _ask_elsewhere(self, redirection: Exception, call: Call) -> Any:
         """Send one call to the node that its slot is moving to."""
-        link = self._topology.link_at((redirection.host, redirection.port))
-        return (await link.exchange([Command(b"ASKING"), call]))[1]
+        # The answer ends with host:port; not every redis-py has a class for it.
+        host, _, port = str(redirection).rpartition(" ")[2].rpartition(":")
+        link = self._topology.link_at((host, int(port)))
+        reply = (await link.exchange([Command(b"ASKING"), call]))[1]
+        if isinstance(call, ScriptCall) and isinstance(reply, redis_errors.NoScriptError):
+            await link.exchange([Command(b"SCRIPT", b"LOAD", call.script.source)])
+            reply = (await link.exchange([Command(b"ASKING"), call]))[1]
+        return reply
 
     async def _repairable(
         self, calls: Sequence[Call], failed: list[int], found: dict[int, Any], lost: list[bool]
@@ -179,16 +193,16 @@ class Router:
             return False
 
     async def _load_scripts(self, calls: Sequence[Call]) -> None:
-        missing = {
-            (self._topology.link_of(call.key), call.script)
-            for call in calls
-            if isinstance(call, ScriptCall)
-        }
-        for link, script in missing:
-            try:
+        try:
+            missing = {
+                (self._topology.link_of(call.key), call.script)
+                for call in calls
+                if isinstance(call, ScriptCall)
+            }
+            for link, script in missing:
                 await link.ask(b"SCRIPT", b"LOAD", script.source)
-            except Fault as fault:
-                _log.debug("a script could not be loaded: %s", fault)
+        except (Fault, PersistenceError) as error:
+            _log.debug("a script could not be loaded: %s", error)
 
     def _with_successors(
         self, calls: Sequence[Call], pending: list[int], again: list[int]
@@ -209,6 +223,9 @@ class Router:
 
     def groups(self, keys: Sequence[bytes], limit: int) -> list[list[int]]:
         """Return the indexes of `keys` in groups that one command may take, in order per key."""
+        if not self._topology.routes_by_slot:
+            every = range(len(keys))
+            return [list(every[start : start + limit]) for start in every[::limit]]
         by_route: dict[object, list[list[int]]] = {}
         for index, key in enumerate(keys):
             groups = by_route.setdefault(self._route(key), [[]])
@@ -218,6 +235,10 @@ class Router:
         return [group for groups in by_route.values() for group in groups]
 
 
-def found_by(indexes: Sequence[int], values: Sequence[Any]) -> dict[int, Any]:
+def _is_reply(found: Any) -> bool:
+    return found is not None and not isinstance(found, Exception)
+
+
+def _by_index(indexes: Sequence[int], values: Sequence[Any]) -> dict[int, Any]:
     """Return `values` by index."""
     return dict(zip(indexes, values, strict=True))

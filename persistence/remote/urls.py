@@ -12,7 +12,8 @@
 Options behind ``?``: ``db``, ``username``, ``password``; with TLS ``ssl_ca_certs``,
 ``ssl_certfile``, ``ssl_keyfile`` (paths), ``ssl_cert_reqs`` (``required`` or ``none``) and
 ``ssl_check_hostname`` (``true`` or ``false``); with Sentinel ``sentinel_username`` and
-``sentinel_password``. Anything else is refused: a misspelt option must not pass in silence.
+``sentinel_password``. Anything else is refused: a misspelt option must not pass in silence. An @ in
+an option is written ``%40``.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ def parse_url(url: str) -> Target:
     if scheme not in _KINDS:
         raise ConfigError(f"redis.url: must start with {', '.join(f'{k}://' for k in _KINDS)}")
     kind, tls = _KINDS[scheme]
-    rest, _, query = rest.partition("?") if "@" not in rest else _split_query(rest)
-    userinfo, at, place = rest.rpartition("@")
+    # All in front of the last @ is user and password: those may hold a / or ? that nobody escaped.
+    userinfo, _, place = rest.rpartition("@")
+    place, _, query = place.partition("?")
     options = _options(query, _COMMON | (_TLS if tls else set()) | _allowed_for(kind))
-    credentials = _credentials(userinfo if at else "", options)
+    credentials = _credentials(userinfo, options)
     hosts, _, path = place.partition("/")
     parts = [unquote(part) for part in path.split("/") if part]
     if scheme == "unix":
@@ -118,15 +120,6 @@ def parse_url(url: str) -> Target:
         },
         tls_options=_tls_options(options) if tls else {},
     )
-
-
-def _split_query(rest: str) -> tuple[str, str, str]:
-    """Split behind the last @ only: a password may hold a question mark."""
-    userinfo, at, place = rest.rpartition("@")
-    if "=" in place and "?" not in place:  # the @ was in an option
-        return rest.partition("?")
-    place, mark, query = place.partition("?")
-    return userinfo + at + place, mark, query
 
 
 def _allowed_for(kind: Kind) -> frozenset[str]:

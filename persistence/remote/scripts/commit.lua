@@ -70,6 +70,11 @@ local function expire(key, time)
   if time == '' then call('PERSIST', key) else call('PEXPIREAT', key, time) end
 end
 
+-- Whether a state is one that this script writes.
+local function is_state(state)
+  return #state >= SHOWN_BYTES and find('LTt', sub(state, 1, 1), 1, true) ~= nil
+end
+
 -- Why a creation, a put or a delete cannot be applied; nil: it can.
 local function objection(kind, key, state, incarnation, commit, base)
   if not state then
@@ -150,6 +155,8 @@ for i = 1, #KEYS do
   local state = pcall('HGET', key, STATE)
   if type(state) == 'table' then
     code, err = 'E', state.err
+  elseif state and not is_state(state) then
+    code = 'F'
   elseif kind == 'T' then
     code, err = touch(key, state, commit, ARGV[first], time)
   else

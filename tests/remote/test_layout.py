@@ -1,0 +1,159 @@
+"""Differences, arguments and records put together again: pure functions over bytes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persistence import record as rec
+from persistence.errors import RemoteDamaged
+from persistence.record import NEVER, NO_ID
+from persistence.remote.contract import Announcement, Put, RemoteSession, Stored
+from persistence.remote.layout import (
+    HEAD,
+    ORDER,
+    STATE,
+    decode_announcements,
+    decode_session,
+    decode_state,
+    difference,
+    pack_command,
+    request_arguments,
+)
+from tests.remote.sessions import new_id, new_record, next_record, touch
+
+DATA = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.integers(), st.binary(max_size=40)), max_size=6
+)
+
+
+def stored_hash(
+    record: bytes, accessed: float = 1.0, deadline: float = NEVER
+) -> dict[bytes, bytes]:
+    """Return the hash that the script makes of a creation."""
+    put = Put("a", record, NO_ID, accessed, deadline)
+    pairs = request_arguments(put, b"")[1:]
+    fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    fields[STATE] = b"L" + bytes(8) + record[:32]
+    return fields
+
+
+@given(data=DATA)
+def test_a_record_taken_apart_is_put_together_byte_for_byte(data: dict[str, object]) -> None:
+    record = new_record(data)
+    found = decode_session(b"k", "a", stored_hash(record, 5.0, 7.0))
+    assert found == RemoteSession(record, 5.0, 7.0, NEVER)
+
+
+@given(before=DATA, after=DATA)
+def test_a_difference_makes_the_new_record_of_the_old_one(
+    before: dict[str, object], after: dict[str, object]
+) -> None:
+    old = new_record(before)
+    new = next_record(old, after)
+    fields = stored_hash(old)
+    arguments = request_arguments(Put("a", new, rec.commit_of(old), 1.0, NEVER, old=old), b"")
+    changed, removed = difference(old, new)
+    sets = len(changed) + 2
+    assert len(arguments) == 1 + sets + len(removed)
+    pairs = arguments[1 : 1 + sets]
+    fields.update(zip(pairs[::2], pairs[1::2], strict=True))
+    for name in arguments[1 + sets :]:
+        del fields[name]
+    fields[STATE] = b"L" + bytes(8) + new[:32]
+    found = decode_session(b"k", "a", fields)
+    assert isinstance(found, RemoteSession)
+    assert found.record == new
+
+
+def test_only_what_differs_is_sent() -> None:
+    old = new_record({"a": 1, "b": 2, "c": 3})
+    changed, removed = difference(old, next_record(old, {"a": 1, "b": 9, "c": 3}))
+    assert (changed, removed) == ([b"b", b"\x09"], [])
+    changed, removed = difference(old, next_record(old, {"a": 1, "c": 3}))
+    assert (changed[0], removed) == (ORDER, [b"b"])
+    changed, _ = difference(old, next_record(old, {"c": 3, "b": 2, "a": 1}))
+    assert changed[0] == ORDER
+    assert len(changed) == 2
+
+
+def test_large_values_are_compared_as_bytes_too() -> None:
+    old = new_record({"blob": bytes(100_000), "n": 1})
+    changed, _ = difference(old, next_record(old, {"blob": bytes(100_000), "n": 2}))
+    assert changed == [b"n", b"\x02"]
+
+
+def test_a_difference_to_another_version_than_the_base_is_a_bug() -> None:
+    old = new_record({"n": 1})
+    with pytest.raises(AssertionError, match="built on"):
+        request_arguments(Put("a", next_record(old, {}), new_id(), 1, 2, old=old), b"")
+
+
+@given(data=DATA, place=st.integers(0, 2**16), field=st.integers(0, 20))
+def test_any_changed_byte_is_found(data: dict[str, object], place: int, field: int) -> None:
+    fields = stored_hash(new_record(data))
+    name = sorted(fields)[field % len(fields)]
+    value = fields[name]
+    # Times may change without a new record, and the state is the script's.
+    first = 24 if name == HEAD else 0
+    if name == STATE or len(value) <= first:
+        return
+    at = first + place % (len(value) - first)
+    fields[name] = value[:at] + bytes([value[at] ^ 0x40]) + value[at + 1 :]
+    with pytest.raises(RemoteDamaged):
+        decode_session(b"k", "a", fields)
+
+
+@pytest.mark.parametrize("missing", [STATE, HEAD, ORDER, b"n"])
+def test_a_hash_that_lacks_something_is_damaged(missing: bytes) -> None:
+    fields = stored_hash(new_record({"n": 1}))
+    del fields[missing]
+    with pytest.raises(RemoteDamaged, match="Redis key 'k'"):
+        decode_session(b"k", "a", fields)
+
+
+@pytest.mark.parametrize("order", [b"", b"\xc0", b"\x91\x01", b"\x91\xa1x", b"\x91\xa1n\x00"])
+def test_an_order_that_names_other_fields_is_damage(order: bytes) -> None:
+    fields = stored_hash(new_record({"n": 1}))
+    with pytest.raises(RemoteDamaged):
+        decode_session(b"k", "a", {**fields, ORDER: order})
+
+
+@pytest.mark.parametrize("state", [b"", b"L", b"X" + bytes(40), bytes(41)])
+def test_a_state_of_somebody_else_is_none(state: bytes) -> None:
+    with pytest.raises(ValueError, match="not one that this library writes"):
+        decode_state(state)
+
+
+def test_a_tombstone_is_decoded_as_that() -> None:
+    state = b"T" + (7).to_bytes(8, "little") + b"i" * 16 + b"c" * 16 + b"o" * 16
+    assert decode_session(b"k", "a", {STATE: state}) == Stored(False, 7, b"i" * 16, b"c" * 16)
+
+
+def test_announcements_are_decoded_in_order_and_cut_ones_refused() -> None:
+    event = b"L" + (3).to_bytes(8, "little") + b"c" * 16 + (2).to_bytes(2, "little") + "ü".encode()
+    message = b"w" * 16 + event + b"T" + event[1:]
+    alive, ended = decode_announcements(message)
+    assert alive == Announcement("ü", 3, b"c" * 16, False, b"w" * 16)
+    assert ended == alive._replace(ended=True)
+    for length in range(17, len(message)):
+        if length != 16 + len(event):
+            with pytest.raises(ValueError, match="cut short"):
+                decode_announcements(message[:length])
+
+
+def test_a_session_that_never_expires_has_no_expiry() -> None:
+    record = new_record({})
+    never = request_arguments(touch("a", record, 1.0, NEVER), b"")[0]
+    timed = request_arguments(touch("a", record, 1.0, 12.3456), b"")[0]
+    assert timed.removeprefix(never) == b"12345"
+
+
+def test_commands_are_packed_as_the_protocol_has_it() -> None:
+    assert b"".join(pack_command([b"GET", b"k\r\n"])) == b"*2\r\n$3\r\nGET\r\n$3\r\nk\r\n\r\n"
+    large = bytes(50_000)
+    pieces = pack_command([b"SET", b"k", large, b"NX"])
+    assert any(piece is large for piece in pieces), "not copied"
+    expected = b"*4\r\n$3\r\nSET\r\n$1\r\nk\r\n$50000\r\n" + large + b"\r\n$2\r\nNX\r\n"
+    assert b"".join(pieces) == expected
