@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from persistence.clock import Clock
 from persistence.config import StateConfig
@@ -22,6 +22,7 @@ from persistence.manager import StateManager
 _log = logging.getLogger("persistence.worker")
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_LEFT_OVER_SECONDS: Final = 0.5
 _MAIN_SHARE: Final = 0.4
 """Share of the grace period that the worker's own coroutine has to end in once it is cancelled."""
 
@@ -47,7 +48,24 @@ def run(
         PersistenceError: the manager could not be opened (see `StateManager.open`).
         Exception: whatever `main` raised, after everything has been closed.
     """
-    asyncio.run(_Worker(main, StateManager(url, config, clock=clock)).run())
+    _run_on_a_loop(_Worker(main, StateManager(url, config, clock=clock)).run())
+
+
+def _run_on_a_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Like ``asyncio.run``, which would wait for ever for a task that takes no cancellation."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(work)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_OVER_SECONDS))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 class _Worker:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -65,6 +66,7 @@ class Sharing:
         self._time = local.time
         self._accepts_outages = config.on_outage == "local"
         self._is_listening = False
+        self._has_connected = asyncio.Event()
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[None] | None = None
@@ -114,7 +116,14 @@ class Sharing:
             self._probe()
         else:
             await self._remote.subscribe(self)
+            await self._until_connected()
         self._delivery.start()
+
+    async def _until_connected(self) -> None:
+        """Wait until announcements arrive: the first reader is to see what others have done."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.timeout_seconds):
+                await self._has_connected.wait()
 
     async def deliver(self) -> None:
         """Deliver what the shared tier has not seen and takes now; to be followed by `close`."""
@@ -158,6 +167,7 @@ class Sharing:
         """Announcements arrive from now on; what was before may have been missed."""
         self.copies.reset()
         self._is_listening = True
+        self._has_connected.set()
         if epoch != self.outbox.epoch:
             if self.outbox.epoch != NO_ID:
                 _log.warning("the shared tier lost its content: it is filled again from here")

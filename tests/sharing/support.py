@@ -22,7 +22,7 @@ def sharing_of(state: StateManager) -> Sharing:
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
     """Wait until something that happens elsewhere has happened."""
     async with asyncio.timeout(_PATIENCE_SECONDS):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(_POLL_SECONDS)
 
 

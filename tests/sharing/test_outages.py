@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
@@ -238,7 +239,9 @@ async def test_a_cancelled_update_leaves_no_reply_to_another(
     ids = [await a.create_session(data={"n": 0, "me": number}) for number in range(20)]
     dice = random.Random(8)
     for _ in range(100):
-        tasks = [asyncio.create_task(a.update_session(sid, add_one)) for sid in ids]
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(a.update_session(sid, add_one)) for sid in ids
+        ]
         tasks += [asyncio.create_task(a.get_session(sid, fresh=True)) for sid in ids]
         for _ in range(dice.randrange(4)):
             await asyncio.sleep(0)

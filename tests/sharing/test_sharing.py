@@ -109,10 +109,12 @@ async def _edit_by(state: StateManager, session_id: str, name: str) -> None:
 async def test_an_edit_that_another_worker_overtook_changes_nothing(pair: Pair) -> None:
     a, b = pair
     sid = await a.create_session(data={"n": 0})
+    edit = a.edit(sid)
+    draft = await edit.__aenter__()
+    await b.update_session_data(sid, "n", 7)
+    draft["n"] = 1
     with pytest.raises(ConflictError, match="edit again"):
-        async with a.edit(sid) as draft:
-            await b.update_session_data(sid, "n", 7)
-            draft["n"] = 1
+        await edit.__aexit__(None, None, None)
     assert (await b.get_session(sid, fresh=True))["n"] == 7  # type: ignore[index]
     async with a.edit(sid) as draft:
         draft["n"] += 1
