@@ -8,6 +8,8 @@ from typing import Final
 MANIFEST: Final = "MANIFEST"
 LOCK: Final = "LOCK"
 INDEX_SNAPSHOT: Final = "INDEX"
+SHIPPED: Final = "SHIPPED"
+STAGED: Final = "STAGED"
 QUARANTINE: Final = "quarantine"
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
@@ -58,7 +60,7 @@ def _parse(name: str, kind: str) -> int | None:
 
 def is_ours(name: str) -> bool:
     """Whether a file of this name is one that the engine writes."""
-    if name in (MANIFEST, LOCK, INDEX_SNAPSHOT, QUARANTINE):
+    if name in (MANIFEST, LOCK, INDEX_SNAPSHOT, SHIPPED, STAGED, QUARANTINE):
         return True
     if name.endswith(TEMPORARY_SUFFIX):
         return is_ours(name.removesuffix(TEMPORARY_SUFFIX))

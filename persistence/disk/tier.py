@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
@@ -39,7 +39,8 @@ from persistence.disk.index import SHARDS, Fingerprints, Index, Row
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovered, Recovery
-from persistence.disk.segments import Damage, OpenSegments, Segment
+from persistence.disk.segments import Damage, OpenSegments, Pins, Segment
+from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
 from persistence.disk.writer import ActiveSegment, LogWriter, Write
 from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
@@ -48,6 +49,7 @@ _log = logging.getLogger("persistence.disk")
 
 _STEPS_PER_HOP: Final = 4
 _NEGLIGIBLE_SKEW_SECONDS: Final = 1.0
+_MAX_KEPT_FRACTION: Final = 1 / 4  # of the log: tombstones kept for the next checkpoint
 _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after which to look again
 
 
@@ -107,6 +109,8 @@ class DiskTier:
         self._dead_since_check = 0
         self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
+        self.pins = Pins()
+        self.shipped = ShippedRecord(files, self.directory, threads)
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)
         self.writer = LogWriter(
@@ -129,11 +133,14 @@ class DiskTier:
                 fingerprints=fingerprints,
                 segments=self.segments,
                 open_segments=self._open_segments,
+                pins=self.pins,
                 next_number=self._next_number,
                 publish=self._publish,
                 forget=self._forget,
                 damage=self._note_damage,
                 frames_applied=lambda: self._frames_applied,
+                shipped_sequence=lambda: self.shipped.sequence,
+                before_merging=self._stop_keeping_tombstones,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -190,6 +197,7 @@ class DiskTier:
             tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery.result)
             # The manifest knows all that recovery sealed; dropped segments are gone.
             await tier._write_manifest(remove=manifest.dropped)
+            await tier.shipped.load()
         except BaseException as error:
             if held is not None:
                 held.release()
@@ -510,6 +518,21 @@ class DiskTier:
         await self.threads.read(remove_segments, self._files, self.directory, numbers)
         await self._write_manifest(remove=frozenset(numbers))
 
+    def tombstones_shipped(self) -> None:
+        """Let compaction look again at the tombstones it kept for a checkpoint."""
+        for segment in self.segments.values():
+            segment.kept_until = 0
+        self.compactor.wake()
+
+    async def _stop_keeping_tombstones(self) -> None:
+        """Do without the next incremental checkpoint when the tombstones for it take too much.
+
+        Else somebody who has stopped making checkpoints would keep every tombstone for good.
+        """
+        kept = sum(item.tombstone_bytes for item in self.segments.values())
+        if kept > max(self._config.segment_bytes, self.total_bytes * _MAX_KEPT_FRACTION):
+            await self.shipped.give_up()
+
     def _note_damage(self, segment: Segment, offset: int, reason: str) -> None:
         segment.damaged = True
         path = f"{self.directory}/{segment_name(segment.number)}"
@@ -517,6 +540,20 @@ class DiskTier:
         _log.error("%s at offset %d: %s", path, offset, reason)
 
     # --- numbers ------------------------------------------------------------------------------
+
+    @property
+    def directory_id(self) -> bytes:
+        """The random id of the directory, 16 bytes."""
+        return self._manifest.directory_id
+
+    @property
+    def files(self) -> Files:
+        """The system calls it works with."""
+        return self._files
+
+    def pinned_file(self, number: int) -> AbstractContextManager[int]:
+        """Keep a segment's file open for reads in threads; gives its descriptor."""
+        return self._open_segments.pinned(number)
 
     @property
     def total_bytes(self) -> int:
