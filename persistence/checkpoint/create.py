@@ -1,8 +1,9 @@
 """Making a checkpoint: cut the log, ship what lies between the cuts, publish the manifest last.
 
 Order: sweep up what a killed creation left; choose what to go on from; cut (see `disk.cut`); read,
-pack and put the chunks, one being packed in a thread while others travel; publish the manifest; note
-in the directory that this is the newest (see `disk.shipped`); drop what `keep` no longer covers.
+pack and put the chunks, some being packed in threads while others travel; publish the manifest;
+note in the directory that this is the newest (see `disk.shipped`); drop what `keep` no longer
+covers.
 
 It can die anywhere in between. Until the manifest is published there are only chunks that nobody
 lists; from then on the restore point is complete, and what is left to do is done by the next one.
@@ -14,9 +15,11 @@ import asyncio
 import errno
 import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 from persistence.checkpoint.catalogue import (
@@ -49,7 +52,8 @@ from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.checkpoint")
 
-_MAX_PUTS: Final = 2
+_MAX_PACKED_AT_ONCE: Final = 2
+_MAX_UNDERWAY: Final = 4
 _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two runs that are read together
 
 
@@ -181,16 +185,25 @@ async def _tidy(store: CheckpointStore, plan: Plan, worker: str, clock: Clock) -
         _log.warning("old checkpoints could not be dropped: %s", error)
 
 
-class _Chunk(NamedTuple):
-    """What goes into a chunk."""
+@dataclass(slots=True)
+class _Chunk:
+    """What goes into a chunk; `segments` counts the runs of each."""
 
+    number: int
     pieces: list[tuple[Part, Run]]
-    frames: int
-    nbytes: int
+    segments: Counter[int]
+    frames: int = 0
+    nbytes: int = 0
+
+    def add(self, part: Part, run: Run) -> None:
+        self.pieces.append((part, run))
+        self.segments[part.segment.number] += 1
+        self.frames += run.frames
+        self.nbytes += run.nbytes
 
 
 class Shipping:
-    """Ships the chunks of one checkpoint."""
+    """Ships the chunks of one checkpoint: some are packed, in threads, while others travel."""
 
     def __init__(
         self,
@@ -207,36 +220,53 @@ class Shipping:
         self._id = checkpoint_id
         self._on_progress = on_progress
         self._slices = Slices(clock.monotonic)
-        self._puts: set[asyncio.Task[None]] = set()
+        self._packing = asyncio.Semaphore(_MAX_PACKED_AT_ONCE)
+        self._underway: set[asyncio.Task[ChunkRef]] = set()
+        self._refs: list[ChunkRef] = []
+        self._unread: Counter[int] = Counter()  # segment -> chunks that have still to read it
         self._done_bytes = 0
         self._total_bytes = 0
 
     async def ship(self, cut: Cut) -> list[ChunkRef]:
-        """Ship everything in the cut; its parts are released as they are read."""
+        """Ship everything in the cut; its parts are released as soon as they have been read."""
         self._total_bytes = sum(part.end for part in cut.parts)
-        refs: list[ChunkRef] = []
         try:
             async with aclosing(self._chunks(cut)) as chunks:
                 async for chunk in chunks:
-                    data = await self._packed(chunk)
-                    refs.append(ref_of(data, self._id, len(refs)))
-                    while len(self._puts) >= _MAX_PUTS:
-                        await self._some_put()
-                    put = self._store.put_chunk(ChunkKey(self._id, len(refs) - 1), data)
-                    self._puts.add(asyncio.create_task(put, name="persistence-put-chunk"))
-                    self._report(chunk.nbytes)
-            while self._puts:
-                await self._some_put()
+                    while len(self._underway) >= _MAX_UNDERWAY:
+                        await self._some_shipped()
+                    task = asyncio.create_task(
+                        self._ship(cut, chunk), name="persistence-ship-chunk"
+                    )
+                    self._underway.add(task)
+            while self._underway:
+                await self._some_shipped()
         finally:
-            for task in self._puts:
+            for task in self._underway:
                 task.cancel()
-            await asyncio.gather(*self._puts, return_exceptions=True)
-        return refs
+            await asyncio.gather(*self._underway, return_exceptions=True)
+        return sorted(self._refs, key=attrgetter("number"))
 
-    async def _some_put(self) -> None:
-        done, self._puts = await asyncio.wait(self._puts, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+    async def _some_shipped(self) -> None:
+        done, self._underway = await asyncio.wait(
+            self._underway, return_when=asyncio.FIRST_COMPLETED
+        )
+        self._refs += [task.result() for task in done]
+
+    async def _ship(self, cut: Cut, chunk: _Chunk) -> ChunkRef:
+        async with self._packing:
+            data = await self._packed(chunk)
+        for number in chunk.segments:
+            self._read(cut, number)
+        await self._store.put_chunk(ChunkKey(self._id, chunk.number), data)
+        self._report(chunk.nbytes)
+        return ref_of(data, self._id, chunk.number)
+
+    def _read(self, cut: Cut, number: int) -> None:
+        """Note that one who had to read a segment has done so; the last one releases it."""
+        self._unread[number] -= 1
+        if not self._unread[number]:
+            cut.release(number)
 
     def _report(self, nbytes: int) -> None:
         self._done_bytes += nbytes
@@ -245,24 +275,22 @@ class Shipping:
             self._on_progress(Progress(self._done_bytes, total))
 
     async def _chunks(self, cut: Cut) -> AsyncGenerator[_Chunk, None]:
-        """Gather runs to chunks. A part is released once its last chunk has been packed."""
-        pieces: list[tuple[Part, Run]] = []
-        frames = nbytes = 0
-        read: list[Part] = []
-        for part in list(cut.parts):
+        """Gather runs to chunks."""
+        chunk = _Chunk(0, [], Counter())
+        for part in cut.parts:
+            number = part.segment.number
+            self._unread[number] += 1  # ourselves: more of it may come
             async with aclosing(runs_of(self._tier, cut, part, self._slices)) as runs:
                 async for run in runs:
-                    if pieces and nbytes + run.nbytes > CHUNK_BYTES:
-                        yield _Chunk(pieces, frames, nbytes)
-                        pieces, frames, nbytes = [], 0, 0
-                        _release(cut, read)
-                    pieces.append((part, run))
-                    frames += run.frames
-                    nbytes += run.nbytes
-            read.append(part)
-        if pieces:
-            yield _Chunk(pieces, frames, nbytes)
-        _release(cut, read)
+                    if chunk.nbytes and chunk.nbytes + run.nbytes > CHUNK_BYTES:
+                        yield chunk
+                        chunk = _Chunk(chunk.number + 1, [], Counter())
+                    if not chunk.segments[number]:
+                        self._unread[number] += 1
+                    chunk.add(part, run)
+            self._read(cut, number)
+        if chunk.nbytes:
+            yield chunk
 
     async def _packed(self, chunk: _Chunk) -> bytes:
         """Read and pack a chunk, in a thread."""
@@ -283,12 +311,6 @@ class Shipping:
                     _pack, self._tier.files, sources, chunk.frames, self._plan.compress
                 )
             )
-
-
-def _release(cut: Cut, parts: list[Part]) -> None:
-    for part in parts:
-        cut.release(part)
-    parts.clear()
 
 
 # --- in a thread ----------------------------------------------------------------------------------

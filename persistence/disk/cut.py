@@ -64,7 +64,6 @@ class Cut:
     Attributes:
         since: where it starts.
         sequence: where it ends.
-        parts: in which segments they are, not yet released.
         sessions: how many sessions there were.
     """
 
@@ -72,20 +71,25 @@ class Cut:
         self._tier = tier
         self.since = since
         self.sequence = sequence
-        self.parts = parts
+        self._parts = {part.segment.number: part for part in parts}
         self.sessions = len(tier.index)
-        for part in parts:
-            tier.pins.pin(part.segment.number)
+        for number in self._parts:
+            tier.pins.pin(number)
 
-    def release(self, part: Part) -> None:
-        """Give the segment of `part` back to compaction."""
-        self.parts.remove(part)
-        self._tier.pins.unpin(part.segment.number)
+    @property
+    def parts(self) -> list[Part]:
+        """In which segments the frames are; those that have been released are left out."""
+        return list(self._parts.values())
+
+    def release(self, number: int) -> None:
+        """Give a segment back to compaction."""
+        del self._parts[number]
+        self._tier.pins.unpin(number)
 
     def close(self) -> None:
         """Release everything; harmless when nothing is left."""
-        for part in list(self.parts):
-            self.release(part)
+        for part in self.parts:
+            self.release(part.segment.number)
         self._tier.compactor.wake()
 
 
@@ -143,13 +147,13 @@ async def _leave_out_older(tier: DiskTier, cut: Cut) -> None:
                 segment.highest_sequence = await undisturbed(
                     tier.threads.read(_highest_sequence, tier.files, fd, segment)
                 )
-    for part in list(cut.parts):
+    for part in cut.parts:
         if part.rows is not None:
             is_older = not part.rows
         else:
             is_older = part.segment.highest_sequence <= cut.since
         if is_older:
-            cut.release(part)
+            cut.release(part.segment.number)
 
 
 def _highest_sequence(files: Files, fd: int, segment: Segment) -> int:
