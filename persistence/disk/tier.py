@@ -16,7 +16,7 @@ from typing import Any, Final
 from persistence.clock import EngineTime
 from persistence.config import DiskConfig
 from persistence.disk.caches import write_hint, write_snapshot
-from persistence.disk.compaction import MIN_DEAD_FRACTION
+from persistence.disk.compaction import MIN_DEAD_FRACTION, Output, name_outputs
 from persistence.disk.compactor import Compactor, Surroundings, remove_segments
 from persistence.disk.directory import (
     DirectoryLock,
@@ -97,6 +97,7 @@ class DiskTier:
         self._manifest_lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self.threads = threads
+        self.fingerprints = fingerprints
         self.fingerprint = fingerprints.of
         self.index: Index = recovered.index
         self.segments: dict[int, Segment] = recovered.segments
@@ -119,7 +120,7 @@ class DiskTier:
             directory_id=manifest.directory_id,
             segment_bytes=config.segment_bytes,
             compression=config.compression == "lz4",
-            next_number=self._next_number,
+            next_number=self.next_number,
             last_sequence=recovered.last_sequence,
             skew=time.skew,
         )
@@ -134,7 +135,7 @@ class DiskTier:
                 segments=self.segments,
                 open_segments=self._open_segments,
                 pins=self.pins,
-                next_number=self._next_number,
+                next_number=self.next_number,
                 publish=self._publish,
                 forget=self._forget,
                 damage=self._note_damage,
@@ -414,22 +415,26 @@ class DiskTier:
 
     async def _sealed(self, active: ActiveSegment) -> None:
         """After a rotation: the hint, and the manifest. Both may fail; recovery copes."""
-        rows = active.segment.rows = active.segment.rows or bytes(active.rows)
+        active.segment.rows = active.segment.rows or bytes(active.rows)
         try:
-            await self.threads.read(
-                write_hint,
-                self._files,
-                self.directory,
-                self._manifest.directory_id,
-                segment=active.segment,
-                skew=self._time.skew(),
-                rows=rows,
-            )
-            active.segment.rows = None
+            await self._write_hint(active.segment)
             await self._write_manifest()
         except OSError as error:
             _log.warning("%s: after sealing a segment: %s", self.directory, error.strerror)
         self.compactor.wake()
+
+    async def _write_hint(self, segment: Segment) -> None:
+        assert segment.rows is not None, segment.number
+        await self.threads.read(
+            write_hint,
+            self._files,
+            self.directory,
+            self._manifest.directory_id,
+            segment=segment,
+            skew=self._time.skew(),
+            rows=segment.rows,
+        )
+        segment.rows = None
 
     def apply(self, writes: Sequence[Write]) -> None:
         """Let the index know frames of one segment that have been written, in order."""
@@ -470,7 +475,8 @@ class DiskTier:
 
     # --- the manifest and compaction ----------------------------------------------------------
 
-    def _next_number(self) -> int:
+    def next_number(self) -> int:
+        """Return a segment number that nobody else gets."""
         with self._number_lock:  # asked from the writer thread and from the loop
             self._last_number += 1
             return self._last_number
@@ -517,6 +523,47 @@ class DiskTier:
             self._open_segments.forget(item.number)
         await self.threads.read(remove_segments, self._files, self.directory, numbers)
         await self._write_manifest(remove=frozenset(numbers))
+
+    async def replace_segments(self, outputs: list[Output]) -> None:
+        """Let sealed outputs be the whole log: the moment of truth of a restore.
+
+        Nobody may be writing, or wait for a write, and the index must be set afterwards. A crash
+        leaves either everything as it was, or the outputs and nothing else: before the manifest
+        names them, their numbers are below its next one, so they pass for dead.
+
+        Raises:
+            DiskFull, OSError: everything is as it was; the outputs are the caller's to remove.
+            WriteOutcomeUnknown: what the next opening finds is not known; no more writes.
+        """
+        await self._seal_active()
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
+        # What is dropped here leaves no tombstones: the next checkpoint has to be a full one.
+        await self.shipped.give_up()
+        await self._write_manifest()
+        assert all(item.segment.number < self._manifest.next_number for item in outputs)
+        await self.threads.read(name_outputs, self._files, self.directory, outputs)
+        old = list(self.segments.values())
+        self.segments.update({item.segment.number: item.segment for item in outputs})
+        try:
+            await self._write_manifest(
+                add=frozenset(item.number for item in old) | frozenset(self._unusable)
+            )
+        except OSError as error:
+            for output in outputs:
+                del self.segments[output.segment.number]
+            self.writer.poisoned = f"{self.directory}: manifest: {error.strerror}"
+            self.writer.check_usable()
+        self._unusable.clear()
+        for item in old:
+            item.live_bytes = 0
+        try:
+            await self._forget(old)
+            for output in outputs:
+                await self._write_hint(output.segment)
+        except OSError as error:
+            # They are dropped; the next opening removes them, and makes the hints.
+            _log.warning("%s: after a restore: %s", self.directory, error.strerror)
 
     def tombstones_shipped(self) -> None:
         """Let compaction look again at the tombstones it kept for a checkpoint."""
