@@ -17,10 +17,18 @@ body         ...       the runs, one behind the other
 checksum     4         CRC-32C of everything before
 ============ ========= ========================================================================
 
-A *manifest* is a MessagePack array ``[magic, version, body, CRC-32C of body]``; the body is a map
-(see `Manifest`). It lists every chunk that restoring needs, those of earlier checkpoints too, so
-that no restore point depends on another one's manifest. Each is listed with its length and its
-checksum, so a chunk that is intact, but another one, is found out.
+A *manifest* is laid out as follows. It lists every chunk that restoring needs, those of earlier
+checkpoints too, so that no restore point depends on another one's manifest. Each is listed with its
+length and its checksum, so a chunk that is intact, but another one, is found out.
+
+============ ========= ========================================================================
+field        size      meaning
+============ ========= ========================================================================
+magic        8         ``PERSMAN`` and the byte 0x01
+version      2         1; a newer one is refused
+body         ...       MessagePack map, see `Manifest`
+checksum     4         CRC-32C of everything before
+============ ========= ========================================================================
 
 Decoders never raise anything but `MalformedCheckpoint` and `NewerFormat`, whatever they are given.
 """
@@ -41,7 +49,8 @@ from persistence.disk.format import NewerFormat
 
 FORMAT_VERSION: Final = 1
 
-_MANIFEST_MAGIC: Final = "persistence checkpoint"
+_MANIFEST_MAGIC: Final = b"PERSMAN\x01"
+_MANIFEST_HEADER: Final = Struct("<8sH")
 _CHUNK_MAGIC: Final = b"PERSCHK\x01"
 _CHUNK_HEADER: Final = Struct("<8sHHIIQ")
 _RUN: Final = Struct("<II")
@@ -180,10 +189,9 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Encode `manifest`."""
-    body = {name: getattr(manifest, name) for name in _FIELDS}
-    packed: bytes = msgpack.packb(body)
-    whole: bytes = msgpack.packb([_MANIFEST_MAGIC, FORMAT_VERSION, packed, crc32c(packed)])
-    return whole
+    body: bytes = msgpack.packb({name: getattr(manifest, name) for name in _FIELDS})
+    data = _MANIFEST_HEADER.pack(_MANIFEST_MAGIC, FORMAT_VERSION) + body
+    return data + _CHECKSUM.pack(crc32c(data))
 
 
 def decode_manifest(data: bytes, checkpoint_id: str) -> Manifest:
@@ -193,44 +201,32 @@ def decode_manifest(data: bytes, checkpoint_id: str) -> Manifest:
         MalformedCheckpoint: it is damaged, or that of another checkpoint.
         NewerFormat: it is of a newer format version.
     """
-    try:
-        magic, version, packed, checksum = _unpacked(data, list)
-    except (ValueError, TypeError) as error:
-        raise MalformedCheckpoint("the manifest is no manifest") from error
-    if magic != _MANIFEST_MAGIC or type(version) is not int or type(packed) is not bytes:
+    behind = len(data) - _CHECKSUM.size
+    if behind < _MANIFEST_HEADER.size or checksum_of(data) != crc32c(data[:behind]):
+        raise MalformedCheckpoint("the manifest fails its checksum")
+    magic, version = _MANIFEST_HEADER.unpack_from(data)
+    if magic != _MANIFEST_MAGIC:
         raise MalformedCheckpoint("the manifest is no manifest")
     if version > FORMAT_VERSION:
         raise NewerFormat(
             f"format version {version}; this library reads up to {FORMAT_VERSION}: use a newer "
             "version of the library"
         )
-    if checksum != crc32c(packed):
-        raise MalformedCheckpoint("the manifest fails its checksum")
-    manifest = _manifest_of(packed)
+    manifest = _manifest_of(data[_MANIFEST_HEADER.size : behind])
     if manifest.id != checkpoint_id:
         raise MalformedCheckpoint(f"the manifest is that of {manifest.id!a}")
     return manifest
 
 
-def _unpacked(data: bytes, kind: type) -> Any:
-    try:
-        found = msgpack.unpackb(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if type(found) is not kind:
-        raise ValueError(f"not a {kind.__name__}")
-    return found
-
-
 def _manifest_of(packed: bytes) -> Manifest:
     try:
-        body = _unpacked(packed, dict)
+        body = msgpack.unpackb(packed)
         fields = {name: body[name] for name in _FIELDS}
         wrong = [name for name, kind in _FIELDS.items() if not isinstance(fields[name], kind)]
         if wrong:
             raise TypeError(wrong)  # noqa: TRY301 - one handler for all that may be wrong
         fields["chunks"] = tuple(_chunk_ref(entry) for entry in fields["chunks"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MalformedCheckpoint(f"the manifest's content is wrong ({error!r})") from error
     return Manifest(**fields)
 
@@ -274,7 +270,7 @@ def encode_chunk(runs: Sequence[PackedRun], frames: int, *, compress: bool) -> b
 
 
 def checksum_of(chunk: bytes) -> int:
-    """Return the checksum that an encoded chunk ends with."""
+    """Return the checksum that an encoded chunk or manifest ends with."""
     checksum: int = _CHECKSUM.unpack_from(chunk, len(chunk) - _CHECKSUM.size)[0]
     return checksum
 

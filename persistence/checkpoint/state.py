@@ -16,7 +16,6 @@ from typing import Final
 from persistence.checkpoint.manifest import PackedRun
 from persistence.disk.format import (
     FRAME_MAGIC,
-    FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
     ROW_IS_DELETE,
     Corrupt,
@@ -28,9 +27,7 @@ from persistence.disk.format import (
 from persistence.disk.index import Fingerprints, Index
 from persistence.errors import printable
 
-_IS_PUT: Final = 2  # as the length in a row; no frame is that short
-
-assert ROW_IS_DELETE != _IS_PUT < FRAME_OVERHEAD_BYTES
+_IS_PUT: Final = 2  # as the length in a row: not `ROW_IS_DELETE`, and no frame is that short
 
 
 @dataclass(slots=True)

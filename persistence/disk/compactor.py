@@ -197,7 +197,6 @@ class Compactor:
         outputs: list[Output] = []
         try:
             merge = await self._copy(inputs, outputs)
-            await self._until_unpinned(inputs)
         except _Defect as defect:
             # The damaged segment stays as it is; the next choice leaves it out.
             around.damage(defect.segment, defect.offset, "damaged, found by compaction")
@@ -217,6 +216,7 @@ class Compactor:
             output.segment.rows = bytes(output.rows)  # until its hint is written
         await around.publish([item.segment for item in outputs], inputs)
         await self._move(outputs)
+        await self._until_unpinned(inputs)
         await around.forget(inputs)
         await self._write_hints(outputs)
         self.stats.merges += 1
@@ -225,7 +225,10 @@ class Compactor:
         return True
 
     async def _until_unpinned(self, inputs: list[Segment]) -> None:
-        """Wait until no checkpoint reads the inputs any more; nothing is dropped before."""
+        """Wait until no checkpoint reads the inputs any more: their files stay until then.
+
+        When the tier closes first, the next opening removes them.
+        """
         while any(item.number in self._around.pins for item in inputs):
             if self._stopping.is_set():
                 raise _Stopped

@@ -130,8 +130,8 @@ def _cut_open_segment(writer: LogWriter, since: int) -> _OpenSegment:
 
 def _parts(tier: DiskTier, active: _OpenSegment) -> list[Part]:
     parts = []
-    for number, segment in sorted(tier.segments.items()):
-        if number == active.number:
+    for segment in tier.current_segments:
+        if segment.number == active.number:
             parts.append(Part(segment, active.end, active.rows))
         elif segment.sealed:  # the only other one that is not was made behind the cut
             parts.append(Part(segment, segment.length - FOOTER_BYTES))

@@ -99,7 +99,8 @@ class Damage:
 class Pins:
     """Which segments must stay as they are, because a checkpoint has still to read them.
 
-    Compaction does not choose them, and a merge that chose them before waits with its end.
+    Compaction does not choose them, and a merge that chose them before leaves their files alone
+    until they are given free.
     """
 
     def __init__(self) -> None:

@@ -594,6 +594,12 @@ class DiskTier:
         return self._manifest.directory_id
 
     @property
+    def current_segments(self) -> list[Segment]:
+        """The segments that make up the log, by number: those that a merge has replaced do not."""
+        dropped = self._manifest.dropped
+        return [item for number, item in sorted(self.segments.items()) if number not in dropped]
+
+    @property
     def files(self) -> Files:
         """The system calls it works with."""
         return self._files

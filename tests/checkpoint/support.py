@@ -9,7 +9,7 @@ from persistence import ManualClock, StateManager
 from persistence.checkpoint.catalogue import CheckpointInfo
 from persistence.checkpoint.create import Plan, create_checkpoint
 from persistence.checkpoint.restore import RestoredInfo, restore_into
-from persistence.checkpoint.stores import CheckpointStore, ChunkKey
+from persistence.checkpoint.stores import CheckpointStore, ChunkKey, ChunkMissing
 from persistence.disk.files import Files
 from tests.engine import config_for, disk_of, residency_of
 
@@ -22,7 +22,6 @@ class MemoryStore:
     Attributes:
         steps: calls that change something, so far.
         dies_at: the step at which it raises `Died`, and at every one from then on; 0: never.
-        at_step: called before each step.
     """
 
     def __init__(self, name: str = "memory") -> None:
@@ -42,8 +41,6 @@ class MemoryStore:
         self.kept_chunks[key] = data
 
     async def get_chunk(self, key: ChunkKey) -> bytes:
-        from persistence.checkpoint.stores import ChunkMissing
-
         if key not in self.kept_chunks:
             raise ChunkMissing(str(key))
         return self.kept_chunks[key]

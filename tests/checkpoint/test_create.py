@@ -9,11 +9,13 @@ import pytest
 from persistence import ManualClock, StateManager
 from persistence.checkpoint.catalogue import list_checkpoints
 from persistence.checkpoint.create import Plan, Progress, create_checkpoint
+from persistence.checkpoint.manifest import decode_manifest
 from persistence.checkpoint.redis_store import RedisStore
 from persistence.checkpoint.restore import restore_into
 from persistence.checkpoint.stores import CheckpointStore
 from persistence.disk.cut import take_cut
-from persistence.disk.filenames import SHIPPED
+from persistence.disk.filenames import SHIPPED, parse_segment
+from persistence.disk.segments import Segment
 from tests.checkpoint.support import (
     Died,
     MemoryStore,
@@ -22,7 +24,7 @@ from tests.checkpoint.support import (
     records_in,
     restored,
 )
-from tests.engine import KIB, Start, disk_of, eventually
+from tests.engine import KIB, Start, directory_of, disk_of, eventually, names_in
 
 
 async def make(state: StateManager, count: int, start: int = 0) -> dict[str, dict[str, Any]]:
@@ -192,11 +194,9 @@ async def test_commits_go_on_and_what_comes_behind_the_cut_is_left_out(
             for n in range(0, 200, 2):
                 await state.update_session_data(f"s{n}", "n", "later")
             await state.terminate_session("s1")
-            await disk_of(state).compactor.wait_idle_or_pinned()
             await super().put_chunk(key, data)
 
     store = Busy()
-    disk_of(state).compactor.wait_idle_or_pinned = lambda: asyncio.sleep(0.02)  # type: ignore[attr-defined]
     await checkpoint(state, store)
     assert (await restored(store, tmp_path / "new"))[1] == expected
     later = {sid: await data(state, sid) for sid in expected if sid != "s1"}
@@ -225,21 +225,41 @@ async def test_segments_that_are_still_to_be_read_are_not_compacted(start: Start
     assert not before <= set(disk.segments)
 
 
-async def test_a_merge_under_way_waits_for_the_cut(start: Start) -> None:
-    state = await start(disk={"segment_bytes": 64 * KIB, "compaction_bytes_per_second": 20_000})
-    await make(state, 200)
+async def test_a_merge_that_ends_under_a_cut_leaves_its_inputs_until_they_are_read(
+    start: Start,
+) -> None:
+    state = await start(disk={"segment_bytes": 64 * KIB})
+    await make(state, 300)
     disk = disk_of(state)
-    for n in range(150):
+    around = disk.compactor._around
+    publish = around.publish
+    inputs: set[int] = set()
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(outputs: list[Segment], merged: list[Segment]) -> None:
+        inputs.update(item.number for item in merged)
+        reached.set()
+        await go_on.wait()
+        await publish(outputs, merged)
+
+    around.publish = held
+    for n in range(250):
         await state.update_session_data(f"s{n}", "n", "new")
-    await eventually(lambda: disk.compactor.paused.locked())
+    await reached.wait()
     cut = await take_cut(disk)
-    before = {part.segment.number for part in cut.parts}
-    disk.compactor.wake(urgent=True)
-    await eventually(lambda: disk.compactor.stats.bytes_read > 0)
-    assert before <= set(disk.segments)
+    assert inputs <= {part.segment.number for part in cut.parts}
+    go_on.set()
+    await eventually(lambda: inputs <= disk._manifest.dropped)
+    assert inputs <= {
+        number for number in map(parse_segment, names_in(directory_of(state))) if number
+    }
+    # A cut from now on reads what they were merged to.
+    second = await take_cut(disk)
+    assert inputs.isdisjoint(part.segment.number for part in second.parts)
+    second.close()
     cut.close()
+    await eventually(lambda: inputs.isdisjoint(disk.segments))
     await disk.compactor.settle()
-    assert not before <= set(disk.segments)
 
 
 async def test_progress_is_told_up_to_the_end(start: Start) -> None:
@@ -296,8 +316,6 @@ async def test_dying_anywhere_leaves_the_one_before_and_no_orphan_after_the_next
 
 
 async def chunks_of(store: MemoryStore, checkpoint_id: str) -> set[tuple[str, int]]:
-    from persistence.checkpoint.manifest import decode_manifest
-
     manifest = decode_manifest(store.kept_manifests[checkpoint_id], checkpoint_id)
     return {(chunk.checkpoint, chunk.number) for chunk in manifest.chunks}
 
