@@ -44,7 +44,7 @@ from persistence.checkpoint.plan import CHUNK_BYTES, Run, runs_of
 from persistence.checkpoint.stores import CheckpointStore, ChunkKey
 from persistence.clock import Clock
 from persistence.disk.cut import Cut, Part, take_cut
-from persistence.disk.files import Files, read_exactly
+from persistence.disk.files import Files, fill
 from persistence.disk.shipped import Shipped
 from persistence.disk.threads import undisturbed
 from persistence.disk.tier import DiskTier
@@ -54,6 +54,7 @@ _log = logging.getLogger("persistence.checkpoint")
 
 _MAX_PACKED_AT_ONCE: Final = 2
 _MAX_UNDERWAY: Final = 4
+_BUFFER_BYTES: Final = CHUNK_BYTES + CHUNK_BYTES // 4  # a chunk, and gaps between its runs
 _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two runs that are read together
 
 
@@ -221,6 +222,7 @@ class Shipping:
         self._on_progress = on_progress
         self._slices = Slices(clock.monotonic)
         self._packing = asyncio.Semaphore(_MAX_PACKED_AT_ONCE)
+        self._buffers: list[bytearray] = []
         self._underway: set[asyncio.Task[ChunkRef]] = set()
         self._refs: list[ChunkRef] = []
         self._unread: Counter[int] = Counter()  # segment -> chunks that have still to read it
@@ -297,7 +299,10 @@ class Shipping:
         by_segment: dict[int, tuple[Part, list[Run]]] = {}
         for part, run in chunk.pieces:
             by_segment.setdefault(part.segment.number, (part, []))[1].append(run)
+        # The same memory again and again: fresh pages would cost as much as the compression.
+        buffer = self._buffers.pop() if self._buffers else bytearray(_BUFFER_BYTES)
         with ExitStack() as files:
+            files.callback(self._buffers.append, buffer)
             sources = [
                 _Source(
                     files.enter_context(self._tier.pinned_file(number)),
@@ -308,7 +313,7 @@ class Shipping:
             ]
             return await undisturbed(
                 self._tier.threads.read(
-                    _pack, self._tier.files, sources, chunk.frames, self._plan.compress
+                    _pack, self._tier.files, sources, chunk.frames, self._plan.compress, buffer
                 )
             )
 
@@ -324,38 +329,48 @@ class _Source(NamedTuple):
     runs: list[Run]
 
 
-def _pack(files: Files, sources: list[_Source], frames: int, compress: bool) -> bytes:
-    runs = [
-        PackedRun(source.salt_checksum, data)
-        for source in sources
-        for data in _read(files, source.fd, source.runs)
-    ]
-    return encode_chunk(runs, frames, compress=compress)
+def _pack(
+    files: Files, sources: list[_Source], frames: int, compress: bool, buffer: bytearray
+) -> bytes:
+    """Read and encode a chunk. What one read brings is packed where it was read to."""
+    runs = []
+    used = 0
+    with memoryview(buffer) as whole:
+        for source in sources:
+            for start, end, pieces in _groups(source.runs):
+                data = _taken(whole, used, end - start)
+                used += end - start
+                if not fill(files, source.fd, data, start):
+                    raise OSError(errno.EIO, f"a segment is shorter than {end} bytes")
+                runs += [
+                    PackedRun(source.salt_checksum, data[first - start : last - start])
+                    for first, last in pieces
+                ]
+            literals = b"".join([run.literal for run in source.runs])
+            if literals:
+                runs.append(PackedRun(source.salt_checksum, literals))
+        return encode_chunk(runs, frames, compress=compress)
 
 
-def _read(files: Files, fd: int, runs: list[Run]) -> Iterator[bytes | memoryview]:
-    """Read runs of one segment, neighbours together."""
-    group: list[Run] = []
-    literal = []
+def _taken(buffer: memoryview, used: int, nbytes: int) -> memoryview:
+    """Take `nbytes` of the buffer, or fresh memory where it is too small."""
+    if used + nbytes <= len(buffer):
+        return buffer[used : used + nbytes]
+    return memoryview(bytearray(nbytes))
+
+
+def _groups(runs: list[Run]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Group runs that are read together: (start, end, what is wanted of it), gaps left out."""
+    group: list[tuple[int, int]] = []
     for run in runs:
         if run.literal:
-            literal.append(run.literal)
             continue
-        if group and not 0 <= run.start - group[-1].end <= _MAX_GAP_BYTES:
-            yield _read_group(files, fd, group)
+        if group and not 0 <= run.start - group[-1][1] <= _MAX_GAP_BYTES:
+            yield group[0][0], group[-1][1], group
             group = []
-        group.append(run)
+        if group and run.start == group[-1][1]:
+            group[-1] = (group[-1][0], run.end)
+        else:
+            group.append((run.start, run.end))
     if group:
-        yield _read_group(files, fd, group)
-    yield from literal
-
-
-def _read_group(files: Files, fd: int, group: list[Run]) -> bytes | memoryview:
-    start, end = group[0].start, group[-1].end
-    data = read_exactly(files, fd, end - start, start)
-    if len(data) != end - start:
-        raise OSError(errno.EIO, f"a segment is shorter than {end} bytes")
-    if len(group) == 1:
-        return data
-    view = memoryview(data)
-    return b"".join([view[run.start - start : run.end - start] for run in group])
+        yield group[0][0], group[-1][1], group

@@ -28,7 +28,7 @@ from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
 from persistence.errors import ConfigError, RemoteUnavailable
 
-_RESERVED_AT_ONCE: Final = 256  # chunk keys announced together, to save round trips
+_RESERVED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
 _KEYS_PER_PIPELINE: Final = 500
 _FORBIDDEN: Final = frozenset("{}*?[]\\^")
 

@@ -69,7 +69,8 @@ class History:
 
     async def opened(self) -> StateManager:
         config = config_for(self.path / "state", disk={"segment_bytes": 64 * KIB})
-        state = StateManager(config=config, clock=self.clock, files=ScriptedFiles())
+        self.files = ScriptedFiles()
+        state = StateManager(config=config, clock=self.clock, files=self.files)
         await state.open()
         return state
 
@@ -78,8 +79,7 @@ class History:
             await state.close()
             return await self.opened()
         image = self.path / f"crash {self.writes} {len(self.points)} {id(state)}"
-        files = ScriptedFiles()
-        files.image(self.path / "state", image)
+        self.files.image(self.path / "state", image)
         await state.close()
         (self.path / "state").rename(self.path / f"{image.name} old")
         image.rename(self.path / "state")
