@@ -12,7 +12,7 @@ that are superseded for certain:
 - by the session's newest put, if that lies before the cut. One behind the cut proves nothing:
   what it superseded may be the session's state at the cut.
 
-Tombstones are never left out: in a segment that is shipped later there may be what they hide.
+So a session's newest tombstone always goes along: what it hides may be shipped as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from persistence.disk.cut import Cut, Part, is_log, rows_of
 from persistence.disk.format import (
     INDEX_ROW,
     INDEX_ROW_BYTES,
-    ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SEGMENT_HEADER_BYTES,
     Corrupt,
@@ -140,15 +139,13 @@ async def _not_superseded(
     for step in _steps(chosen):
         for at in step:
             fingerprint, sequence, *_, length, _ = INDEX_ROW.unpack_from(rows, at * INDEX_ROW_BYTES)
-            if length != ROW_IS_DELETE:
-                if sequence < newest.get(fingerprint, 0):
-                    continue
-                if length == ROW_IS_TOUCH and sequence < touched[fingerprint]:
-                    continue
-                put = index.sequence(fingerprint)
-                if put is not None and sequence < put <= cut.sequence:
-                    continue
-            kept.append(at)
+            if sequence < newest.get(fingerprint, 0):
+                continue
+            if length == ROW_IS_TOUCH and sequence < touched[fingerprint]:
+                continue
+            put = index.sequence(fingerprint)
+            if put is None or not sequence < put <= cut.sequence:
+                kept.append(at)
         await slices.give_way_if_due()
     return kept
 

@@ -287,6 +287,12 @@ def test_a_tombstone_is_dropped_only_when_nothing_older_lies_outside() -> None:
     assert merge.dropped_tombstones == 1
 
 
+def test_a_tombstone_behind_the_newest_checkpoint_is_kept() -> None:
+    merge = Merge(index_of(), 100, shipped_sequence=50)
+    assert merge.wanted(row(A, 50, ROW_IS_DELETE), 1) is None
+    assert merge.wanted(row(A, 51, ROW_IS_DELETE), 1) is not None
+
+
 def test_of_the_touches_only_the_newest_behind_the_put_is_wanted() -> None:
     touches = [row(A, 3, ROW_IS_TOUCH), row(A, 7, ROW_IS_TOUCH), row(A, 6, ROW_IS_TOUCH)]
     of_others = [row(B, 8, ROW_IS_TOUCH), row(C, 4, ROW_IS_TOUCH)]
