@@ -4,7 +4,8 @@ What is live:
 - a put that the index points to, at exactly this place;
 - a touch that is newer than its session's put (only the newest one);
 - a tombstone, unless every segment that may hold an older frame of the session is part of this
-  merge: then there is nothing left that it has to hide.
+  merge: then there is nothing left that it has to hide. A tombstone that the next incremental
+  checkpoint has to ship is kept all the same (see `shipped`).
 
 The order: write the outputs under temporary names, footer, fsync, rename, fsync the directory;
 then the manifest names the outputs and drops the inputs, in one atomic replacement: the single
@@ -21,7 +22,7 @@ It works on the loop in slices and reads, writes and syncs in threads; it is lim
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -48,10 +49,13 @@ _MIN_SMALL_SEGMENTS: Final = 8
 _MAX_TOMBSTONE_FRACTION: Final = 1 / 8
 _MAX_INPUTS: Final = 16
 _LENGTH: Final = 7  # the column of an index row
+NOTHING_TO_SHIP: Final = 2**64 - 1  # as the sequence up to which tombstones have been shipped
 
 
-def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
-    """Return the segments to merge next, or none. Pure.
+def choose_inputs(
+    segments: Iterable[Segment], segment_bytes: int, pinned: Container[int] = ()
+) -> list[Segment]:
+    """Return the segments to merge next, or none; never one whose number is `pinned`. Pure.
 
     In this order: the oldest segments, when tombstones have piled up (only together with
     everything older can they go) and take more than the dead do; segments that are dead to
@@ -67,7 +71,9 @@ def choose_inputs(segments: Iterable[Segment], segment_bytes: int) -> list[Segme
     usable = [
         item
         for item in everything
-        if item.sealed and not (item.damaged or item.unapplied or item.without_rows)
+        if item.sealed
+        and not (item.damaged or item.unapplied or item.without_rows)
+        and item.number not in pinned
     ]
     dead = sorted(
         (item for item in usable if _is_dead(item)),
@@ -196,12 +202,15 @@ class Merge:
     Args:
         index: what is live.
         lowest_outside: see the function of that name.
+        shipped_sequence: tombstones behind it are kept for the next checkpoint.
     """
 
-    def __init__(self, index: Index, lowest_outside: int) -> None:
+    def __init__(
+        self, index: Index, lowest_outside: int, shipped_sequence: int = NOTHING_TO_SHIP
+    ) -> None:
         self._place = index.place
         self._sequence = index.sequence
-        self._lowest_outside = lowest_outside
+        self._droppable_below = min(lowest_outside, shipped_sequence + 1)
         self._newest_touch: dict[bytes, int] = {}
         self.dropped_tombstones = 0
 
@@ -216,7 +225,7 @@ class Merge:
         """Return what to copy for a row of `segment`'s hint; None: nothing."""
         fingerprint, sequence, accessed, deadline, cap, _, offset, length, user = row
         if length == ROW_IS_DELETE:
-            if sequence < self._lowest_outside:
+            if sequence < self._droppable_below:
                 self.dropped_tombstones += 1
                 return None
         elif length == ROW_IS_TOUCH:
@@ -297,6 +306,12 @@ def flush_output(files: Files, output: Output, chunk: bytes) -> None:
 
 def finish_output(files: Files, directory: str, output: Output) -> None:
     """Footer, fsync, rename, fsync the directory."""
+    seal_output(files, output)
+    name_outputs(files, directory, [output])
+
+
+def seal_output(files: Files, output: Output) -> None:
+    """Footer and fsync; the output keeps its temporary name."""
     assert not output.buffer, "flushed before"
     footer = encode_footer(
         output.segment.salt_checksum,
@@ -310,8 +325,14 @@ def finish_output(files: Files, directory: str, output: Output) -> None:
     files.close(output.fd)
     output.fd = -1
     output.segment.length = output.written + len(footer)
+    output.segment.highest_sequence = output.highest_sequence
     output.segment.sealed = True
-    files.rename(output.path, f"{directory}/{segment_name(output.segment.number)}")
+
+
+def name_outputs(files: Files, directory: str, outputs: Iterable[Output]) -> None:
+    """Give sealed outputs their names, durably."""
+    for output in outputs:
+        files.rename(output.path, f"{directory}/{segment_name(output.segment.number)}")
     files.sync_directory(directory)
 
 

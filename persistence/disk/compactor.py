@@ -35,7 +35,7 @@ from persistence.disk.format import (
 )
 from persistence.disk.index import Fingerprints, Index
 from persistence.disk.pressure import Pressure
-from persistence.disk.segments import OpenSegments, Segment
+from persistence.disk.segments import OpenSegments, Pins, Segment
 from persistence.disk.threads import Threads
 from persistence.slices import Slices
 
@@ -83,7 +83,9 @@ class Surroundings:
 
     `publish` writes the manifest for (outputs, inputs): the moment of truth. `monotonic` and
     `skew` are the clock's. `damage` reports a defect. `frames_applied` counts the frames that the
-    index has taken in. `pressure` tells how much dead space there is.
+    index has taken in. `pressure` tells how much dead space there is. `shipped_sequence` says up to
+    where tombstones have been shipped; `before_merging` is awaited whenever there may be something
+    to merge.
     """
 
     files: Files
@@ -94,12 +96,15 @@ class Surroundings:
     fingerprints: Fingerprints
     segments: dict[int, Segment]
     open_segments: OpenSegments
+    pins: Pins
     next_number: Callable[[], int]
     publish: Callable[[list[Segment], list[Segment]], Awaitable[None]]
     forget: Callable[[list[Segment]], Awaitable[None]]
     damage: Callable[[Segment, int, str], None]
     frames_applied: Callable[[], int]
     pressure: Pressure
+    shipped_sequence: Callable[[], int]
+    before_merging: Callable[[], Awaitable[None]]
     monotonic: Callable[[], float]
     skew: Callable[[], float]
 
@@ -122,6 +127,7 @@ class Compactor:
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._merging = asyncio.Lock()
         self._urgent = False
         self._waiting: list[asyncio.Future[None]] = []
         self._frames_seen = 0
@@ -168,6 +174,7 @@ class Compactor:
         """Abandon the merge under way and end the task."""
         self._stopping.set()
         self._work.set()
+        self._around.pins.wake()
         if self._task is not None:
             await self._task
             self._task = None
@@ -178,7 +185,8 @@ class Compactor:
             self._work.clear()
             self._fade_touches()  # once, so that traffic does not keep the merging going
             try:
-                while await self._merge_once():
+                await self._around.before_merging()
+                while await self._merge_one():
                     self._tell_waiting()
             except _Stopped:
                 break
@@ -197,6 +205,15 @@ class Compactor:
         self._idle.set()
         self._tell_waiting()
 
+    @property
+    def paused(self) -> asyncio.Lock:
+        """While this is held, no merge is under way."""
+        return self._merging
+
+    async def _merge_one(self) -> bool:
+        async with self._merging:
+            return await self._merge_once()
+
     def _fade_touches(self) -> None:
         around = self._around
         frames = around.frames_applied()
@@ -205,7 +222,7 @@ class Compactor:
 
     async def _merge_once(self) -> bool:
         around = self._around
-        inputs = choose_inputs(around.segments.values(), self._segment_bytes)
+        inputs = choose_inputs(around.segments.values(), self._segment_bytes, around.pins)
         if not inputs or self._stopping.is_set():
             return False
         outputs: list[Output] = []
@@ -230,12 +247,23 @@ class Compactor:
             output.segment.rows = bytes(output.rows)  # until its hint is written
         await around.publish([item.segment for item in outputs], inputs)
         await self._move(outputs)
+        await self._until_unpinned(inputs)
         await around.forget(inputs)
         await self._write_hints(outputs)
         self.stats.merges += 1
         self.stats.segments_dropped += len(inputs)
         self.stats.tombstones_dropped += merge.dropped_tombstones
         return True
+
+    async def _until_unpinned(self, inputs: list[Segment]) -> None:
+        """Wait until no checkpoint reads the inputs any more: their files stay until then.
+
+        When the tier closes first, the next opening removes them.
+        """
+        while any(item.number in self._around.pins for item in inputs):
+            if self._stopping.is_set():
+                raise _Stopped
+            await self._around.pins.change()
 
     async def _abandon(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -249,7 +277,7 @@ class Compactor:
         """Copy what is live in `inputs`; `outputs` grows while it goes on."""
         around = self._around
         outside = lowest_outside(around.segments.values(), inputs)
-        merge = Merge(around.index, outside)
+        merge = Merge(around.index, outside, around.shipped_sequence())
         lowest = min(item.lowest_sequence for item in inputs)
         slices = Slices(around.monotonic)
         # The rows of a full segment take 5 MiB, so they are read twice rather than kept for all.

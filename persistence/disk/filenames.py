@@ -8,9 +8,14 @@ from typing import Final
 MANIFEST: Final = "MANIFEST"
 LOCK: Final = "LOCK"
 INDEX_SNAPSHOT: Final = "INDEX"
+SHIPPED: Final = "SHIPPED"
+STAGED: Final = "STAGED"
 QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
+_NAMES: Final = frozenset(
+    {MANIFEST, LOCK, INDEX_SNAPSHOT, SHIPPED, STAGED, QUARANTINE, OUTBOX, CONFLICTS}
+)
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -60,7 +65,7 @@ def _parse(name: str, kind: str) -> int | None:
 
 def is_ours(name: str) -> bool:
     """Whether a file of this name is one that the engine writes."""
-    if name in (MANIFEST, LOCK, INDEX_SNAPSHOT, QUARANTINE, OUTBOX, CONFLICTS):
+    if name in _NAMES:
         return True
     if name.endswith(TEMPORARY_SUFFIX):
         return is_ours(name.removesuffix(TEMPORARY_SUFFIX))

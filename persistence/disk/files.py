@@ -79,6 +79,10 @@ class Files:
         """Read at most `size` bytes at `offset`; fewer at the end of the file."""
         return os.pread(fd, size, offset)
 
+    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Read into `buffer` at `offset`; return how many bytes, fewer at the end of the file."""
+        return os.preadv(fd, [buffer], offset)
+
     def read_cached(self, fd: int, buffer: memoryview, offset: int) -> int:
         """Read into `buffer` what needs no waiting; BlockingIOError when nothing does.
 
@@ -159,6 +163,17 @@ def read_exactly(files: Files, fd: int, size: int, offset: int) -> bytes:
         parts.append(data)
         got += len(data)
     return b"".join(parts)
+
+
+def fill(files: Files, fd: int, buffer: memoryview, offset: int) -> bool:
+    """Fill `buffer` from `offset` on, going on after short reads; False at the file's end."""
+    while buffer:
+        got = files.read_into(fd, buffer, offset)
+        if not got:
+            return False
+        buffer = buffer[got:]
+        offset += got
+    return True
 
 
 def write_exactly(files: Files, fd: int, data: bytes, offset: int) -> None:

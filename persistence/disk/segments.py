@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ class Segment:
             sessions may be in a segment that goes back to this sequence number. Merging it again
             is of use only when that has changed.
         lowest_sequence: no frame in it has a lower sequence number.
+        highest_sequence: that of its newest frame; 0: not looked up yet (see `cut`).
         unapplied: frames that are in the file but not in the index yet; while there are any, a
             compaction would take them for dead.
         rows: its index rows, in engine time, as long as its hint has not been written.
@@ -52,6 +55,7 @@ class Segment:
     touch_bytes: int = 0
     kept_until: int = 0
     lowest_sequence: int = 0
+    highest_sequence: int = 0
     unapplied: int = 0
     rows: bytes | None = None
     without_rows: bool = False
@@ -90,6 +94,42 @@ class Damage:
     offset: int
     session_id: str | None
     reason: str
+
+
+class Pins:
+    """Which segments must stay as they are, because a checkpoint has still to read them.
+
+    Compaction does not choose them, and a merge that chose them before leaves their files alone
+    until they are given free.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._changed = asyncio.Event()
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._counts
+
+    def pin(self, number: int) -> None:
+        """Keep segment `number`; one `unpin` for each call gives it free."""
+        self._counts[number] += 1
+
+    def unpin(self, number: int) -> None:
+        """Take back one `pin`."""
+        assert number in self._counts, number
+        self._counts[number] -= 1
+        if not self._counts[number]:
+            del self._counts[number]
+            self.wake()
+
+    def wake(self) -> None:
+        """Let whoever waits in `change` look again."""
+        self._changed.set()
+
+    async def change(self) -> None:
+        """Wait until a segment is given free, or `wake` is called."""
+        self._changed.clear()
+        await self._changed.wait()
 
 
 class _OpenFile:

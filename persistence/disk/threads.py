@@ -10,8 +10,9 @@ copy the result. The *readers*, which read what is not cached and compact, are a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -94,3 +95,20 @@ def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
     if isinstance(error, StopIteration):  # a future does not take it
         error = RuntimeError(f"the call raised {error!r}")
     done.set_exception(error)
+
+
+async def undisturbed(work: Awaitable[T]) -> T:
+    """Await `work`; when the caller is cancelled, let it end first, and then be cancelled.
+
+    A call in a thread goes on whatever happens to who awaits it: what it uses must stay.
+    """
+    running = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # has been looked at
+        raise

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
@@ -16,7 +16,7 @@ from typing import Any, Final
 from persistence.clock import EngineTime
 from persistence.config import DiskConfig
 from persistence.disk.caches import write_hint, write_snapshot
-from persistence.disk.compaction import MIN_DEAD_FRACTION
+from persistence.disk.compaction import MIN_DEAD_FRACTION, Output, name_outputs
 from persistence.disk.compactor import Compactor, Surroundings, remove_segments
 from persistence.disk.directory import (
     DirectoryLock,
@@ -41,7 +41,8 @@ from persistence.disk.manifest import Manifest
 from persistence.disk.pressure import Pressure
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovered, Recovery
-from persistence.disk.segments import Damage, OpenSegments, Segment
+from persistence.disk.segments import Damage, OpenSegments, Pins, Segment
+from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
 from persistence.disk.writer import ActiveSegment, LogWriter, Write
 from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
@@ -50,6 +51,7 @@ _log = logging.getLogger("persistence.disk")
 
 _STEPS_PER_HOP: Final = 4
 _NEGLIGIBLE_SKEW_SECONDS: Final = 1.0
+_MAX_KEPT_FRACTION: Final = 1 / 4  # of the log: tombstones kept for the next checkpoint
 _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after which to look again
 
 
@@ -105,6 +107,7 @@ class DiskTier:
         self._manifest_lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self.threads = threads
+        self.fingerprints = fingerprints
         self.fingerprint = fingerprints.of
         self.index: Index = recovered.index
         self.segments: dict[int, Segment] = recovered.segments
@@ -120,6 +123,8 @@ class DiskTier:
         self._dead_since_check = 0
         self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
+        self.pins = Pins()
+        self.shipped = ShippedRecord(files, self.directory, threads)
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)
         self._cached = self.reader.cached
@@ -129,7 +134,7 @@ class DiskTier:
             directory_id=manifest.directory_id,
             segment_bytes=config.segment_bytes,
             compression=config.compression == "lz4",
-            next_number=self._next_number,
+            next_number=self.next_number,
             last_sequence=recovered.last_sequence,
             skew=time.skew,
         )
@@ -143,12 +148,15 @@ class DiskTier:
                 fingerprints=fingerprints,
                 segments=self.segments,
                 open_segments=self._open_segments,
-                next_number=self._next_number,
+                pins=self.pins,
+                next_number=self.next_number,
                 publish=self._publish,
                 forget=self._forget,
                 damage=self._note_damage,
                 frames_applied=lambda: self._frames_applied,
                 pressure=self._pressure,
+                shipped_sequence=lambda: self.shipped.sequence,
+                before_merging=self._stop_keeping_tombstones,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -205,6 +213,7 @@ class DiskTier:
             tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery.result)
             # The manifest knows all that recovery sealed; dropped segments are gone.
             await tier._write_manifest(remove=manifest.dropped)
+            await tier.shipped.load()
         except BaseException as error:
             if held is not None:
                 held.release()
@@ -447,22 +456,26 @@ class DiskTier:
 
     async def _sealed(self, active: ActiveSegment) -> None:
         """After a rotation: the hint, and the manifest. Both may fail; recovery copes."""
-        rows = active.segment.rows = active.segment.rows or bytes(active.rows)
+        active.segment.rows = active.segment.rows or bytes(active.rows)
         try:
-            await self.threads.read(
-                write_hint,
-                self._files,
-                self.directory,
-                self._manifest.directory_id,
-                segment=active.segment,
-                skew=self._time.skew(),
-                rows=rows,
-            )
-            active.segment.rows = None
+            await self._write_hint(active.segment)
             await self._write_manifest()
         except OSError as error:
             _log.warning("%s: after sealing a segment: %s", self.directory, error.strerror)
         self.compactor.wake()
+
+    async def _write_hint(self, segment: Segment) -> None:
+        assert segment.rows is not None, segment.number
+        await self.threads.read(
+            write_hint,
+            self._files,
+            self.directory,
+            self._manifest.directory_id,
+            segment=segment,
+            skew=self._time.skew(),
+            rows=segment.rows,
+        )
+        segment.rows = None
 
     def apply(self, writes: Sequence[Write]) -> None:
         """Let the index know frames of one segment that have been written, in order."""
@@ -505,7 +518,8 @@ class DiskTier:
 
     # --- the manifest and compaction ----------------------------------------------------------
 
-    def _next_number(self) -> int:
+    def next_number(self) -> int:
+        """Return a segment number that nobody else gets."""
         with self._number_lock:  # asked from the writer thread and from the loop
             self._last_number += 1
             return self._last_number
@@ -554,6 +568,62 @@ class DiskTier:
         await self.threads.read(remove_segments, self._files, self.directory, numbers)
         await self._write_manifest(remove=frozenset(numbers))
 
+    async def replace_segments(self, outputs: list[Output]) -> None:
+        """Let sealed outputs be the whole log: the moment of truth of a restore.
+
+        Nobody may be writing, or wait for a write, and the index must be set afterwards. A crash
+        leaves either everything as it was, or the outputs and nothing else: before the manifest
+        names them, their numbers are below its next one, so they pass for dead.
+
+        Raises:
+            DiskFull, OSError: everything is as it was; the outputs are the caller's to remove.
+            WriteOutcomeUnknown: what the next opening finds is not known; no more writes.
+        """
+        await self._seal_active()
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
+        # What is dropped here leaves no tombstones: the next checkpoint has to be a full one.
+        await self.shipped.give_up()
+        await self._write_manifest()
+        assert all(item.segment.number < self._manifest.next_number for item in outputs)
+        await self.threads.read(name_outputs, self._files, self.directory, outputs)
+        old = list(self.segments.values())
+        self.segments.update({item.segment.number: item.segment for item in outputs})
+        try:
+            await self._write_manifest(
+                add=frozenset(item.number for item in old) | frozenset(self._unusable)
+            )
+        except OSError as error:
+            for output in outputs:
+                del self.segments[output.segment.number]
+            self.writer.poisoned = f"{self.directory}: manifest: {error.strerror}"
+            self.writer.check_usable()
+        self._unusable.clear()
+        for item in old:
+            item.live_bytes = 0
+        try:
+            await self._forget(old)
+            for output in outputs:
+                await self._write_hint(output.segment)
+        except OSError as error:
+            # They are dropped; the next opening removes them, and makes the hints.
+            _log.warning("%s: after a restore: %s", self.directory, error.strerror)
+
+    def tombstones_shipped(self) -> None:
+        """Let compaction look again at the tombstones it kept for a checkpoint."""
+        for segment in self.segments.values():
+            segment.kept_until = 0
+        self.compactor.wake()
+
+    async def _stop_keeping_tombstones(self) -> None:
+        """Do without the next incremental checkpoint when the tombstones for it take too much.
+
+        Else somebody who has stopped making checkpoints would keep every tombstone for good.
+        """
+        kept = sum(item.tombstone_bytes for item in self.segments.values())
+        if kept > max(self._config.segment_bytes, self.total_bytes * _MAX_KEPT_FRACTION):
+            await self.shipped.give_up()
+
     def _note_damage(self, segment: Segment, offset: int, reason: str) -> None:
         segment.damaged = True
         path = f"{self.directory}/{segment_name(segment.number)}"
@@ -561,6 +631,26 @@ class DiskTier:
         _log.error("%s at offset %d: %s", path, offset, reason)
 
     # --- numbers ------------------------------------------------------------------------------
+
+    @property
+    def directory_id(self) -> bytes:
+        """The random id of the directory, 16 bytes."""
+        return self._manifest.directory_id
+
+    @property
+    def current_segments(self) -> list[Segment]:
+        """The segments that make up the log, by number: those that a merge has replaced do not."""
+        dropped = self._manifest.dropped
+        return [item for number, item in sorted(self.segments.items()) if number not in dropped]
+
+    @property
+    def files(self) -> Files:
+        """The system calls it works with."""
+        return self._files
+
+    def pinned_file(self, number: int) -> AbstractContextManager[int]:
+        """Keep a segment's file open for reads in threads; gives its descriptor."""
+        return self._open_segments.pinned(number)
 
     @property
     def total_bytes(self) -> int:

@@ -355,6 +355,11 @@ class MemoryFiles(Files):
             size = size if limit is None else min(size, limit)
             return bytes(file.data[offset : offset + size])
 
+    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        data = self.read_at(fd, len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
+
     def read_cached(self, fd: int, buffer: memoryview, offset: int) -> int:
         file, path = self._open[fd]
         with self._entering(Call("read_cached", path, len(buffer))) as limit:

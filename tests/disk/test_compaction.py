@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -55,11 +55,13 @@ class Switch:
         self.on = True
         self.merges_all_once = False
 
-    def choose(self, segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
+    def choose(
+        self, segments: Iterable[Segment], segment_bytes: int, pinned: Container[int] = ()
+    ) -> list[Segment]:
         if self.merges_all_once:
             self.merges_all_once = False
             return [segment for segment in segments if segment.sealed]
-        return choose_inputs(segments, segment_bytes) if self.on else []
+        return choose_inputs(segments, segment_bytes, pinned) if self.on else []
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +149,8 @@ def test_only_as_much_as_fills_one_output_is_merged_at_once() -> None:
 def test_a_segment_that_must_not_be_touched_is_not_merged(flag: str) -> None:
     assert choose_inputs([segment_of(1, content=1000, **{flag: True})], SEGMENT_BYTES) == []
     assert choose_inputs([segment_of(1, content=1000, sealed=False)], SEGMENT_BYTES) == []
+    assert choose_inputs([segment_of(1, content=1000)], SEGMENT_BYTES, {1}) == []
+    assert len(choose_inputs([segment_of(1, content=1000)], SEGMENT_BYTES, {2})) == 1
 
 
 def test_live_touches_and_tombstones_are_not_dead_bytes() -> None:
@@ -297,6 +301,12 @@ def test_a_tombstone_is_dropped_only_when_nothing_older_lies_outside() -> None:
     assert merge.wanted(row(A, 100, ROW_IS_DELETE), 1) is not None
     assert merge.wanted(row(A, 101, ROW_IS_DELETE), 1) is not None
     assert merge.dropped_tombstones == 1
+
+
+def test_a_tombstone_behind_the_newest_checkpoint_is_kept() -> None:
+    merge = Merge(index_of(), 100, shipped_sequence=50)
+    assert merge.wanted(row(A, 50, ROW_IS_DELETE), 1) is None
+    assert merge.wanted(row(A, 51, ROW_IS_DELETE), 1) is not None
 
 
 def test_of_the_touches_only_the_newest_behind_the_put_is_wanted() -> None:

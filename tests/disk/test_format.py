@@ -531,6 +531,7 @@ def tables() -> list[Table]:
                 (filenames.segment_name(1), "a segment, by its number"),
                 (filenames.hint_name(1), "the hint of that segment"),
                 (filenames.INDEX_SNAPSHOT, "the whole index, written at a clean close"),
+                (filenames.SHIPPED, "which checkpoint is the newest of this directory"),
                 (
                     filenames.temporary_name(filenames.MANIFEST),
                     "a file being written, before it is renamed into place",

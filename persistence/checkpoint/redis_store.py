@@ -1,0 +1,173 @@
+"""Checkpoints in Redis.
+
+====================================== ====== =====================================================
+key                                    type   holds
+====================================== ====== =====================================================
+``<namespace>:checkpoints``            hash   checkpoint id -> manifest
+``<namespace>:checkpoints:started``    hash   checkpoint id -> how many chunk keys it may have
+``<namespace>:checkpoint:{<id>-<n>}``  string chunk `n` of checkpoint `id`
+====================================== ====== =====================================================
+
+The hash tag makes the chunks of one checkpoint spread over a Cluster. The second hash is written
+before the chunks are, so that the chunks of a checkpoint that was never published are found again
+without a SCAN through everybody's keys. Keys have no expiry: a restore point must not fade away.
+
+Commands: GET, SET, STRLEN, UNLINK, HSET, HGET, HGETALL, HDEL; each may be sent twice without harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from itertools import islice
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+
+from persistence.checkpoint.manifest import is_id
+from persistence.checkpoint.stores import ChunkKey, ChunkMissing
+from persistence.errors import ConfigError, RemoteUnavailable
+
+_RESERVED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
+_KEYS_PER_PIPELINE: Final = 500
+_FORBIDDEN: Final = frozenset("{}*?[]\\^")
+
+
+class RedisStore:
+    """Checkpoints in the Redis behind `client`. See `CheckpointStore`.
+
+    Args:
+        client: an asyncio client of redis-py (also a Cluster's) that returns bytes; the caller
+            closes it.
+        namespace: what all keys start with; several workers may share it.
+
+    Raises:
+        ConfigError: the namespace has a character that means something in a key or a pattern.
+    """
+
+    def __init__(self, client: Any, namespace: str) -> None:
+        bad = [char for char in namespace if char in _FORBIDDEN or not char.isprintable()]
+        if not namespace or bad or any(map(str.isspace, namespace)):
+            raise ConfigError(
+                f"redis.namespace = {namespace!a}: must not be empty, nor have spaces or any of "
+                f"{''.join(sorted(_FORBIDDEN))}"
+            )
+        self._client = client
+        self._prefix = namespace
+        self._manifests = f"{namespace}:checkpoints"
+        self._started = f"{namespace}:checkpoints:started"
+        self._reserved: dict[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        """`redis:` and the namespace."""
+        return f"redis:{self._prefix}"
+
+    def chunk_key(self, key: ChunkKey) -> str:
+        """Return the key of a chunk."""
+        assert is_id(key.checkpoint), key
+        return f"{self._prefix}:checkpoint:{{{key.checkpoint}-{key.number}}}"
+
+    async def put_chunk(self, key: ChunkKey, data: bytes) -> None:
+        """Keep a chunk."""
+        async with self._translated():
+            if key.number >= self._reserved.get(key.checkpoint, 0):
+                await self._reserve(key)
+            await self._client.set(self.chunk_key(key), data)
+
+    async def _reserve(self, key: ChunkKey) -> None:
+        """Announce more chunk keys before the first of them is written."""
+        count = key.number + _RESERVED_AT_ONCE
+        await self._client.hset(self._started, key.checkpoint, str(count))
+        self._reserved = {key.checkpoint: count}  # one checkpoint at a time is made through this
+
+    async def get_chunk(self, key: ChunkKey) -> bytes:
+        """Return a chunk."""
+        async with self._translated():
+            data = await self._client.get(self.chunk_key(key))
+        if data is None:
+            raise ChunkMissing(self.chunk_key(key))
+        return bytes(data)
+
+    async def chunk_bytes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Return the length of each chunk, 0 for one that is missing."""
+        sizes: list[int] = []
+        async with self._translated():
+            for some in _pieces(keys):
+                pipeline = self._client.pipeline(transaction=False)
+                for key in some:
+                    pipeline.strlen(self.chunk_key(key))
+                sizes += map(int, await pipeline.execute())
+        return sizes
+
+    async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
+        """Keep a manifest, atomically."""
+        async with self._translated():
+            await self._client.hset(self._manifests, checkpoint_id, manifest)
+
+    async def manifests(self) -> dict[str, bytes]:
+        """Return every manifest by its id."""
+        async with self._translated():
+            found = await self._client.hgetall(self._manifests)
+        named = {_text(key): bytes(value) for key, value in found.items()}
+        return {name: value for name, value in named.items() if is_id(name)}
+
+    async def withdraw(self, checkpoint_id: str) -> bool:
+        """Remove a manifest; return whether it was there."""
+        async with self._translated():
+            return bool(await self._client.hdel(self._manifests, checkpoint_id))
+
+    async def chunks(self) -> list[ChunkKey]:
+        """Return the keys of all chunks that were ever announced and not removed."""
+        async with self._translated():
+            started = await self._client.hgetall(self._started)
+        counts = {_text(key): int(value) for key, value in started.items()}
+        return [
+            ChunkKey(checkpoint_id, number)
+            for checkpoint_id, count in sorted(counts.items())
+            if is_id(checkpoint_id)
+            for number in range(count)
+        ]
+
+    async def remove_chunks(self, keys: Iterable[ChunkKey]) -> None:
+        """Remove chunks; announced keys behind the last one that is left are forgotten."""
+        removed: dict[str, set[int]] = {}
+        async with self._translated():
+            for some in _pieces(keys):
+                pipeline = self._client.pipeline(transaction=False)
+                for key in some:
+                    pipeline.unlink(self.chunk_key(key))
+                    removed.setdefault(key.checkpoint, set()).add(key.number)
+                await pipeline.execute()
+            for checkpoint_id, numbers in removed.items():
+                await self._shrink(checkpoint_id, numbers)
+
+    async def _shrink(self, checkpoint_id: str, removed: set[int]) -> None:
+        announced = await self._client.hget(self._started, checkpoint_id)
+        count = left = int(announced or 0)
+        while left and left - 1 in removed:
+            left -= 1
+        if not left:
+            await self._client.hdel(self._started, checkpoint_id)
+        elif left < count:
+            await self._client.hset(self._started, checkpoint_id, str(left))
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (RedisError, OSError) as error:
+            raise RemoteUnavailable(
+                f"checkpoints in Redis under {self._prefix!a}: {type(error).__name__}: {error}; "
+                "what was published before is as it was"
+            ) from error
+
+
+def _text(key: bytes | str) -> str:
+    return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else key
+
+
+def _pieces(keys: Iterable[ChunkKey]) -> Iterable[list[ChunkKey]]:
+    rest = iter(keys)
+    while some := list(islice(rest, _KEYS_PER_PIPELINE)):
+        yield some
