@@ -207,6 +207,7 @@ class CommitQueue:
         self._deciding: list[Commit] = []
         self._decider: asyncio.Task[None] | None = None
         self._closing = False
+        self._why_closed: PersistenceError | None = None
         self._ending = False
         self._submitted = 0
         self._inflight: list[list[Commit]] = []
@@ -282,7 +283,11 @@ class CommitQueue:
         new version). No await may lie between looking at the chain and this call.
         """
         if self._closing:
-            raise self._broken or ManagerClosed("the manager is closing: no more updates")
+            raise again(
+                self._broken
+                or self._why_closed
+                or ManagerClosed("the manager is closing: no more updates")
+            )
         if wait:
             commit.done = asyncio.Future(loop=self._loop)
         if commit.kind != TOUCH and not commit.spills:
@@ -340,8 +345,13 @@ class CommitQueue:
         if tail is not None and tail.error is not None:
             raise again(tail.error)
 
-    async def close(self) -> None:
-        """Decide what is queued, sync, and end the task."""
+    async def close(self, why: PersistenceError | None = None) -> None:
+        """Decide what is queued, sync, and end the task.
+
+        Args:
+            why: what whoever submits from now on is told.
+        """
+        self._why_closed = why
         self._closing = True
         if self._decider is not None:
             self._arrived.set()

@@ -453,6 +453,12 @@ class CheckpointConfig(_Table):
         le=_MAX_SECONDS,
         description="Seconds between two checkpoints; 0 = only on request and at shutdown.",
     )
+    min_pause_seconds: _Seconds = Field(
+        default=1.0,
+        ge=0,
+        le=_MAX_SECONDS,
+        description="Seconds at least between the end of a checkpoint and the next one.",
+    )
     compression: Literal["lz4", "none"] = Field(
         default="lz4", description="Compression of a checkpoint's chunks."
     )
@@ -473,7 +479,13 @@ class ShutdownConfig(_Table):
 
     table: ClassVar[str] = "shutdown"
 
-    checkpoint: bool = Field(default=True, description="Whether a shutdown ends with a checkpoint.")
+    checkpoint: bool = Field(
+        default=True,
+        description=(
+            "Whether a shutdown ends with a checkpoint, if there is a Redis or a directory for "
+            "them: beside the log it would save nothing that the log does not."
+        ),
+    )
     grace_seconds: _Seconds = Field(
         default=25.0,
         ge=0,

@@ -12,23 +12,31 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from persistence import record as rec
+from persistence.checkpoint.catalogue import CheckpointInfo
+from persistence.checkpoint.create import OnProgress, Plan
+from persistence.checkpoint.keeper import Keeper, Schedule
+from persistence.checkpoint.opening import open_store
+from persistence.checkpoint.restore import RestoredInfo, StagedRestore
 from persistence.clock import Clock, EngineTime, SystemClock
 from persistence.commit import Commit, CommitQueue, committed
 from persistence.config import RedisConfig, StateConfig
 from persistence.disk.filenames import CONFLICTS, OUTBOX
 from persistence.disk.files import Files
+from persistence.disk.format import Frame
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
     ConfigError,
+    ConflictError,
     InvalidArgument,
     ManagerClosed,
     PersistenceError,
+    RemoteUnavailable,
     SessionExists,
     SessionLimitReached,
     SessionNotFound,
 )
 from persistence.expiry import life_of
-from persistence.ids import check_session_id, new_session_id
+from persistence.ids import CommitIds, check_session_id, new_session_id
 from persistence.listing import Listing
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
 from persistence.memory.tier import MemoryTier
@@ -101,6 +109,8 @@ class StateManager:
         self._memory_reader = MemoryReader()
         self._background: list[asyncio.Task[None]] = []
         self._is_open = False
+        self._gate: asyncio.Event | None = None
+        self._commit_ids = CommitIds()
         self._grace = Grace(self.config.shutdown.grace_seconds, self._clock)
         self._closing: asyncio.Task[None] | None = None
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
@@ -135,8 +145,54 @@ class StateManager:
         """
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
-        config = self.config
         self._time = EngineTime(self._clock)
+        await self._check_redis()
+        self._disk = await DiskTier.open(self.config.disk, self._time, self._files)
+        self._store = open_store(
+            self.config.checkpoint,
+            self.config.redis,
+            self._disk.directory,
+            self._disk.threads,
+            self._files,
+        )
+        disk, threads = self._disk, self._disk.threads
+        synced = self.config.disk.fsync == "always"
+        self._outbox = Outbox(disk.journal(OUTBOX), threads, sync=synced)
+        self._conflicts = Conflicts(disk.journal(CONFLICTS), threads)
+        self._keeper = self._make_keeper()
+        self._assemble()
+        try:
+            if self._sharing is not None:
+                await self._outbox.open()
+                await self._conflicts.open()
+                await self._sharing.open()
+        except BaseException:
+            await self._close_tiers()
+            raise
+        self._start_background()
+        self._keeper.start()
+        self._is_open = True
+        self._let_in()
+        _open_managers.add(self)
+
+    async def _check_redis(self) -> None:
+        """See that a Redis which is there for checkpoints only can be used for them."""
+        redis = self.config.redis
+        if redis.url is None or self._shares_sessions:
+            return
+        tier = RedisTier(redis, self._clock)
+        try:
+            await tier.open()
+        except RemoteUnavailable as error:
+            if redis.on_outage == "fail":
+                raise
+            _log.warning("starting without Redis: %s", error)
+        finally:
+            await tier.close()
+
+    def _assemble(self) -> None:
+        """Put the tiers together above the log, which may have sessions; nobody is let in yet."""
+        config = self.config
         ttl_seconds = config.session.ttl_seconds
         default_life = life_of(ttl_seconds, config.session.auto_renew, ttl_seconds)
         self._memory = MemoryTier(
@@ -145,7 +201,6 @@ class StateManager:
             self._time,
             default_life if default_life > 0 else NEVER,
         )
-        self._disk = await DiskTier.open(config.disk, self._time, self._files)
         self._residency = Residency(
             config.memory, self._memory, self._disk, self._clock, self._time
         )
@@ -166,7 +221,7 @@ class StateManager:
             self._time,
             self._check_open,
         )
-        self._sharing = self._make_sharing()
+        self._sharing = self._make_sharing() if self._shares_sessions else None
         self._updates = Updates(
             config.session,
             self._clock,
@@ -180,27 +235,52 @@ class StateManager:
         if self._sharing is not None:
             self._commits.share(self._sharing.decide)
         self._commits.start()
-        await self._open_sharing()
-        self._start_background()
+
+    def _let_in(self) -> None:
+        """Open the short ways to sessions that are here."""
         self._resident = self._memory.access
         self._restore_now = self._residency.restore_now
         if self._sharing is not None:
             self._resident = partial(_if_current, self._sharing, self._memory.access)
             self._restore_now = partial(_if_current, self._sharing, self._residency.restore_now)
-        self._is_open = True
-        _open_managers.add(self)
 
-    def _make_sharing(self) -> Sharing | None:
-        """Return this worker's side of the shared tier, if there is one for sessions."""
+    def _keep_out(self) -> None:
+        """Close the short ways: who comes now waits in `_ready`."""
+        self._resident = self._restore_now = _not_here
+
+    @property
+    def _shares_sessions(self) -> bool:
         redis = self.config.redis
-        if redis.url is None or redis.write == "checkpoint":
-            return None
-        disk = self._disk
+        return redis.url is not None and redis.write != "checkpoint"
+
+    def _make_keeper(self) -> Keeper:
+        config = self.config
+        at_shutdown = config.shutdown.checkpoint and self._store.is_apart
+        schedule = Schedule(
+            config.checkpoint.interval_seconds,
+            config.checkpoint.min_pause_seconds,
+            config.shutdown.grace_seconds if at_shutdown else 0.0,
+        )
+        plan = Plan(
+            compress=config.checkpoint.compression == "lz4",
+            keep=config.checkpoint.keep,
+            namespace=config.redis.namespace,
+        )
+        return Keeper(self._disk, self._store.store, plan, schedule, self._clock, self._settle)
+
+    async def _settle(self) -> None:
+        """Bring into the log what is only in memory."""
+        await self._residency.log_unlogged()
+        await self._residency.record_renewals()
+        await self._commits.flush()
+
+    def _make_sharing(self) -> Sharing:
+        """Return this worker's side of the shared tier."""
         sharing = Sharing(
-            RedisTier(redis, self._clock),
-            redis,
-            Outbox(disk.journal(OUTBOX), disk.threads, sync=self.config.disk.fsync == "always"),
-            Conflicts(disk.journal(CONFLICTS), disk.threads),
+            RedisTier(self.config.redis, self._clock),
+            self.config.redis,
+            self._outbox,
+            self._conflicts,
             Local(
                 self._residency,
                 self._commits,
@@ -211,19 +291,6 @@ class StateManager:
         )
         self._residency.confirm_end = sharing.confirm_end
         return sharing
-
-    async def _open_sharing(self) -> None:
-        """Connect to the shared tier; if that can never work, close again and say so."""
-        if self._sharing is None:
-            return
-        try:
-            await self._sharing.open()
-        except BaseException:
-            await self._sharing.close()
-            await self._commits.close()
-            await self._sharing.close_journals()
-            await self._disk.close()
-            raise
 
     def _acknowledged(self, commits: Sequence[Commit]) -> None:
         self._residency.acknowledged(commits)
@@ -280,16 +347,28 @@ class StateManager:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._grace.spend(self._updates.locks.all_free(), "running edits", _EDITS_SHARE)
+        await self._keeper.stop()
         try:
             await self._residency.log_unlogged()
             await self._residency.record_renewals()
             if self._sharing is not None:
                 await self._grace.spend(self._sharing.deliver(), "the shared tier", _REMOTE_SHARE)
+            if self._keeper.at_shutdown:
+                await self._grace.spend(self._keeper.create("shutdown"), "the last checkpoint")
+        finally:
+            await self._close_tiers()
+
+    async def _close_tiers(self) -> None:
+        """Close whatever has been opened, in order; the log is sealed in any case."""
+        try:
+            await self._store.close()
+            if self._sharing is not None:
                 await self._sharing.close()
             await self._commits.close()
             await self._residency.close()
             if self._sharing is not None:
-                await self._sharing.close_journals()
+                await self._outbox.close()
+                await self._conflicts.close()
         finally:
             await self._disk.close()
             self._memory.clear()
@@ -300,6 +379,17 @@ class StateManager:
     def _check_open(self) -> None:
         if not self._is_open:
             self._refuse()
+
+    async def _ready(self) -> None:
+        """Raise ManagerClosed if it is closed; wait while a checkpoint is being put in place."""
+        self._check_open()
+        while self._gate is not None:
+            await self._gate.wait()
+            self._check_open()
+
+    async def _current_updates(self) -> Updates:
+        await self._ready()
+        return self._updates
 
     def _forked(self) -> None:
         """In the child of a fork: this manager belongs to the parent."""
@@ -341,7 +431,7 @@ class StateManager:
             InvalidSessionId, ValueNotSerializable, ValueTooLarge: nothing was written.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
-        self._check_open()
+        await self._ready()
         if max_requests is not None and max_requests < 0:
             raise InvalidArgument(f"max_requests = {max_requests!r}: must be at least 0")
         if session_id is None:
@@ -467,6 +557,7 @@ class StateManager:
         return await self._get_cold(session_id)
 
     async def _get_cold(self, session_id: str) -> Session | None:
+        await self._ready()
         key = check_session_id(session_id)
         await self._bring_here(session_id)
         base = await self._residency.acknowledged_base(session_id, key)
@@ -481,7 +572,7 @@ class StateManager:
 
     async def _peek(self, session_id: str) -> Session | None:
         """Return a view, neither counting that as an access nor restoring a cold session."""
-        self._check_open()
+        await self._ready()
         key = check_session_id(session_id)
         if not await self.has_session(session_id):
             return None  # it has been brought here, if it lives elsewhere
@@ -502,7 +593,7 @@ class StateManager:
 
     async def has_session(self, session_id: str) -> bool:
         """Whether the session is alive. Renews nothing and reads nothing from disk."""
-        self._check_open()
+        await self._ready()
         key = check_session_id(session_id)
         await self._bring_here(session_id)
         deadline = self._residency.acknowledged_deadline(session_id, key)
@@ -529,7 +620,7 @@ class StateManager:
             ConflictError: this task holds the session's edit.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
-        self._check_open()
+        await self._ready()
         packed = rec.pack_value(value, rec.check_field_name(field))
 
         def change(record: bytes) -> dict[str, bytes | memoryview]:
@@ -550,8 +641,8 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        if not self._is_open:
-            self._refuse()
+        if self._gate is not None or not self._is_open:
+            await self._ready()
         return await self._updates.by_function(session_id, function)
 
     async def replace_session(
@@ -563,7 +654,7 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        self._check_open()
+        await self._ready()
         fields: dict[str, bytes | memoryview] = {
             rec.check_field_name(name): rec.pack_value(value, name) for name, value in data.items()
         }
@@ -578,7 +669,7 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        self._check_open()
+        await self._ready()
         SessionMetadata().changed(**changes)  # check the names before anything else
 
         def change_meta(record: bytes) -> bytes:
@@ -596,7 +687,7 @@ class StateManager:
             ConflictError: this task holds the session's edit.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
-        self._check_open()
+        await self._ready()
         ttl = self._ttl(ttl_seconds)
         try:
             await self._updates.apply(
@@ -623,7 +714,7 @@ class StateManager:
             `update_session_data`.
         """
         self._check_open()
-        return Edit(self._updates, self._residency, session_id)
+        return Edit(self._current_updates, session_id)
 
     # --- ending -------------------------------------------------------------------------------
 
@@ -635,7 +726,7 @@ class StateManager:
         Raises:
             DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
         """
-        self._check_open()
+        await self._ready()
         key = check_session_id(session_id)
         await self._bring_here(session_id)
         while not self._residency.is_alive(session_id, key):
@@ -652,12 +743,12 @@ class StateManager:
 
         They are absent for everybody from their deadline on; this frees their space.
         """
-        self._check_open()
+        await self._ready()
         return await self._listing.remove_expired()
 
     async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
         """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
-        self._check_open()
+        await self._ready()
         if not 0 <= max_age_seconds < NEVER:
             raise InvalidArgument(
                 f"max_age_seconds = {max_age_seconds!r}: must be finite and at least 0"
@@ -683,13 +774,13 @@ class StateManager:
         """
         if namespace:
             raise ConfigError("namespace=True asks the shared tier, but redis.url is not set")
-        self._check_open()
+        await self._ready()
         async for session_id in self._listing.ids(prefix):
             yield session_id
 
     async def find_sessions(self, *, user_id: str) -> list[str]:
         """Return the ids of the live sessions of a user, in no order. Renews nothing."""
-        self._check_open()
+        await self._ready()
         return await self._listing.of_user(user_id)
 
     # --- tiers --------------------------------------------------------------------------------
@@ -700,7 +791,7 @@ class StateManager:
         Raises:
             DiskFull: it is not in the log yet, and the disk is full; it stays in memory.
         """
-        self._check_open()
+        await self._ready()
         key = check_session_id(session_id)
         if not self._residency.is_alive(session_id, key):
             await self._residency.expire_if_over(session_id, key)
@@ -714,7 +805,7 @@ class StateManager:
         Raises:
             CorruptionError: its stored bytes are damaged.
         """
-        self._check_open()
+        await self._ready()
         key = check_session_id(session_id)
         await self._bring_here(session_id)
         return await self._residency.acknowledged_base(session_id, key, access=False) is not None
@@ -725,20 +816,20 @@ class StateManager:
         Raises:
             WriteOutcomeUnknown: a sync failed.
         """
-        self._check_open()
+        await self._ready()
         await self._residency.log_unlogged()
         await self._residency.record_renewals()
         await self._commits.flush()
 
     async def compact(self) -> None:
         """Compact until there is nothing left that pays; it also happens by itself."""
-        self._check_open()
+        await self._ready()
         self._disk.compactor.wake()
         await self._disk.compactor.settle()
 
     async def stats(self) -> Stats:
         """Return numbers about the engine; cheap enough to be asked every second."""
-        self._check_open()
+        await self._ready()
         memory, residency, commits = self._memory, self._residency, self._commits
         disk = self._disk.stats()
         sessions = disk.sessions + len(residency.unlisted)
@@ -764,6 +855,102 @@ class StateManager:
             commit_seconds=Latencies.of(commits.latencies_seconds),
             disk=disk,
         )
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    async def create_checkpoint(
+        self, reason: str = "manual", *, on_progress: OnProgress | None = None
+    ) -> CheckpointInfo:
+        """Make a restore point of everything that is acknowledged now; see ``docs/checkpoints.md``.
+
+        Updates go on meanwhile. It is incremental where it can be.
+
+        Args:
+            reason: any text; it is shown in lists.
+            on_progress: called now and then with how far it is.
+
+        Raises:
+            RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; what was there stays.
+            WriteOutcomeUnknown: the log takes no more writes.
+        """
+        await self._ready()
+        return await self._keeper.create(reason, on_progress)
+
+    async def list_checkpoints(self) -> list[CheckpointInfo]:
+        """Return all restore points of the store, also those of other workers, oldest first."""
+        await self._ready()
+        return await self._keeper.list()
+
+    async def delete_checkpoint(self, checkpoint_id: str) -> None:
+        """Delete a restore point.
+
+        Raises:
+            CheckpointNotFound: there is none of that id.
+        """
+        await self._ready()
+        await self._keeper.delete(checkpoint_id)
+
+    async def restore_checkpoint(
+        self, checkpoint_id: str = "latest", *, on_progress: OnProgress | None = None
+    ) -> RestoredInfo:
+        """Replace all sessions by those of a restore point.
+
+        Everything is fetched and verified first; then, at once, the state is the restored one.
+        Sessions that were created since are gone, also from the shared tier. Deadlines are
+        absolute times. An update under way fails with ConflictError, and nothing of it is left.
+
+        Args:
+            checkpoint_id: which one, or "latest". If it is damaged, the one before is taken.
+            on_progress: called now and then with how far it is.
+
+        Raises:
+            CheckpointNotFound: there is none of that id.
+            CheckpointDamaged: it is damaged, and so are all before it; nothing was changed.
+            DiskFull, RemoteUnavailable: nothing was changed.
+        """
+        await self._ready()
+        staged = await self._keeper.restore(
+            checkpoint_id,
+            self._restored_ids,
+            self._time.skew(),
+            self.config.disk.segment_bytes,
+            self._install,
+            on_progress,
+        )
+        return staged.info
+
+    def _restored_ids(self, frame: Frame) -> bytes:
+        """A restored session is a new incarnation: nothing built on another one is accepted."""
+        return self._commit_ids.next() + self._commit_ids.next() + frame.commit
+
+    async def _install(self, staged: StagedRestore) -> None:
+        """Put a restored state in place: nobody is let in while the tiers are exchanged."""
+        gate = self._gate = asyncio.Event()
+        self._keep_out()
+        try:
+            before = []
+            if self._sharing is not None:
+                before = [session_id async for session_id in self._listing.ids("")]
+                await self._sharing.close()
+            await self._commits.close(
+                ConflictError(
+                    "the sessions were restored from a checkpoint meanwhile; nothing was written: "
+                    "try again"
+                )
+            )
+            await self._residency.close()
+            await staged.install()
+        finally:
+            self._memory.clear()
+            self._assemble()
+            try:
+                if self._sharing is not None:
+                    await self._sharing.open()
+                    await self._sharing.impose(before)
+            finally:
+                self._let_in()
+                self._gate = None
+                gate.set()
 
     # --- background ---------------------------------------------------------------------------
 
@@ -795,6 +982,10 @@ class StateManager:
                 pressure.limit_bytes,
             )
             self._residency.set_budget(budget)
+
+
+def _not_here(session_id: str) -> Session | None:
+    return None
 
 
 def _if_current(

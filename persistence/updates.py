@@ -7,7 +7,7 @@ other writers of that session wait for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
@@ -330,16 +330,15 @@ class Updates:
 class Edit:
     """The context manager behind `StateManager.edit`."""
 
-    __slots__ = ("_base", "_draft", "_key", "_residency", "_session_id", "_updates")
+    __slots__ = ("_base", "_current", "_draft", "_key", "_residency", "_session_id", "_updates")
 
-    def __init__(self, updates: Updates, residency: Residency, session_id: str) -> None:
-        self._updates = updates
-        self._residency = residency
+    def __init__(self, current: Callable[[], Awaitable[Updates]], session_id: str) -> None:
+        self._current = current
         self._session_id = session_id
 
     async def __aenter__(self) -> SessionDraft:
-        updates = self._updates
-        updates._check_open()
+        updates = self._updates = await self._current()
+        self._residency = updates._residency
         self._key = check_session_id(self._session_id)
         await updates.admit()
         await updates.locks.acquire(self._session_id)

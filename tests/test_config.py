@@ -116,7 +116,13 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_connections": 8,
             "allow_eviction": False,
         },
-        "checkpoint": {"interval_seconds": 0, "compression": "lz4", "keep": 5, "store": "auto"},
+        "checkpoint": {
+            "interval_seconds": 0,
+            "min_pause_seconds": 1,
+            "compression": "lz4",
+            "keep": 5,
+            "store": "auto",
+        },
         "shutdown": {"checkpoint": True, "grace_seconds": 25},
     }
 

@@ -142,6 +142,14 @@ class Outbox:
                 await self._append([_entry(_REMOVED, _NOTHING, session_id)], sync=False)
                 await self._rewrite_if_long()
 
+    async def begin_anew(self, branches: Mapping[str, Branch]) -> None:
+        """Begin branches here, whatever there was of them: the local state was replaced."""
+        async with self._lock:
+            entries = [_entry(_BRANCH, each, sid) for sid, each in branches.items()]
+            await self._append(entries, sync=self._sync)
+            for entry in entries:
+                self._replay(entry)
+
     async def set_epoch(self, epoch: bytes) -> None:
         """Note whose content everything that is not in the outbox is part of."""
         async with self._lock:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 from persistence import record as rec
@@ -34,6 +35,7 @@ from persistence.sharing.outbox import Branch, Outbox
 _log = logging.getLogger("persistence.sharing")
 
 _PROBE_SECONDS: Final = 0.5
+_IMPOSED_AT_ONCE: Final = 1000
 
 
 class Sharing:
@@ -64,6 +66,7 @@ class Sharing:
         self._residency = local.residency
         self._commits = local.commits
         self._time = local.time
+        self._all_ids = local.all_ids
         self._accepts_outages = config.on_outage == "local"
         self._is_listening = False
         self._has_connected = asyncio.Event()
@@ -105,8 +108,6 @@ class Sharing:
             ConfigError: it can never work like this.
             RemoteUnavailable: it is away, and ``on_outage`` is ``"fail"``.
         """
-        await self.outbox.open()
-        await self.conflicts.open()
         try:
             await self._remote.open()
         except RemoteUnavailable as error:
@@ -130,6 +131,32 @@ class Sharing:
         await self._commits.flush()
         await self._delivery.end()
 
+    async def impose(self, before: Iterable[str]) -> None:
+        """Let the shared tier have what is here now, after all of it was replaced.
+
+        Args:
+            before: the sessions that were here: those that are gone are ended there as well.
+        """
+        self.copies.reset()
+        everything = dict.fromkeys(before)
+        everything.update(dict.fromkeys([each async for each in self._all_ids()]))
+        rest = iter(everything)
+        while some := list(islice(rest, _IMPOSED_AT_ONCE)):
+            try:
+                found = await self._remote.stored(some)
+            except RemoteUnavailable as error:
+                _log.warning("restored while the shared tier is away: %s", error)
+                found = [None] * len(some)
+            await self.outbox.begin_anew(
+                {
+                    session_id: Branch(stored.commit, stored.version)
+                    if stored is not None and stored.lives
+                    else Branch(NO_ID, 0)
+                    for session_id, stored in zip(some, found, strict=True)
+                }
+            )
+        self._delivery.wake()
+
     async def close(self) -> None:
         """Disconnect. What was not delivered is in the outbox."""
         self._closing = True
@@ -141,11 +168,6 @@ class Sharing:
         await asyncio.gather(*self._fills.values(), *self._changes, return_exceptions=True)
         await self._delivery.close()
         await self._remote.close()
-
-    async def close_journals(self) -> None:
-        """Close the files, once nothing is committed any more."""
-        await self.outbox.close()
-        await self.conflicts.close()
 
     # --- the shared tier's calls --------------------------------------------------------------
 

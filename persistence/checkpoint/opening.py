@@ -1,0 +1,102 @@
+"""From a configuration to the store that checkpoints go to.
+
+In Redis they have a redis-py client of their own, from the same URL as the shared tier: writes of
+checkpoints may be repeated without harm, which commits may not, and a chunk of some megabytes
+must not hold up a commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+
+from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+
+from persistence.checkpoint.directory_store import DirectoryStore, beside
+from persistence.checkpoint.redis_store import RedisStore
+from persistence.checkpoint.stores import CheckpointStore
+from persistence.config import CheckpointConfig, RedisConfig
+from persistence.disk.files import Files
+from persistence.disk.threads import Threads
+from persistence.errors import ConfigError
+from persistence.remote.urls import Target, parse_url
+
+_REPEATS: Final = 3
+_TIMEOUTS_PER_CHUNK: Final = 5  # a chunk of some megabytes takes longer than a commit
+
+
+class OpenStore(NamedTuple):
+    """A store, and what to call when it is not needed any more.
+
+    Attributes:
+        store: the store.
+        is_apart: whether it survives the loss of the log's disk, as far as can be told.
+        close: gives its connections back.
+    """
+
+    store: CheckpointStore
+    is_apart: bool
+    close: Callable[[], Awaitable[None]]
+
+
+def open_store(
+    checkpoint: CheckpointConfig,
+    redis: RedisConfig,
+    disk_path: str,
+    threads: Threads,
+    files: Files | None = None,
+) -> OpenStore:
+    """Return the store that ``checkpoint.store`` names. Connects to nothing yet.
+
+    Args:
+        checkpoint: ``store``.
+        redis: ``url``, ``namespace``, ``timeout_seconds``.
+        disk_path: where the log is.
+        threads: where files are touched.
+        files: system calls on files.
+
+    Raises:
+        ConfigError: it names Redis, and there is none.
+    """
+    where = checkpoint.store
+    if where == "redis" and redis.url is None:
+        raise ConfigError("checkpoint.store is 'redis', but redis.url is not set")
+    if where == "redis" or (where == "auto" and redis.url is not None):
+        assert redis.url is not None, "just looked at"
+        client = client_of(parse_url(redis.url), redis.timeout_seconds)
+        return OpenStore(RedisStore(client, redis.namespace), True, client.aclose)
+    directory = beside(disk_path) if where == "auto" else where
+    return OpenStore(DirectoryStore(directory, threads, files), where != "auto", _nothing)
+
+
+async def _nothing() -> None:
+    return
+
+
+def client_of(target: Target, timeout_seconds: float) -> Any:
+    """Return an unconnected client that returns bytes; the caller closes it (``aclose``)."""
+    options: dict[str, Any] = {
+        **target.credentials,
+        "socket_timeout": _TIMEOUTS_PER_CHUNK * timeout_seconds,
+        "socket_connect_timeout": timeout_seconds,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), _REPEATS),
+    }
+    tls = {"ssl": True, **target.tls_options} if target.tls else {}
+    if target.path:
+        return Redis(unix_socket_path=target.path, db=target.database, **options)
+    if target.kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in target.addresses]
+        return RedisCluster(startup_nodes=nodes, **options, **tls)
+    if target.kind == "sentinel":
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+            list(target.addresses),
+            sentinel_kwargs={**target.sentinel_credentials, **tls},
+            **options,
+            **tls,
+        )
+        return sentinel.master_for(target.service, db=target.database)
+    host, port = target.addresses[0]
+    return Redis(host=host, port=port, db=target.database, **options, **tls)
