@@ -854,6 +854,8 @@ class StateManager:
             pending_bytes=commits.pending_bytes,
             commit_seconds=Latencies.of(commits.latencies_seconds),
             disk=disk,
+            checkpoints=self._keeper.stats(),
+            sharing=None if self._sharing is None else self._sharing.stats(),
         )
 
     # --- checkpoints --------------------------------------------------------------------------

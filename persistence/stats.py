@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import quantiles
 from typing import Any
 
+from persistence.checkpoint.keeper import CheckpointStats
 from persistence.disk.tier import DiskStats
 
 
@@ -26,6 +27,25 @@ class Latencies:
             return Latencies(value, value, value)
         cuts = quantiles(samples, n=100, method="inclusive")
         return Latencies(cuts[49], cuts[94], cuts[98])
+
+
+@dataclass(frozen=True, slots=True)
+class SharingStats:
+    """About the shared tier.
+
+    Attributes:
+        is_up: whether it answers and announcements arrive.
+        undelivered: sessions of which it has not seen the newest version.
+        delivered: branches that were brought to it after they had been acknowledged here.
+        refreshed: sessions that were taken over from it.
+        conflicts: branches that it refused, kept as conflict records in this directory.
+    """
+
+    is_up: bool
+    undelivered: int
+    delivered: int
+    refreshed: int
+    conflicts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +73,8 @@ class Stats:
         pending_bytes: in the commit queue.
         commit_seconds: how long a batch takes from encoding to durable.
         disk: the log.
+        checkpoints: restore points.
+        sharing: the shared tier; None: there is none for sessions.
     """
 
     sessions: int
@@ -75,6 +97,8 @@ class Stats:
     pending_bytes: int
     commit_seconds: Latencies
     disk: DiskStats
+    checkpoints: CheckpointStats
+    sharing: SharingStats | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers as nested plain dicts, for JSON."""

@@ -66,8 +66,13 @@ def open_store(
         raise ConfigError("checkpoint.store is 'redis', but redis.url is not set")
     if where == "redis" or (where == "auto" and redis.url is not None):
         assert redis.url is not None, "just looked at"
-        client = client_of(parse_url(redis.url), redis.timeout_seconds)
-        return OpenStore(RedisStore(client, redis.namespace), True, client.aclose)
+        client, others = clients_of(parse_url(redis.url), redis.timeout_seconds)
+
+        async def close() -> None:
+            for each in (client, *others):
+                await each.aclose()
+
+        return OpenStore(RedisStore(client, redis.namespace), True, close)
     directory = beside(disk_path) if where == "auto" else where
     return OpenStore(DirectoryStore(directory, threads, files), where != "auto", _nothing)
 
@@ -76,8 +81,11 @@ async def _nothing() -> None:
     return
 
 
-def client_of(target: Target, timeout_seconds: float) -> Any:
-    """Return an unconnected client that returns bytes; the caller closes it (``aclose``)."""
+def clients_of(target: Target, timeout_seconds: float) -> tuple[Any, list[Any]]:
+    """Return an unconnected client that returns bytes, and the clients that it needs itself.
+
+    The caller closes all of them (``aclose``).
+    """
     options: dict[str, Any] = {
         **target.credentials,
         "socket_timeout": _TIMEOUTS_PER_CHUNK * timeout_seconds,
@@ -86,10 +94,10 @@ def client_of(target: Target, timeout_seconds: float) -> Any:
     }
     tls = {"ssl": True, **target.tls_options} if target.tls else {}
     if target.path:
-        return Redis(unix_socket_path=target.path, db=target.database, **options)
+        return Redis(unix_socket_path=target.path, db=target.database, **options), []
     if target.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in target.addresses]
-        return RedisCluster(startup_nodes=nodes, **options, **tls)
+        return RedisCluster(startup_nodes=nodes, **options, **tls), []
     if target.kind == "sentinel":
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             list(target.addresses),
@@ -97,6 +105,7 @@ def client_of(target: Target, timeout_seconds: float) -> Any:
             **options,
             **tls,
         )
-        return sentinel.master_for(target.service, db=target.database)
+        primary = sentinel.master_for(target.service, db=target.database)
+        return primary, list(sentinel.sentinels)
     host, port = target.addresses[0]
-    return Redis(host=host, port=port, db=target.database, **options, **tls)
+    return Redis(host=host, port=port, db=target.database, **options, **tls), []

@@ -96,7 +96,7 @@ class RedisStore:
             for some in _pieces(keys):
                 pipeline = self._client.pipeline(transaction=False)
                 for key in some:
-                    pipeline.strlen(self.chunk_key(key))
+                    pipeline.execute_command("STRLEN", self.chunk_key(key))
                 sizes += map(int, await pipeline.execute())
         return sizes
 
@@ -136,7 +136,7 @@ class RedisStore:
             for some in _pieces(keys):
                 pipeline = self._client.pipeline(transaction=False)
                 for key in some:
-                    pipeline.unlink(self.chunk_key(key))
+                    pipeline.execute_command("UNLINK", self.chunk_key(key))
                     removed.setdefault(key.checkpoint, set()).add(key.number)
                 await pipeline.execute()
             for checkpoint_id, numbers in removed.items():

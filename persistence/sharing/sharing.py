@@ -31,6 +31,7 @@ from persistence.sharing.copies import Copies
 from persistence.sharing.delivery import Delivery
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
+from persistence.stats import SharingStats
 
 _log = logging.getLogger("persistence.sharing")
 
@@ -90,6 +91,16 @@ class Sharing:
             conflicts,
             local,
             flush_interval_seconds=config.flush_interval_seconds,
+        )
+
+    def stats(self) -> SharingStats:
+        """Return numbers about the shared tier."""
+        return SharingStats(
+            is_up=self.is_up,
+            undelivered=len(self.outbox),
+            delivered=self._delivery.delivered,
+            refreshed=self.refreshed,
+            conflicts=self.conflicts.count,
         )
 
     @property
