@@ -165,7 +165,6 @@ class StateManager:
         self._sharing = self._make_sharing()
         self._updates = Updates(
             config.session,
-            self._clock,
             self._time,
             self._memory,
             self._residency,

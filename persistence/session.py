@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn
 
 from persistence import record as rec
@@ -74,7 +74,7 @@ class Session:
     nothing but the caller's copy.
     """
 
-    __slots__ = ("_accessed", "_cap", "_life", "_packed", "_record", "_time", "id")
+    __slots__ = ("_accessed", "_cap", "_life", "_packed", "_record", "_skew", "_time", "id")
 
     # No __init__: views are made on the hottest path there is (`MemoryTier.access`), and an
     # empty constructor plus six assignments takes half the time of a constructor in Python.
@@ -83,6 +83,7 @@ class Session:
     _accessed: float
     _life: float
     _cap: float
+    _skew: float  # once a time has been asked for
     _time: EngineTime
     _packed: dict[str, bytes | memoryview] | None
 
@@ -175,17 +176,29 @@ class Session:
         """When the session was created, aware UTC."""
         return _datetime(rec.created_of(self._record))
 
+    def _shown(self, engine_seconds: float) -> datetime:
+        """Return a time of this view; all of them are shown by the wall clock of one moment."""
+        try:
+            skew = self._skew
+        except AttributeError:
+            skew = self._skew = self._time.skew()
+        return _datetime(engine_seconds + skew)
+
     @property
     def last_accessed(self) -> datetime:
         """When the session was last accessed, this access included, aware UTC."""
-        return _datetime(self._accessed + self._time.skew())
+        return self._shown(self._accessed)
 
     @property
     def expires_at(self) -> datetime | None:
         """When the session expires if nobody accesses it again, aware UTC; None: never."""
-        deadline = self._accessed + self._life if self._life > 0 else -self._life
-        deadline = min(deadline, getattr(self, "_cap", rec.NEVER))
-        return None if deadline == rec.NEVER else _datetime(deadline + self._time.skew())
+        life, cap = self._life, getattr(self, "_cap", rec.NEVER)
+        deadline = min(self._accessed + life if life > 0 else -life, cap)
+        if deadline == rec.NEVER:
+            return None
+        if life > 0 and deadline < cap:  # not one microsecond more or less than the TTL
+            return self.last_accessed + timedelta(seconds=life)
+        return self._shown(deadline)
 
     @property
     def ttl_seconds(self) -> float:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from persistence import record as rec
-from persistence.clock import Clock, EngineTime
+from persistence.clock import EngineTime
 from persistence.commit import Commit, CommitQueue
 from persistence.config import SessionConfig
 from persistence.disk.format import PUT, ROW_RENEWS, user_tag
@@ -56,7 +56,6 @@ class Updates:
 
     Args:
         config: ``max_bytes``, ``max_lifetime_seconds``.
-        clock: time.
         time: the engine's time base.
         memory: the memory tier.
         residency: finds what an update is built on.
@@ -68,7 +67,6 @@ class Updates:
     def __init__(
         self,
         config: SessionConfig,
-        clock: Clock,
         time: EngineTime,
         memory: MemoryTier,
         residency: Residency,
@@ -79,7 +77,6 @@ class Updates:
         self.locks = SessionLocks()
         self._max_payload_bytes = config.max_bytes
         self._max_lifetime_seconds = config.max_lifetime_seconds
-        self._wall = clock.wall
         self._time = time
         self._now = time.now
         self._memory = memory
@@ -283,12 +280,12 @@ class Updates:
         Raises:
             ValueTooLarge: it exceeds ``session.max_bytes``.
         """
-        now = self._now()
+        now = self._time.tick()
         record = rec.assemble(
             incarnation=self._commit_ids.next(),
             commit=self._commit_ids.next(),
             version=1,
-            created=self._wall(),
+            created=now + self._time.skew(),
             ttl_seconds=ttl_seconds,
             flags=RENEWS if renews else 0,
             user=user_tag(user_id),
