@@ -48,13 +48,23 @@ def printable(session_id: object) -> str:
 class PersistenceError(Exception):
     """Base of every error that this library raises on purpose."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A constructor makes a message of its arguments; a copy must not be made of the message.
+        return _rebuilt, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuilt(
+    kind: type[PersistenceError], args: tuple[object, ...], attributes: dict[str, object]
+) -> PersistenceError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
 
 def again(error: PersistenceError) -> PersistenceError:
     """Return a copy of `error`, for one more caller: an instance carries one caller's trace."""
-    copy = type(error).__new__(type(error))
-    copy.args = error.args
-    copy.__dict__.update(error.__dict__)
-    return copy
+    return _rebuilt(type(error), error.args, error.__dict__)
 
 
 class ConfigError(PersistenceError, ValueError):
