@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from persistence.disk.directory import read_manifest
-from persistence.disk.filenames import QUARANTINE, parse_segment, segment_name
+from persistence.disk.filenames import parse_segment, segment_name
 from persistence.disk.files import Files, read_exactly
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
-    FORMAT_VERSION,
     SEGMENT_HEADER_BYTES,
     Corrupt,
     Frame,
@@ -58,46 +57,11 @@ class SegmentReport:
     damages: list[Damage] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class DirectorySummary:
-    """What a directory is, besides its segments."""
-
-    directory: str
-    format_version: int
-    directory_id: str
-    segments: int
-    missing: list[str]
-    quarantined_files: int
-    total_bytes: int
-
-
 @dataclass(slots=True)
 class _Tally:
     segment: int
     sequence: int
     length: int  # 0: the newest frame is a tombstone
-
-
-def summarize_directory(path: str) -> DirectorySummary:
-    """Return what the directory at `path` is.
-
-    Raises:
-        DirectoryNotUsable: not a directory of this library, or of a newer format.
-    """
-    files = Files()
-    manifest, names = _open(files, path)
-    numbers = _live_numbers(manifest, names)
-    quarantine = f"{path}/{QUARANTINE}"
-    kept = files.list_directory(quarantine) if files.exists(quarantine) else []
-    return DirectorySummary(
-        directory=path,
-        format_version=FORMAT_VERSION,
-        directory_id=manifest.directory_id.hex(),
-        segments=len(numbers),
-        missing=[segment_name(number) for number in sorted(manifest.sealed - set(numbers))],
-        quarantined_files=len(kept),
-        total_bytes=sum(_size(files, f"{path}/{segment_name(number)}") for number in numbers),
-    )
 
 
 def inspect_directory(path: str) -> Iterator[SegmentReport]:
@@ -177,17 +141,6 @@ def _live_numbers(manifest: Manifest, names: list[str]) -> list[int]:
         for number in numbers - manifest.dropped
         if number in manifest.sealed or number >= manifest.next_number
     )
-
-
-def _size(files: Files, path: str) -> int:
-    try:
-        fd = files.open_read(path)
-    except FileNotFoundError:
-        return 0
-    try:
-        return files.size(fd)
-    finally:
-        files.close(fd)
 
 
 def _header(files: Files, path: str, number: int) -> SegmentHeader | None:
