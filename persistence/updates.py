@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from persistence import record as rec
 from persistence.clock import EngineTime
@@ -19,6 +19,7 @@ from persistence.config import SessionConfig
 from persistence.disk.format import PUT, ROW_RENEWS, user_tag
 from persistence.errors import (
     ConflictError,
+    InvalidArgument,
     Overtaken,
     SessionNotFound,
     ValueTooLarge,
@@ -28,7 +29,7 @@ from persistence.expiry import deadline_after, life_of
 from persistence.ids import CommitIds, check_session_id
 from persistence.locks import SessionLocks
 from persistence.memory.tier import MemoryTier, deadline_of
-from persistence.record import ID_BYTES, NEVER, NO_ID, RENEWS
+from persistence.record import FIXED_BYTES, ID_BYTES, NEVER, NO_ID, RENEWS
 from persistence.residency import Base, Residency
 from persistence.session import Session, SessionDraft
 from persistence.sharing.sharing import Sharing
@@ -75,7 +76,7 @@ class Updates:
         sharing: Sharing | None,
     ) -> None:
         self.locks = SessionLocks()
-        self._max_payload_bytes = config.max_bytes
+        self._max_payload_bytes = config.max_bytes + FIXED_BYTES
         self._max_lifetime_seconds = config.max_lifetime_seconds
         self._time = time
         self._now = time.now
@@ -129,7 +130,7 @@ class Updates:
             await commit.done
         except Overtaken:
             return await self.apply(session_id, Change(lambda record: drafted(record, function)))
-        return self._view(session_id, commit)
+        return self.view(commit)
 
     async def apply(self, session_id: str, change: Change) -> Session:
         """Build a version on the newest one and commit it; again when another worker was first."""
@@ -161,13 +162,14 @@ class Updates:
             return await self.unchanged(session_id, key, base)
         assert commit.done is not None, "submitted to be waited for"
         await commit.done
-        return self._view(session_id, commit)
+        return self.view(commit)
 
-    def _view(self, session_id: str, commit: Commit) -> Session:
-        assert commit.record is not None, "an update carries its record"
-        return Session.view(
-            session_id, commit.record, commit.accessed, commit.life, commit.cap, self._time
-        )
+    def view(self, commit: Commit) -> Session:
+        """Return a view of the version that a commit made."""
+        record = commit.record
+        assert record is not None, "an update carries its record"
+        session_id, accessed = commit.session_id, commit.accessed
+        return Session.view(session_id, record, accessed, commit.life, commit.cap, self._time)
 
     async def unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
         """Answer an update that changed nothing: with an access, and what is there.
@@ -319,8 +321,8 @@ class Updates:
 
     def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
         raise ValueTooLarge(
-            f"session {printable(session_id)} would have {payload_bytes} bytes and "
-            f"session.max_bytes is {self._max_payload_bytes}; nothing was written"
+            f"session {printable(session_id)} would have {payload_bytes - FIXED_BYTES} bytes and "
+            f"session.max_bytes is {self._max_payload_bytes - FIXED_BYTES}; nothing was written"
         )
 
 
@@ -395,13 +397,27 @@ async def committed(commit: Commit) -> None:
     await commit.done
 
 
+def _refuse_awaitable(result: Any) -> NoReturn:
+    """Raise what is wrong with an asynchronous function; let nobody warn of its remains."""
+    for end in ("close", "cancel"):  # of a coroutine, of a task
+        if hasattr(result, end):
+            getattr(result, end)()
+            break
+    raise InvalidArgument(
+        "function returned an awaitable: update_session takes a synchronous function; use "
+        "'async with state.edit(session_id) as draft' for one that awaits. Nothing was written"
+    )
+
+
 def drafted(
     record: bytes, function: Callable[[SessionDraft], object]
 ) -> dict[str, bytes | memoryview] | None:
     """Return the packed fields after `function` has changed a draft; None: unchanged."""
     draft = SessionDraft(rec.packed_fields(record))
     try:
-        function(draft)
+        result = function(draft)
+        if result is not None and hasattr(result, "__await__"):
+            _refuse_awaitable(result)
         return draft.packed()
     finally:
         draft.close()

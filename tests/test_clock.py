@@ -73,10 +73,8 @@ def test_a_clock_moved_by_hand_is_exact() -> None:
     engine_time = EngineTime(clock)
     opened = engine_time.now(), engine_time.tick()
     clock.advance(0.0004)
-    assert (engine_time.now() - opened[0], engine_time.tick() - opened[1]) == (
-        pytest.approx(0.0004, rel=1e-3),
-        pytest.approx(0.0004, rel=1e-3),
-    )
+    for passed in (engine_time.now() - opened[0], engine_time.tick() - opened[1]):
+        assert passed == pytest.approx(0.0004, rel=1e-3)
 
 
 def test_ticks_are_shared_and_never_ahead() -> None:

@@ -27,6 +27,7 @@ from persistence.errors import (
     ValueNotSerializable,
     ValueTooLarge,
 )
+from persistence.listing import Listing
 from tests.engine import (
     KIB,
     Crash,
@@ -305,7 +306,41 @@ async def test_a_session_may_be_as_large_as_the_limit_and_not_larger(start: Star
     assert (await get(state)).version == 1
 
 
+async def test_the_limit_is_for_fields_and_metadata_and_nothing_else(start: Start) -> None:
+    state = await start(session={"max_bytes": 100})
+    packed = len(b"\x81\xa1x\xc4\x61\xc4\x5f")
+    await state.create_session(session_id="a", data={"x": b"1" * (100 - packed)})
+    with pytest.raises(ValueTooLarge, match=r"would have 101 bytes .* is 100;"):
+        await state.update_session_data("a", "x", b"1" * (101 - packed))
+    smallest = await start(path=directory_of(state) / "other", session={"max_bytes": 1})
+    await smallest.create_session(session_id="empty")
+
+
 # The limit on sessions
+
+
+async def test_at_the_limit_not_every_refusal_looks_through_all_sessions(
+    start: Start, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await start(session={"max_sessions": 2})
+    looks = []
+    real = Listing.remove_expired
+
+    async def counted(listing: Listing) -> int:
+        looks.append(clock.wall())
+        return await real(listing)
+
+    monkeypatch.setattr(Listing, "remove_expired", counted)
+    for _ in range(2):
+        await state.create_session(ttl_seconds=10)
+    for _ in range(20):
+        with pytest.raises(SessionLimitReached):
+            await state.create_session()
+    assert len(looks) == 1
+    clock.advance(10)
+    for _ in range(2):
+        await state.create_session()
+    assert len(looks) == 2
 
 
 async def test_no_more_sessions_than_the_limit(start: Start) -> None:

@@ -100,7 +100,7 @@ class DiskTier:
         self.index: Index = recovered.index
         self.segments: dict[int, Segment] = recovered.segments
         self.damages: list[Damage] = recovered.damages
-        self.opened_clean = recovered.clean
+        self._damaged_reads: set[tuple[str, int]] = set()
         self._number_lock = Lock()
         self._last_number = recovered.last_number
         self._next_log_number = recovered.last_number + 1  # at least
@@ -296,10 +296,22 @@ class DiskTier:
             if now is None or (now.segment, now.offset) != (row.segment, row.offset):
                 continue  # it was updated, or compaction moved it, while we read
             if record is None:
-                path = f"{self.directory}/{segment_name(row.segment)}"
-                raise CorruptionError(path, row.offset, key.decode(), reason)
+                raise self._damaged(row, key.decode(), reason)
             return record, now
         return None
+
+    def _damaged(self, row: Row, session_id: str, reason: str) -> CorruptionError:
+        """Return the error for a session that cannot be read; note its place, once."""
+        segment = self.segments.get(row.segment)
+        path = f"{self.directory}/{segment_name(row.segment)}"
+        if (path, row.offset) not in self._damaged_reads:
+            self._damaged_reads.add((path, row.offset))
+            if segment is not None:
+                segment.damaged = True
+            if all((item.path, item.offset) != (path, row.offset) for item in self.damages):
+                self.damages.append(Damage(path, row.offset, session_id, reason))
+            _log.error("%s at offset %d: %s", path, row.offset, reason)
+        return CorruptionError(path, row.offset, session_id, reason)
 
     async def read_keys(self, rows: list[Row]) -> list[tuple[bytes, Row]]:
         """Return the session ids of `rows` that are still current, for listings.
