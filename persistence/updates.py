@@ -29,7 +29,7 @@ from persistence.expiry import deadline_after, life_of
 from persistence.ids import CommitIds, check_session_id
 from persistence.locks import SessionLocks
 from persistence.memory.tier import MemoryTier, deadline_of
-from persistence.record import FIXED_BYTES, ID_BYTES, NEVER, NO_ID, RENEWS
+from persistence.record import FIXED_BYTES, ID_BYTES, NO_ID, RENEWS
 from persistence.residency import Base, Residency
 from persistence.session import Session, SessionDraft
 from persistence.sharing.sharing import Sharing
@@ -266,7 +266,7 @@ class Updates:
         life = life_of(ttl_seconds, head.renews, deadline)
         return self._submit(session_id, key, record, now, life, cap, base=head.commit)
 
-    def create(
+    def create(  # noqa: PLR0913 - one parameter for each part of a session
         self,
         session_id: str,
         key: bytes,
@@ -276,27 +276,40 @@ class Updates:
         user_id: str | None,
         ttl_seconds: float,
         renews: bool,
+        deadline: float | None = None,
+        cap: float | None = None,
     ) -> Commit:
         """Submit the first version of a session. Never awaits.
+
+        Args:
+            session_id: whose; what there is of a session under this id is replaced.
+            key: its id as UTF-8.
+            fields: packed.
+            meta: packed.
+            user_id: whose it is.
+            ttl_seconds: 0: never expires.
+            renews: whether an access moves the deadline.
+            deadline: when it expires, wall seconds; None: a TTL from now.
+            cap: when it ends at the latest, wall seconds; None: as configured.
 
         Raises:
             ValueTooLarge: it exceeds ``session.max_bytes``.
         """
-        now = self._time.tick()
+        now, skew = self._time.tick(), self._time.skew()
         record = rec.assemble(
             incarnation=self._commit_ids.next(),
             commit=self._commit_ids.next(),
             version=1,
-            created=now + self._time.skew(),
+            created=now + skew,
             ttl_seconds=ttl_seconds,
             flags=RENEWS if renews else 0,
             user=user_tag(user_id),
             meta=meta,
             fields=fields,
         )
-        life = life_of(ttl_seconds, renews, deadline_after(now, ttl_seconds))
-        lifetime_seconds = self._max_lifetime_seconds
-        cap = now + lifetime_seconds if lifetime_seconds else NEVER
+        ends = deadline_after(now, ttl_seconds) if deadline is None else deadline - skew
+        life = life_of(ttl_seconds, renews, ends)
+        cap = deadline_after(now, self._max_lifetime_seconds) if cap is None else cap - skew
         return self._submit(session_id, key, record, now, life, cap, base=NO_ID, creates=True)
 
     def _submit(

@@ -11,7 +11,7 @@ EXIT_FAILED: Final = 1
 """An error, damage found, or a verification that did not succeed."""
 # 2, as typer has it: the command line itself is wrong.
 EXIT_INTERRUPTED: Final = 130
-"""Ctrl-C; what shells report for SIGINT."""
+"""Ctrl-C; what shells report for SIGINT. Other signals: see `running.exit_code_of_signal`."""
 
 
 class CommandError(PersistenceError):
