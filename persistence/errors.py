@@ -5,7 +5,7 @@
     PersistenceError
     ├── caller's fault
     │   ├── ConfigError             a configuration field is wrong
-    │   ├── InvalidArgument         a TTL, an age or a limit is out of its range
+    │   ├── InvalidArgument         an argument is of the wrong type or out of its range
     │   ├── InvalidSessionId        not a non-empty string of at most 512 bytes of UTF-8
     │   ├── ValueNotSerializable    a value cannot be stored as what it is
     │   ├── ValueTooLarge           a session would exceed ``session.max_bytes``
@@ -72,7 +72,7 @@ class ConfigError(PersistenceError, ValueError):
 
 
 class InvalidArgument(PersistenceError, ValueError):
-    """An argument is out of its range; the message names it, the value and what is allowed."""
+    """An argument is of the wrong type or out of its range; the message says what is allowed."""
 
 
 class InvalidSessionId(PersistenceError, ValueError):
