@@ -17,7 +17,7 @@ offset bytes meaning
 56     1     flags (`RENEWS`)
 57     3     length of the metadata, unsigned
 60     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
-64     ...   metadata: MessagePack map, only what is not empty; nothing at all when all is
+64     ...   metadata: MessagePack map, only what is given; nothing at all when nothing is
 ...    ...   fields: MessagePack map ``name -> bin``, each bin one packed value
 ====== ===== ============================================================================
 
@@ -455,7 +455,7 @@ def packed_meta(record: bytes) -> bytes:
 
 
 def meta_of(record: bytes) -> dict[str, Any]:
-    """Return the metadata of `record`: only the entries that are not empty."""
+    """Return the metadata of `record`: only the entries that were given."""
     packed = packed_meta(record)
     return unpack_value(packed) if packed else {}
 

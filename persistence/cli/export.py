@@ -83,8 +83,8 @@ async def sessions_in(
 ) -> AsyncGenerator[Session, None]:
     """Yield the live sessions of `directory`, without renewing them.
 
-    Damaged ones are added to `damages`, with what was found damaged at the opening: they are no
-    reason to hold back the others.
+    Damaged ones are added to `damages`, with whatever else was found damaged: they are no reason
+    to hold back the others.
     """
     config = StateConfig(
         session=SessionConfig(cleanup_interval_seconds=0),
@@ -92,10 +92,6 @@ async def sessions_in(
         shutdown=ShutdownConfig(checkpoint=False),
     )
     async with StateManager(config=config) as state:
-        damages += [
-            CorruptionError(found.path, found.offset, found.session_id, found.reason)
-            for found in state._disk.damages
-        ]
         async for sid in state.iter_sessions():
             try:
                 session = await state.get_session(sid, renew=False)
@@ -104,6 +100,12 @@ async def sessions_in(
                 continue
             if session is not None:  # it may have expired since it was listed
                 yield session
+        known = {(error.path, error.offset) for error in damages}
+        damages += [
+            CorruptionError(found.path, found.offset, found.session_id, found.reason)
+            for found in state._disk.damages
+            if (found.path, found.offset) not in known
+        ]
 
 
 def line_fields(session: Session) -> dict[str, Any]:

@@ -170,6 +170,17 @@ def test_a_whole_segment_that_is_damaged_is_named_and_fails_the_export(
     assert "0 sessions exported" in result.err
 
 
+def test_a_session_whose_very_id_is_damaged_fails_the_export(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    segment = next(source.glob("*.seg"))
+    segment.write_bytes(segment.read_bytes().replace(b"for ever", b"for evil"))
+    result = command("export", source, "--output", tmp_path / "sessions.jsonl")
+    assert result.code == 1
+    assert f"left out: {segment} at offset" in result.err
+    assert "2 sessions exported" in result.err
+
+
 def test_fixed_deadlines_and_limits_on_a_lifetime_are_transferred(
     command: Command, tmp_path: Path
 ) -> None:
