@@ -115,9 +115,9 @@ class Listing:
             if deadline > self._time.now():
                 alive.append(session_id)
             elif self._residency.confirm_end is not None:
-                if await self._residency.expire(session_id, key):
-                    self._untold += 1
-                else:
+                is_over, is_logged = await self._expired(session_id, key)
+                self._untold += is_logged
+                if not is_over:
                     alive.append(session_id)
             elif session_id not in self._commits.tails:
                 await ends.log(session_id, key, is_over=True)
@@ -127,6 +127,16 @@ class Listing:
         if ends.error is not None:
             _log.warning("expired sessions could not be removed: %s", ends.error)
         return alive
+
+    async def _expired(self, session_id: str, key: bytes) -> tuple[bool, bool]:
+        """Ask the shared tier about a session past its deadline; log its end if it is over.
+
+        Returns:
+            Whether it is over, and whether that is in the log now.
+        """
+        before = self._residency.expired
+        is_over = await self._residency.expire(session_id, key)
+        return is_over, is_over and self._residency.expired > before
 
     def _live_unlogged(self) -> list[str]:
         """Return the ids of the live sessions that are resident and not in the log yet."""
@@ -206,7 +216,7 @@ class Listing:
             return
         is_over = deadline <= now
         if is_over and self._residency.confirm_end is not None:
-            ends.logged += await self._residency.expire(session_id, key)
+            ends.logged += (await self._expired(session_id, key))[1]
         else:
             await ends.log(session_id, key, is_over=is_over)
 
