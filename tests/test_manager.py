@@ -515,6 +515,33 @@ async def test_fields_are_read_like_those_of_a_mapping(state: StateManager) -> N
         session["missing"]
 
 
+async def test_a_view_lists_its_values_and_items_like_a_dict(state: StateManager) -> None:
+    await state.create_session(session_id="a", data={"x": [1], "y": (2,)})
+    session = await get(state)
+    assert session.values() == [[1], (2,)]
+    assert session.items() == [("x", [1]), ("y", (2,))]
+    assert session.items()[0][1] is not session.items()[0][1]
+
+
+async def test_a_draft_shows_its_fields_and_no_values(state: StateManager) -> None:
+    await state.create_session(session_id="a", data={"x": "secret"})
+    async with state.edit("a") as draft:
+        draft["y"] = 1
+        assert repr(draft) == "<SessionDraft, fields ['x', 'y']>"
+    assert repr(draft) == "<SessionDraft of an edit that has ended>"
+
+
+async def test_a_view_tells_when_its_lifetime_ends(start: Start) -> None:
+    state = await start(session={"max_lifetime_seconds": 5000})
+    await state.create_session(session_id="a", ttl_seconds=0)
+    session = await get(state)
+    assert session.lifetime_ends_at == session.created_at + timedelta(seconds=5000)
+    assert session.expires_at == session.lifetime_ends_at
+    unlimited = await start(path=directory_of(state) / "other")
+    await unlimited.create_session(session_id="a")
+    assert (await get(unlimited)).lifetime_ends_at is None
+
+
 async def test_every_reader_gets_fresh_objects(state: StateManager) -> None:
     await state.create_session(session_id="a", data={"cart": {"items": [1]}})
     session = await get(state)
