@@ -64,6 +64,7 @@ class ManualClock:
 
 
 _TICK_SECONDS: Final = 0.001
+_CLOCK_SET_SECONDS: Final = 0.5  # less is drift, or the moment between reading two clocks
 
 
 class EngineTime:
@@ -78,23 +79,33 @@ class EngineTime:
         self._wall = clock.wall
         self._monotonic = clock.monotonic
         self.base = clock.wall() - clock.monotonic()
-        self._last = 0.0
+        self._skew = 0.0
+        self._tick = 0.0
+        # A clock that somebody else moves has no flow to cut into ticks.
+        self._tick_seconds = _TICK_SECONDS if isinstance(clock, SystemClock) else 0.0
 
     def now(self) -> float:
-        """Return the current engine time, seconds.
+        """Return the current engine time, seconds."""
+        return self._monotonic() + self.base
 
-        The same float object within a millisecond: every session keeps one, and a worker that
-        takes in ten thousand sessions a second need not keep ten thousand of them.
+    def tick(self) -> float:
+        """Return the start of the current millisecond or so: at most `now`, and never goes back.
+
+        The same float object within a tick: every new session keeps one, and a worker that takes
+        in ten thousand sessions a second need not keep ten thousand of them.
         """
         now = self._monotonic() + self.base
-        if now - self._last < _TICK_SECONDS:
-            return self._last
-        self._last = now
-        return now
+        if now - self._tick >= self._tick_seconds:
+            self._tick = now
+        return self._tick
 
     def skew(self) -> float:
         """Return wall time minus engine time, seconds: 0 unless the wall clock was set.
 
-        Rounded to the millisecond: the two clocks are read one after the other.
+        It stays the same number until the wall clock has moved by half a second: whatever is shown
+        of one moment is then the same whenever one asks.
         """
-        return round(self._wall() - self.now(), 3)
+        skew = self._wall() - (self._monotonic() + self.base)
+        if abs(skew - self._skew) >= _CLOCK_SET_SECONDS:
+            self._skew = round(skew, 3) if abs(skew) >= _CLOCK_SET_SECONDS else 0.0
+        return self._skew

@@ -265,7 +265,9 @@ class SessionConfig(_Table):
         default=_default(64 * MIB),
         ge=1,
         le=_MAX_SEGMENT_BYTES,
-        description="Packed bytes that one session may hold; a larger one is refused.",
+        description=(
+            "Bytes of one session's packed fields and metadata at most; a larger one is refused."
+        ),
     )
     track_metrics: bool = Field(
         default=True, description="Whether requests are counted and timed for each session."
@@ -299,7 +301,7 @@ class MemoryConfig(_Table):
         default=0.70,
         ge=0,
         le=1,
-        description="Fraction of the budget at which they stop leaving.",
+        description="Fraction of the budget at which they stop leaving; at most the threshold.",
     )
     policy: Literal["lru"] = Field(
         default="lru", description="Which sessions leave first: lru = the least recently used."
@@ -316,6 +318,9 @@ class MemoryConfig(_Table):
 
     @model_validator(mode="after")
     def _target_below_threshold(self) -> Self:
+        if "spill_target" not in self.model_fields_set:
+            # The model is frozen for its users; here it is still being made.
+            self.__dict__["spill_target"] = min(self.spill_target, self.spill_threshold)
         if self.spill_target > self.spill_threshold:
             raise ConfigError(
                 f"memory.spill_target = {self.spill_target}: must be at most "

@@ -5,7 +5,7 @@
     PersistenceError
     ├── caller's fault
     │   ├── ConfigError             a configuration field is wrong
-    │   ├── InvalidArgument         a TTL, an age or a limit is out of its range
+    │   ├── InvalidArgument         an argument is of the wrong type or out of its range
     │   ├── InvalidSessionId        not a non-empty string of at most 512 bytes of UTF-8
     │   ├── ValueNotSerializable    a value cannot be stored as what it is
     │   ├── ValueTooLarge           a session would exceed ``session.max_bytes``
@@ -48,13 +48,23 @@ def printable(session_id: object) -> str:
 class PersistenceError(Exception):
     """Base of every error that this library raises on purpose."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A constructor makes a message of its arguments; a copy must not be made of the message.
+        return _rebuilt, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuilt(
+    kind: type[PersistenceError], args: tuple[object, ...], attributes: dict[str, object]
+) -> PersistenceError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
 
 def again(error: PersistenceError) -> PersistenceError:
     """Return a copy of `error`, for one more caller: an instance carries one caller's trace."""
-    copy = type(error).__new__(type(error))
-    copy.args = error.args
-    copy.__dict__.update(error.__dict__)
-    return copy
+    return _rebuilt(type(error), error.args, error.__dict__)
 
 
 class ConfigError(PersistenceError, ValueError):
@@ -62,7 +72,7 @@ class ConfigError(PersistenceError, ValueError):
 
 
 class InvalidArgument(PersistenceError, ValueError):
-    """An argument is out of its range; the message names it, the value and what is allowed."""
+    """An argument is of the wrong type or out of its range; the message says what is allowed."""
 
 
 class InvalidSessionId(PersistenceError, ValueError):

@@ -9,19 +9,26 @@ end is logged before this answers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 from persistence import record as rec
 from persistence.clock import Clock, EngineTime
-from persistence.commit import CommitQueue
+from persistence.commit import Commit, CommitQueue
 from persistence.disk.format import user_tag
 from persistence.disk.index import SHARDS, Row
 from persistence.disk.tier import DiskTier
+from persistence.errors import CorruptionError, PersistenceError, again
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.residency import Residency
 from persistence.session import USER_ID
 from persistence.slices import Slices
+
+_log = logging.getLogger("persistence.listing")
+
+_ENDS_IN_FLIGHT: Final = 4096
 
 
 class Listing:
@@ -54,6 +61,7 @@ class Listing:
         self._monotonic = clock.monotonic
         self._time = time
         self._check_open = check_open
+        self._untold = 0
 
     # --- listing ------------------------------------------------------------------------------
 
@@ -87,13 +95,17 @@ class Listing:
 
     async def _belongs(self, session_id: str, user_id: str) -> bool:
         """Whether a session is a user's: the tag in its row has 31 bits only."""
-        record = await self._residency.peek(session_id, session_id.encode())
+        try:
+            record = await self._residency.peek(session_id, session_id.encode())
+        except CorruptionError as error:
+            _log.warning("left out while looking for a user's sessions: %s", error)
+            return False
         return record is not None and rec.meta_of(record).get(USER_ID) == user_id
 
     async def _live(self, rows: list[Row]) -> list[str]:
         """Return the ids of the live sessions among `rows`, once the end of the rest is logged."""
         alive = []
-        over = False
+        ends = _Ends(self._residency, self._commits)
         slices = Slices(self._monotonic)
         for key, _ in await self._disk.read_keys(rows) if rows else ():
             session_id = key.decode()
@@ -103,15 +115,28 @@ class Listing:
             if deadline > self._time.now():
                 alive.append(session_id)
             elif self._residency.confirm_end is not None:
-                if not await self._residency.expire(session_id, key):
+                is_over, is_logged = await self._expired(session_id, key)
+                self._untold += is_logged
+                if not is_over:
                     alive.append(session_id)
             elif session_id not in self._commits.tails:
-                self._residency.submit_delete(session_id, key, wait=False, local=True)
-                over = True
+                await ends.log(session_id, key, is_over=True)
             await slices.give_way_if_due()
-        if over:
-            await self._commits.flush()
+        await ends.settle()
+        self._untold += ends.logged
+        if ends.error is not None:
+            _log.warning("expired sessions could not be removed: %s", ends.error)
         return alive
+
+    async def _expired(self, session_id: str, key: bytes) -> tuple[bool, bool]:
+        """Ask the shared tier about a session past its deadline; log its end if it is over.
+
+        Returns:
+            Whether it is over, and whether that is in the log now.
+        """
+        before = self._residency.expired
+        is_over = await self._residency.expire(session_id, key)
+        return is_over, is_over and self._residency.expired > before
 
     def _live_unlogged(self) -> list[str]:
         """Return the ids of the live sessions that are resident and not in the log yet."""
@@ -126,13 +151,28 @@ class Listing:
     # --- removing -----------------------------------------------------------------------------
 
     async def remove_expired(self) -> int:
-        """Remove the sessions whose time is over; return how many."""
-        count = await self._remove_where(now=self._time.now(), idle_since=-NEVER)
-        self._residency.expired += count
-        return count
+        """Remove the sessions whose time is over; return how many that were.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: the end of some could not be logged.
+        """
+        return await self._remove_where(now=self._time.now(), idle_since=-NEVER)
+
+    def untold(self, count: int) -> None:
+        """Remember that `count` expired sessions were removed without anybody being told."""
+        self._untold += count
+
+    def take_untold(self) -> int:
+        """Return how many there are, and forget them."""
+        untold, self._untold = self._untold, 0
+        return untold
 
     async def remove_idle(self, max_age_seconds: float) -> int:
-        """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
+        """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: the end of some could not be logged.
+        """
         now = self._time.now()
         return await self._remove_where(now=now, idle_since=now - max_age_seconds)
 
@@ -142,39 +182,76 @@ class Listing:
         What the index knows of resident sessions is behind, so memory is asked about those.
         """
         await self._residency.record_renewals()
-        count = 0
+        ends = _Ends(self._residency, self._commits)
         slices = Slices(self._monotonic)
         for session_id in list(self._residency.unlogged):
-            count += await self._remove_if_over(session_id, session_id.encode(), now, idle_since)
+            await self._remove_if_over(ends, session_id, session_id.encode(), now, idle_since)
         for shard in range(SHARDS):
             rows = self._disk.index.expired_in_shard(shard, now, idle_since)
             for key, _ in await self._disk.read_keys(rows) if rows else ():
-                count += await self._remove_if_over(key.decode(), key, now, idle_since)
+                await self._remove_if_over(ends, key.decode(), key, now, idle_since)
                 if self._commits.is_full:
                     await self._commits.admission()
                 await slices.give_way_if_due()
             await slices.give_way_if_due()
-        if count:
-            await self._commits.flush()
-        return count
+        await ends.settle()
+        if ends.error is not None:
+            raise again(ends.error)
+        return ends.logged
 
     async def _remove_if_over(
-        self, session_id: str, key: bytes, now: float, idle_since: float
-    ) -> bool:
+        self, ends: _Ends, session_id: str, key: bytes, now: float, idle_since: float
+    ) -> None:
         if session_id in self._commits.tails:
-            return False
+            return
         if session_id in self._memory:
             accessed = self._memory.times(session_id)[0]
             deadline = self._memory.deadline(session_id)
         else:
             row = self._disk.index.get(self._disk.fingerprint(key))
             if row is None:
-                return False
+                return
             accessed, deadline = row.accessed, row.deadline
         if deadline > now and accessed >= idle_since:
-            return False
+            return
         is_over = deadline <= now
         if is_over and self._residency.confirm_end is not None:
-            return await self._residency.expire(session_id, key)
-        self._residency.submit_delete(session_id, key, wait=False, local=is_over)
-        return True
+            ends.logged += (await self._expired(session_id, key))[1]
+        else:
+            await ends.log(session_id, key, is_over=is_over)
+
+
+class _Ends:
+    """Logs the ends of many sessions, and counts those that are in the log.
+
+    Attributes:
+        logged: how many are.
+        error: why the first that failed did.
+    """
+
+    def __init__(self, residency: Residency, commits: CommitQueue) -> None:
+        self.logged = 0
+        self.error: PersistenceError | None = None
+        self._residency = residency
+        self._commits = commits
+        self._submitted: list[tuple[Commit, bool]] = []
+
+    async def log(self, session_id: str, key: bytes, *, is_over: bool) -> None:
+        """Submit the end of a session, expired or not; `settle` waits for it."""
+        commit = self._residency.submit_delete(session_id, key, wait=False, local=is_over)
+        self._submitted.append((commit, is_over))
+        if len(self._submitted) == _ENDS_IN_FLIGHT:
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Wait until all of them are decided."""
+        if not self._submitted:
+            return
+        await self._commits.flush()
+        for commit, is_over in self._submitted:
+            if commit.error is None:
+                self.logged += 1
+                self._residency.expired += is_over
+            elif self.error is None:
+                self.error = commit.error
+        self._submitted = []

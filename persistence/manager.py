@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,16 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from persistence import record as rec
+from persistence.arguments import (
+    check_count_or_none,
+    check_mapping,
+    check_seconds,
+    check_switch_or_none,
+    check_text,
+    check_text_or_none,
+    check_ttl,
+    refused,
+)
 from persistence.checkpoint.catalogue import CheckpointInfo
 from persistence.checkpoint.create import OnProgress, Plan
 from persistence.checkpoint.keeper import Keeper, Schedule
@@ -27,6 +38,7 @@ from persistence.disk.tier import DiskTier
 from persistence.errors import (
     ConfigError,
     ConflictError,
+    DiskFull,
     InvalidArgument,
     ManagerClosed,
     PersistenceError,
@@ -49,6 +61,7 @@ from persistence.session import (
     Session,
     SessionDraft,
     SessionMetadata,
+    check_metadata,
 )
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
@@ -62,7 +75,7 @@ _log = logging.getLogger("persistence")
 
 _EDITS_SHARE: Final = 0.5  # of what is left of a shutdown's time
 _REMOTE_SHARE: Final = 0.5
-MAX_TTL_SECONDS: Final = 3_155_760_000  # 100 years: now plus any TTL is still a datetime
+_LIMIT_CLEANUP_SECONDS: Final = 1.0  # at the limit, look for expired sessions this often
 _open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
 
 
@@ -88,6 +101,7 @@ class StateManager:
 
     Raises:
         ConfigError: the URL is wrong.
+        InvalidArgument: an argument is something else than it must be.
     """
 
     def __init__(
@@ -98,8 +112,9 @@ class StateManager:
         clock: Clock | None = None,
         files: Files | None = None,
     ) -> None:
-        self.config = config or StateConfig()
-        if url is not None:
+        _check_arguments(url, config)
+        self.config = StateConfig() if config is None else config
+        if url:
             redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
             self.config = self.config.model_copy(update={"redis": redis})
         self._clock: Clock = clock or SystemClock()
@@ -113,6 +128,8 @@ class StateManager:
         self._commit_ids = CommitIds()
         self._grace = Grace(self.config.shutdown.grace_seconds, self._clock)
         self._closing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._no_limit_cleanup_before = -NEVER
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
         self._sharing: Sharing | None = None
         self._resident: Callable[[str], Session | None] = self._refuse
@@ -171,6 +188,7 @@ class StateManager:
             raise
         self._start_background()
         self._keeper.start()
+        self._loop = asyncio.get_running_loop()
         self._is_open = True
         self._let_in()
         _open_managers.add(self)
@@ -224,7 +242,6 @@ class StateManager:
         self._sharing = self._make_sharing() if self._shares_sessions else None
         self._updates = Updates(
             config.session,
-            self._clock,
             self._time,
             self._memory,
             self._residency,
@@ -327,6 +344,7 @@ class StateManager:
         if self._closing is None:
             if not self._is_open:
                 return
+            self._check_open()  # of this event loop
             self._closing = asyncio.create_task(self._close(), name="persistence-close")
         if grace_seconds is not None:
             self._grace.limit(grace_seconds)
@@ -379,6 +397,11 @@ class StateManager:
     def _check_open(self) -> None:
         if not self._is_open:
             self._refuse()
+        if asyncio.get_running_loop() is not self._loop:
+            raise ManagerClosed(
+                "this manager was opened in another event loop: open one of your own with its own "
+                "disk.path, or hand the call to that loop (asyncio.run_coroutine_threadsafe)"
+            )
 
     async def _ready(self) -> None:
         """Raise ManagerClosed if it is closed; wait while a checkpoint is being put in place."""
@@ -428,26 +451,41 @@ class StateManager:
         Raises:
             SessionExists: the id belongs to a live session, which is left unchanged.
             SessionLimitReached: ``session.max_sessions`` are alive.
-            InvalidSessionId, ValueNotSerializable, ValueTooLarge: nothing was written.
+            InvalidArgument, InvalidSessionId, ValueNotSerializable, ValueTooLarge: nothing was
+            written.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
+        commit = await self._create(
+            session_id,
+            user_id,
+            metadata,
+            ttl_seconds,
+            data,
+            max_requests=max_requests,
+            auto_renew=auto_renew,
+        )
+        return commit.session_id
+
+    async def _create(
+        self,
+        session_id: str | None,
+        user_id: str | None = None,
+        metadata: SessionMetadata | None = None,
+        ttl_seconds: float | None = None,
+        data: Mapping[str, Any] | None = None,
+        *,
+        max_requests: int | None = None,
+        auto_renew: bool | None = None,
+    ) -> Commit:
+        """Do what `create_session` says; return the acknowledged commit."""
         await self._ready()
-        if max_requests is not None and max_requests < 0:
-            raise InvalidArgument(f"max_requests = {max_requests!r}: must be at least 0")
         if session_id is None:
             session_id = new_session_id()
         key = check_session_id(session_id)
-        fields = {
-            rec.check_field_name(name): rec.pack_value(value, name)
-            for name, value in (data or {}).items()
-        }
-        meta = rec.pack_meta(
-            {
-                USER_ID: user_id,
-                MAX_REQUESTS: max_requests,
-                **(metadata or SessionMetadata()).packed_parts(),
-            }
-        )
+        meta = _packed_meta(user_id, metadata, max_requests)
+        fields = _packed_fields({} if data is None else data)
+        ttl = self.config.session.ttl_seconds if ttl_seconds is None else check_ttl(ttl_seconds)
+        check_switch_or_none("auto_renew", auto_renew)
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
         if self._residency.has_copy(session_id):
             await self._bring_here(session_id)  # it may have ended elsewhere
@@ -465,27 +503,21 @@ class StateManager:
             fields=fields,
             meta=meta,
             user_id=user_id,
-            ttl_seconds=self._ttl(ttl_seconds),
+            ttl_seconds=ttl,
             renews=renews,
         )
         await committed(commit)
-        return session_id
-
-    def _ttl(self, ttl_seconds: float | None) -> float:
-        if ttl_seconds is None:
-            return self.config.session.ttl_seconds
-        if not 0 <= ttl_seconds <= MAX_TTL_SECONDS:
-            raise InvalidArgument(
-                f"ttl_seconds = {ttl_seconds!r}: must be a number of seconds from 0 (never "
-                f"expires) to {MAX_TTL_SECONDS} (100 years)"
-            )
-        return float(ttl_seconds)
+        return commit
 
     async def _check_session_limit(self) -> None:
+        """Make room among the sessions if there is none; not each time, for it looks at all."""
         limit = self.config.session.max_sessions
         if not limit or self._session_count() < limit:
             return
-        await self.cleanup_expired()
+        if self._time.now() >= self._no_limit_cleanup_before:
+            self._no_limit_cleanup_before = self._time.now() + _LIMIT_CLEANUP_SECONDS
+            if await self._listing.remove_expired():
+                self._no_limit_cleanup_before = -NEVER
         self._refuse_over_limit()
 
     def _refuse_over_limit(self) -> None:
@@ -513,15 +545,14 @@ class StateManager:
                 if session is not None:
                     return session
             try:
-                created = await self.create_session(session_id=session_id, **create)
+                created = await self._create(session_id, **create)
             except SessionExists:
                 # Somebody else is creating it: readers see it once that is decided.
                 assert session_id is not None, "a fresh id exists nowhere"
                 await self._commits.decided(session_id)
                 continue
-            session = await self.get_session(created)
-            if session is not None:
-                return session
+            # Not read again: its time may be over already, however short that is.
+            return self._updates.view(created)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -633,7 +664,8 @@ class StateManager:
     ) -> Session:
         """Call `function` with a mutable draft of the data, and commit what it changed.
 
-        `function` is synchronous and its result is ignored; it may be called again when another
+        `function` is synchronous and its result is ignored (one that has to be awaited is refused:
+        that is what `edit` is for); it may be called again when another
         worker's commit came first. If it raises, nothing is written. If it changes nothing, there
         is no new version.
 
@@ -641,7 +673,8 @@ class StateManager:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        if self._gate is not None or not self._is_open:
+        self._check_open()
+        if self._gate is not None:
             await self._ready()
         return await self._updates.by_function(session_id, function)
 
@@ -655,27 +688,32 @@ class StateManager:
             WriteOutcomeUnknown: as `update_session_data`.
         """
         await self._ready()
-        fields: dict[str, bytes | memoryview] = {
-            rec.check_field_name(name): rec.pack_value(value, name) for name, value in data.items()
-        }
-        ttl = None if ttl_seconds is None else self._ttl(ttl_seconds)
+        fields = _packed_fields(data)
+        ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
         return await self._updates.apply(session_id, Change(lambda _: fields, ttl_seconds=ttl))
 
     async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
 
+        If it changes nothing, there is no new version.
+
         Raises:
             TypeError: a name that is no metadata.
+            InvalidArgument: a value of a wrong type.
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
         await self._ready()
-        SessionMetadata().changed(**changes)  # check the names before anything else
+        check_metadata(**changes)
 
         def change_meta(record: bytes) -> bytes:
             return rec.pack_meta({**rec.meta_of(record), **changes})
 
-        return await self._updates.apply(session_id, Change(rec.packed_fields, change_meta))
+        def fields(record: bytes) -> dict[str, bytes | memoryview] | None:
+            is_same = change_meta(record) == rec.packed_meta(record)
+            return None if is_same else rec.packed_fields(record)
+
+        return await self._updates.apply(session_id, Change(fields, change_meta))
 
     async def set_ttl(self, session_id: str, ttl_seconds: float) -> bool:
         """Set a session's TTL, from now on; the data and the version stay as they are.
@@ -688,7 +726,7 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        ttl = self._ttl(ttl_seconds)
+        ttl = check_ttl(ttl_seconds)
         try:
             await self._updates.apply(
                 session_id, Change(rec.packed_fields, ttl_seconds=ttl, same_version=True)
@@ -741,19 +779,27 @@ class StateManager:
     async def cleanup_expired(self) -> int:
         """Remove the sessions whose time is over; return how many.
 
-        They are absent for everybody from their deadline on; this frees their space.
+        They are absent for everybody from their deadline on; this frees their space. Those that
+        listings and `compact` have removed since the last call count too.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: the end of some could not be logged; see `commit`.
         """
         await self._ready()
-        return await self._listing.remove_expired()
+        return await self._listing.remove_expired() + self._listing.take_untold()
 
     async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
-        """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many."""
+        """Remove the sessions that nobody has accessed for `max_age_seconds`; return how many.
+
+        Expired ones are removed, and counted, with them.
+
+        Raises:
+            DiskFull, WriteOutcomeUnknown: the end of some could not be logged; see `commit`.
+        """
         await self._ready()
-        if not 0 <= max_age_seconds < NEVER:
-            raise InvalidArgument(
-                f"max_age_seconds = {max_age_seconds!r}: must be finite and at least 0"
-            )
-        return await self._listing.remove_idle(max_age_seconds)
+        allowed = "a finite number of seconds, at least 0"
+        age = check_seconds("max_age_seconds", max_age_seconds, sys.float_info.max, allowed)
+        return await self._listing.remove_idle(age)
 
     # --- listing ------------------------------------------------------------------------------
 
@@ -775,12 +821,17 @@ class StateManager:
         if namespace:
             raise ConfigError("namespace=True asks the shared tier, but redis.url is not set")
         await self._ready()
+        check_text("prefix", prefix)
         async for session_id in self._listing.ids(prefix):
             yield session_id
 
     async def find_sessions(self, *, user_id: str) -> list[str]:
-        """Return the ids of the live sessions of a user, in no order. Renews nothing."""
+        """Return the ids of the live sessions of a user, in no order. Renews nothing.
+
+        Damaged sessions are left out and logged: nobody can tell whose they are.
+        """
         await self._ready()
+        check_text("user_id", user_id)
         return await self._listing.of_user(user_id)
 
     # --- tiers --------------------------------------------------------------------------------
@@ -822,8 +873,15 @@ class StateManager:
         await self._commits.flush()
 
     async def compact(self) -> None:
-        """Compact until there is nothing left that pays; it also happens by itself."""
+        """Compact until there is nothing left that pays; it also happens by itself.
+
+        Expired sessions are removed first.
+        """
         await self._ready()
+        try:
+            self._listing.untold(await self._listing.remove_expired())
+        except DiskFull as error:  # compacting is what helps
+            _log.warning("compacting with expired sessions still there: %s", error)
         self._disk.compactor.wake()
         await self._disk.compactor.settle()
 
@@ -988,6 +1046,41 @@ class StateManager:
 
 def _not_here(session_id: str) -> Session | None:
     return None
+
+
+def _check_arguments(url: object, config: object) -> None:
+    """Check what a manager is made with: the two are easily mixed up."""
+    if isinstance(url, StateConfig):
+        raise InvalidArgument(
+            "url is a StateConfig: config is the second argument, StateManager(config=...)"
+        )
+    check_text_or_none("url", url)
+    if config is not None and not isinstance(config, StateConfig):
+        raise refused(
+            "config", config, "a StateConfig (StateConfig.model_validate makes one of a dict)"
+        )
+
+
+def _packed_meta(
+    user_id: str | None, metadata: SessionMetadata | None, max_requests: int | None
+) -> bytes:
+    """Check and pack what is stored about a session beside its fields."""
+    if metadata is not None and not isinstance(metadata, SessionMetadata):
+        raise refused("metadata", metadata, "a SessionMetadata or None")
+    return rec.pack_meta(
+        {
+            USER_ID: check_text_or_none("user_id", user_id),
+            MAX_REQUESTS: check_count_or_none("max_requests", max_requests),
+            **(metadata or SessionMetadata()).packed_parts(),
+        }
+    )
+
+
+def _packed_fields(data: Mapping[str, Any]) -> dict[str, bytes | memoryview]:
+    return {
+        rec.check_field_name(name): rec.pack_value(value, name)
+        for name, value in check_mapping("data", data).items()
+    }
 
 
 def _if_current(

@@ -17,7 +17,7 @@ offset bytes meaning
 56     1     flags (`RENEWS`)
 57     3     length of the metadata, unsigned
 60     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
-64     ...   metadata: MessagePack map, only what is not empty; nothing at all when all is
+64     ...   metadata: MessagePack map, only what is given; nothing at all when nothing is
 ...    ...   fields: MessagePack map ``name -> bin``, each bin one packed value
 ====== ===== ============================================================================
 
@@ -42,7 +42,7 @@ from uuid import UUID
 
 import msgpack
 
-from persistence.errors import ValueNotSerializable
+from persistence.errors import ValueNotSerializable, ValueTooLarge
 
 RENEWS: Final = 1
 """Flag: an access moves the deadline (``auto_renew``)."""
@@ -58,6 +58,8 @@ _TAIL_AT: Final = 2 * ID_BYTES
 _pack_tail = _TAIL.pack
 _unpack_tail = _TAIL.unpack_from
 PREFIX_BYTES: Final = _PREFIX.size
+FIXED_BYTES: Final = _TAIL.size
+"""What every record has behind its two ids, beside metadata and fields."""
 _META_BITS: Final = 8  # the word at 56 holds flags in its low byte, the metadata's length above
 _WORD: Final = Struct("<I")
 _unpack_word = _WORD.unpack_from
@@ -134,7 +136,7 @@ def _pack_extension(depth: int, value: object) -> msgpack.ExtType:
     if kind is int:
         size = value.bit_length() // 8 + 1  # type: ignore[attr-defined]
         return msgpack.ExtType(ExtCode.BIG_INT, value.to_bytes(size, "little", signed=True))  # type: ignore[attr-defined]
-    raise _Refused(_type_name(kind))
+    raise _Refused(f"type {_type_name(kind)}")
 
 
 def _type_name(kind: type) -> str:
@@ -145,10 +147,10 @@ def _type_name(kind: type) -> str:
 def _datetime_text(value: datetime) -> bytes:
     offset = value.utcoffset()
     if offset is None:
-        raise _Refused("naive datetime (without a time zone)")
+        raise _Refused("a naive datetime (without a time zone)")
     if offset.microseconds and abs(offset) < _SECOND:
         # `fromisoformat` takes such an offset for UTC.
-        raise _Refused("datetime with an offset of less than a second")
+        raise _Refused("a datetime with an offset of less than a second")
     return value.isoformat().encode("ascii")
 
 
@@ -183,6 +185,7 @@ def _packer(depth: int) -> Callable[[object], bytes]:
 # in the output, so a value without any (nearly all) needs no walk; text may hold them by chance.
 _MARKERS: Final = bytes([0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8])
 _PLAIN: Final = frozenset({int, str, float, bool, type(None), bytes})
+_CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
 _REFUSED_NATIVES: Final = (memoryview, msgpack.ExtType, msgpack.Timestamp)
 
 
@@ -194,19 +197,36 @@ def _with_explicit_bytearrays(value: Any) -> Any:
     """Return `value` with each bytearray replaced by its extension; refuse lookalikes.
 
     Containers are rebuilt only where needed is not worth the code: this runs for few values.
-    The packer has accepted `value` already, so its nesting is bounded.
+    Without recursion: how deep a value may be must not depend on the stack of whoever stores it.
     """
-    kind = type(value)
-    if kind is bytearray:
-        return msgpack.ExtType(ExtCode.BYTEARRAY, bytes(value))
-    if kind in _REFUSED_NATIVES:
-        raise _Refused(_type_name(kind))
-    if kind is dict:
-        again = _with_explicit_bytearrays
-        return {again(key): again(item) for key, item in value.items()}
-    if kind is list or kind is tuple or kind is set or kind is frozenset:
-        return kind(map(_with_explicit_bytearrays, value))
-    return value
+    todo: list[Any] = [value]  # values, and marks at which a container's parts are all in `done`
+    done: list[Any] = []
+    while todo:
+        item = todo.pop()
+        kind = type(item)
+        if kind is _Parts:
+            start = len(done) - item.size
+            done[start:] = [_rebuilt(item.kind, done[start:])]
+        elif kind is bytearray:
+            done.append(msgpack.ExtType(ExtCode.BYTEARRAY, bytes(item)))
+        elif kind in _REFUSED_NATIVES:
+            raise _Refused(f"type {_type_name(kind)}")
+        elif kind in _CONTAINERS:
+            parts = [part for pair in item.items() for part in pair] if kind is dict else [*item]
+            todo.append(_Parts(kind, len(parts)))
+            todo += reversed(parts)
+        else:
+            done.append(item)
+    return done[0]
+
+
+class _Parts(NamedTuple):
+    kind: type
+    size: int
+
+
+def _rebuilt(kind: type, parts: list[Any]) -> Any:
+    return dict(zip(parts[::2], parts[1::2], strict=True)) if kind is dict else kind(parts)
 
 
 def pack_value(value: object, field: str) -> bytes:
@@ -227,7 +247,7 @@ def pack_value(value: object, field: str) -> bytes:
             packed = _packers.by_depth[0](_with_explicit_bytearrays(value))
         return packed
     except _Refused as refused:
-        what = f"type {refused}"
+        what = str(refused)
     except UnicodeEncodeError:
         what = "text with lone surrogates, which UTF-8 cannot hold"
     except RecursionError:
@@ -333,7 +353,7 @@ def unpack_value(packed: bytes | memoryview) -> Any:
         return _unpackb(packed, strict_map_key=False, ext_hook=_hook_0)
     except MalformedValue:
         raise
-    except (ValueError, TypeError, InvalidOperation, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, InvalidOperation, OverflowError) as error:
         raise MalformedValue(f"not a packed value: {error}") from error
 
 
@@ -435,25 +455,29 @@ def packed_meta(record: bytes) -> bytes:
 
 
 def meta_of(record: bytes) -> dict[str, Any]:
-    """Return the metadata of `record`: only the entries that are not empty."""
+    """Return the metadata of `record`: only the entries that were given."""
     packed = packed_meta(record)
     return unpack_value(packed) if packed else {}
 
 
 def pack_meta(meta: Mapping[str, object]) -> bytes:
-    """Pack metadata, leaving out what is None or empty.
+    """Pack metadata, leaving out what is None or an empty map.
 
     Raises:
-        ValueNotSerializable: an entry cannot be stored, or all of it exceeds 16 MiB.
+        ValueNotSerializable: an entry cannot be stored.
+        ValueTooLarge: all of it together has 16 MiB or more.
     """
-    kept = {name: value for name, value in meta.items() if value not in (None, {}, "")}
+    kept = {name: value for name, value in meta.items() if value is not None and value != {}}
     if not kept:
         return b""
     for name, value in kept.items():
         pack_value(value, name)
     packed = pack_value(kept, "metadata")
     if len(packed) >= 1 << 24:
-        raise ValueNotSerializable("metadata cannot be stored: larger than 16 MiB")
+        raise ValueTooLarge(
+            f"the metadata would have {len(packed)} bytes, which must be less than 16 MiB; "
+            "nothing was written"
+        )
     return packed
 
 

@@ -445,9 +445,9 @@ class Residency:
             tail = self._commits.tails.get(session_id)
             if tail is None or (tail.record is not None and self._is_over(tail)):
                 commit = self.submit_delete(session_id, key, local=True)
-                self.expired += 1
                 assert commit.done is not None, "submitted to be waited for"
                 await commit.done
+                self.expired += 1
             else:
                 await self._commits.decided(session_id)
         except PersistenceError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn
 
 from persistence import record as rec
+from persistence.arguments import check_mapping, check_text_or_none
 from persistence.clock import EngineTime
 from persistence.errors import ConflictError
 
@@ -33,20 +34,34 @@ class SessionMetadata:
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def packed_parts(self) -> dict[str, object]:
-        """Return the entries as they are stored in a record's metadata."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
-
-    def changed(self, **changes: object) -> SessionMetadata:
-        """Return a copy with `changes`.
+        """Return the entries as they are stored in a record's metadata.
 
         Raises:
-            TypeError: a name that is no metadata.
+            InvalidArgument: one of them is of a wrong type.
         """
-        known = asdict(self)
-        unknown = sorted(changes.keys() - known.keys())
-        if unknown:
-            raise TypeError(f"{unknown[0]!r} is not session metadata; there are {', '.join(known)}")
-        return SessionMetadata(**{**known, **changes})
+        check_metadata(**(parts := {name: getattr(self, name) for name in _METADATA_NAMES}))
+        return parts
+
+
+def check_metadata(**entries: object) -> None:
+    """Check entries of the metadata, some or all.
+
+    Raises:
+        TypeError: a name that is no metadata.
+        InvalidArgument: a value of a wrong type.
+    """
+    unknown = sorted(entries.keys() - set(_METADATA_NAMES))
+    if unknown:
+        known = ", ".join(_METADATA_NAMES)
+        raise TypeError(f"{unknown[0]!r} is not session metadata; there are {known}")
+    for name, value in entries.items():
+        if name != "attributes":
+            check_text_or_none(name, value)
+        elif value is not None:
+            check_mapping(name, value)
+
+
+_METADATA_NAMES: Final = tuple(item.name for item in fields(SessionMetadata))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +86,11 @@ class Session:
 
     ``session["cart"]``, ``session.get("cart")``, ``"cart" in session``, ``list(session)``,
     ``len(session)`` and ``dict(session.data)`` read fields; changing what they return changes
-    nothing but the caller's copy.
+    nothing but the caller's copy. (Nothing keeps you from assigning to `id`, a plain slot because
+    views are made on the hottest path; it would change nothing but this view.)
     """
 
-    __slots__ = ("_accessed", "_cap", "_life", "_packed", "_record", "_time", "id")
+    __slots__ = ("_accessed", "_cap", "_life", "_packed", "_record", "_skew", "_time", "id")
 
     # No __init__: views are made on the hottest path there is (`MemoryTier.access`), and an
     # empty constructor plus six assignments takes half the time of a constructor in Python.
@@ -83,6 +99,7 @@ class Session:
     _accessed: float
     _life: float
     _cap: float
+    _skew: float  # once a time has been asked for
     _time: EngineTime
     _packed: dict[str, bytes | memoryview] | None
 
@@ -143,6 +160,14 @@ class Session:
         """Return the fields' names, in the order in which they were first set."""
         return list(self._fields())
 
+    def values(self) -> list[Any]:
+        """Return the fields' values, unpacked, fresh each time."""
+        return [rec.unpack_value(packed) for packed in self._fields().values()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Return the fields' names and values, unpacked, fresh each time."""
+        return list(self.data.items())
+
     @property
     def data(self) -> dict[str, Any]:
         """All fields, unpacked: a fresh dict of fresh values each time."""
@@ -175,17 +200,38 @@ class Session:
         """When the session was created, aware UTC."""
         return _datetime(rec.created_of(self._record))
 
+    def _shown(self, engine_seconds: float) -> datetime:
+        """Return a time of this view; all of them are shown by the wall clock of one moment."""
+        try:
+            skew = self._skew
+        except AttributeError:
+            skew = self._skew = self._time.skew()
+        return _datetime(engine_seconds + skew)
+
     @property
     def last_accessed(self) -> datetime:
         """When the session was last accessed, this access included, aware UTC."""
-        return _datetime(self._accessed + self._time.skew())
+        return self._shown(self._accessed)
 
     @property
     def expires_at(self) -> datetime | None:
         """When the session expires if nobody accesses it again, aware UTC; None: never."""
-        deadline = self._accessed + self._life if self._life > 0 else -self._life
-        deadline = min(deadline, getattr(self, "_cap", rec.NEVER))
-        return None if deadline == rec.NEVER else _datetime(deadline + self._time.skew())
+        life, cap = self._life, getattr(self, "_cap", rec.NEVER)
+        deadline = min(self._accessed + life if life > 0 else -life, cap)
+        if deadline == rec.NEVER:
+            return None
+        if life > 0 and deadline < cap:  # not one microsecond more or less than the TTL
+            return self.last_accessed + timedelta(seconds=life)
+        return self._shown(deadline)
+
+    @property
+    def lifetime_ends_at(self) -> datetime | None:
+        """When the session ends at the latest, renewed or not, aware UTC; None: no such limit.
+
+        Fixed at its creation, by ``session.max_lifetime_seconds``.
+        """
+        cap = getattr(self, "_cap", rec.NEVER)
+        return None if cap == rec.NEVER else self._shown(cap)
 
     @property
     def ttl_seconds(self) -> float:
@@ -199,9 +245,6 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {self.id!a} version {self.version}, fields {self.keys()}>"
-
-
-_METADATA_NAMES: Final = tuple(item.name for item in fields(SessionMetadata))
 
 
 class SessionDraft(MutableMapping[str, Any]):
@@ -265,6 +308,11 @@ class SessionDraft(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "<SessionDraft of an edit that has ended>"
+        return f"<SessionDraft, fields {list(self)}>"
 
     def close(self) -> None:
         """End the draft: later access through a kept reference raises ConflictError."""

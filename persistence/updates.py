@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from persistence import record as rec
-from persistence.clock import Clock, EngineTime
+from persistence.clock import EngineTime
 from persistence.commit import Commit, CommitQueue, committed
 from persistence.config import SessionConfig
 from persistence.disk.format import PUT, ROW_RENEWS, user_tag
 from persistence.errors import (
     ConflictError,
+    InvalidArgument,
     Overtaken,
     SessionNotFound,
     ValueTooLarge,
@@ -28,7 +29,7 @@ from persistence.expiry import deadline_after, life_of
 from persistence.ids import CommitIds, check_session_id
 from persistence.locks import SessionLocks
 from persistence.memory.tier import MemoryTier, deadline_of
-from persistence.record import ID_BYTES, NEVER, NO_ID, RENEWS
+from persistence.record import FIXED_BYTES, ID_BYTES, NO_ID, RENEWS
 from persistence.residency import Base, Residency
 from persistence.session import Session, SessionDraft
 from persistence.sharing.sharing import Sharing
@@ -56,7 +57,6 @@ class Updates:
 
     Args:
         config: ``max_bytes``, ``max_lifetime_seconds``.
-        clock: time.
         time: the engine's time base.
         memory: the memory tier.
         residency: finds what an update is built on.
@@ -68,7 +68,6 @@ class Updates:
     def __init__(
         self,
         config: SessionConfig,
-        clock: Clock,
         time: EngineTime,
         memory: MemoryTier,
         residency: Residency,
@@ -77,9 +76,8 @@ class Updates:
         sharing: Sharing | None,
     ) -> None:
         self.locks = SessionLocks()
-        self._max_payload_bytes = config.max_bytes
+        self._max_payload_bytes = config.max_bytes + FIXED_BYTES
         self._max_lifetime_seconds = config.max_lifetime_seconds
-        self._wall = clock.wall
         self._time = time
         self._now = time.now
         self._memory = memory
@@ -132,7 +130,7 @@ class Updates:
             await commit.done
         except Overtaken:
             return await self.apply(session_id, Change(lambda record: drafted(record, function)))
-        return self._view(session_id, commit)
+        return self.view(commit)
 
     async def apply(self, session_id: str, change: Change) -> Session:
         """Build a version on the newest one and commit it; again when another worker was first."""
@@ -164,13 +162,14 @@ class Updates:
             return await self.unchanged(session_id, key, base)
         assert commit.done is not None, "submitted to be waited for"
         await commit.done
-        return self._view(session_id, commit)
+        return self.view(commit)
 
-    def _view(self, session_id: str, commit: Commit) -> Session:
-        assert commit.record is not None, "an update carries its record"
-        return Session.view(
-            session_id, commit.record, commit.accessed, commit.life, commit.cap, self._time
-        )
+    def view(self, commit: Commit) -> Session:
+        """Return a view of the version that a commit made."""
+        record = commit.record
+        assert record is not None, "an update carries its record"
+        session_id, accessed = commit.session_id, commit.accessed
+        return Session.view(session_id, record, accessed, commit.life, commit.cap, self._time)
 
     async def unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
         """Answer an update that changed nothing: with an access, and what is there.
@@ -267,7 +266,7 @@ class Updates:
         life = life_of(ttl_seconds, head.renews, deadline)
         return self._submit(session_id, key, record, now, life, cap, base=head.commit)
 
-    def create(
+    def create(  # noqa: PLR0913 - one parameter for each part of a session
         self,
         session_id: str,
         key: bytes,
@@ -277,27 +276,40 @@ class Updates:
         user_id: str | None,
         ttl_seconds: float,
         renews: bool,
+        deadline: float | None = None,
+        cap: float | None = None,
     ) -> Commit:
         """Submit the first version of a session. Never awaits.
+
+        Args:
+            session_id: whose; what there is of a session under this id is replaced.
+            key: its id as UTF-8.
+            fields: packed.
+            meta: packed.
+            user_id: whose it is.
+            ttl_seconds: 0: never expires.
+            renews: whether an access moves the deadline.
+            deadline: when it expires, wall seconds; None: a TTL from now.
+            cap: when it ends at the latest, wall seconds; None: as configured.
 
         Raises:
             ValueTooLarge: it exceeds ``session.max_bytes``.
         """
-        now = self._now()
+        now, skew = self._time.tick(), self._time.skew()
         record = rec.assemble(
             incarnation=self._commit_ids.next(),
             commit=self._commit_ids.next(),
             version=1,
-            created=self._wall(),
+            created=now + skew,
             ttl_seconds=ttl_seconds,
             flags=RENEWS if renews else 0,
             user=user_tag(user_id),
             meta=meta,
             fields=fields,
         )
-        life = life_of(ttl_seconds, renews, deadline_after(now, ttl_seconds))
-        lifetime_seconds = self._max_lifetime_seconds
-        cap = now + lifetime_seconds if lifetime_seconds else NEVER
+        ends = deadline_after(now, ttl_seconds) if deadline is None else deadline - skew
+        life = life_of(ttl_seconds, renews, ends)
+        cap = deadline_after(now, self._max_lifetime_seconds) if cap is None else cap - skew
         return self._submit(session_id, key, record, now, life, cap, base=NO_ID, creates=True)
 
     def _submit(
@@ -322,8 +334,8 @@ class Updates:
 
     def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
         raise ValueTooLarge(
-            f"session {printable(session_id)} would have {payload_bytes} bytes and "
-            f"session.max_bytes is {self._max_payload_bytes}; nothing was written"
+            f"session {printable(session_id)} would have {payload_bytes - FIXED_BYTES} bytes and "
+            f"session.max_bytes is {self._max_payload_bytes - FIXED_BYTES}; nothing was written"
         )
 
 
@@ -391,13 +403,27 @@ class Edit:
         return self._updates.next_version(self._session_id, self._key, now, fields)
 
 
+def _refuse_awaitable(result: Any) -> NoReturn:
+    """Raise what is wrong with an asynchronous function; let nobody warn of its remains."""
+    for end in ("close", "cancel"):  # of a coroutine, of a task
+        if hasattr(result, end):
+            getattr(result, end)()
+            break
+    raise InvalidArgument(
+        "function returned an awaitable: update_session takes a synchronous function; use "
+        "'async with state.edit(session_id) as draft' for one that awaits. Nothing was written"
+    )
+
+
 def drafted(
     record: bytes, function: Callable[[SessionDraft], object]
 ) -> dict[str, bytes | memoryview] | None:
     """Return the packed fields after `function` has changed a draft; None: unchanged."""
     draft = SessionDraft(rec.packed_fields(record))
     try:
-        function(draft)
+        result = function(draft)
+        if result is not None and hasattr(result, "__await__"):
+            _refuse_awaitable(result)
         return draft.packed()
     finally:
         draft.close()

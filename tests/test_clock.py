@@ -36,7 +36,7 @@ def test_engine_time_is_wall_time_when_the_engine_opens() -> None:
     assert EngineTime(clock).skew() == 0
 
 
-@pytest.mark.parametrize("seconds", [10 * DAY, -10 * DAY, 0.25])
+@pytest.mark.parametrize("seconds", [10 * DAY, -10 * DAY, 0.75])
 def test_engine_time_goes_on_through_a_jump_and_the_skew_tells_the_jump(seconds: float) -> None:
     clock = ManualClock()
     engine_time = EngineTime(clock)
@@ -54,3 +54,34 @@ def test_two_clocks_read_one_after_the_other_are_not_taken_for_a_jump() -> None:
     engine_time = EngineTime(clock)
     clock.jump_wall(0.0004)
     assert engine_time.skew() == 0
+
+
+def test_a_clock_that_drifts_is_followed_in_steps_of_half_a_second() -> None:
+    clock = ManualClock()
+    engine_time = EngineTime(clock)
+    skews = []
+    for _ in range(4):
+        clock.jump_wall(0.25)
+        skews.append(engine_time.skew())
+    assert skews == [0, 0.5, 0.5, 1.0]
+    clock.jump_wall(-1.0)
+    assert engine_time.skew() == 0
+
+
+def test_a_clock_moved_by_hand_is_exact() -> None:
+    clock = ManualClock()
+    engine_time = EngineTime(clock)
+    opened = engine_time.now(), engine_time.tick()
+    clock.advance(0.0004)
+    for passed in (engine_time.now() - opened[0], engine_time.tick() - opened[1]):
+        assert passed == pytest.approx(0.0004, rel=1e-3)
+
+
+def test_ticks_are_shared_and_never_ahead() -> None:
+    engine_time = EngineTime(SystemClock())
+    ticks = []
+    for _ in range(2000):
+        ticks.append(engine_time.tick())
+        assert engine_time.now() - 0.1 < ticks[-1] <= engine_time.now()
+    assert ticks == sorted(ticks)
+    assert len(set(map(id, ticks))) < 500

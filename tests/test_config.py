@@ -302,10 +302,20 @@ def test_every_field_refuses_a_value_of_no_type_at_all(section: type[Any], name:
 
 def test_the_spill_target_may_not_exceed_the_threshold() -> None:
     assert MemoryConfig(spill_threshold=0.5, spill_target=0.5).spill_target == 0.5
-    assert fault(MemoryConfig, spill_threshold=0.5) == (
+    assert fault(MemoryConfig, spill_threshold=0.5, spill_target=0.7) == (
         "memory.spill_target = 0.7: must be at most memory.spill_threshold, which is 0.5; set both"
     )
-    assert fault(StateConfig, memory={"spill_threshold": 0.5}).startswith("memory.spill_target")
+    wrong = {"spill_threshold": 0.5, "spill_target": 0.7}
+    assert fault(StateConfig, memory=wrong).startswith("memory.spill_target")
+
+
+@pytest.mark.parametrize(("threshold", "target"), [(0.5, 0.5), ("0.6", 0.6), (0.9, 0.7)])
+def test_a_target_that_is_not_given_is_not_above_the_threshold(
+    threshold: Any, target: float
+) -> None:
+    config = MemoryConfig(spill_threshold=threshold)
+    assert config.spill_target == target
+    assert config.model_copy(update={"max_bytes": 5}).spill_target == target
 
 
 @pytest.mark.parametrize(

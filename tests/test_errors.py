@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,3 +158,34 @@ def test_printable_shows_what_is_short_as_a_python_literal() -> None:
 
 def test_printable_tells_the_length_of_what_it_cuts() -> None:
     assert printable("x" * 1000).endswith("…(1002 characters)")
+
+
+EVERY_ERROR = [
+    SessionNotFound("a"),
+    SessionExists("a"),
+    CorruptionError("/f", 4096, "a", "damaged"),
+    errors.RemoteDamaged("key", "foreign", "a"),
+    *(
+        kind("what happened")
+        for kind in classes().values()
+        if kind not in {SessionNotFound, SessionExists, CorruptionError, errors.RemoteDamaged}
+    ),
+]
+
+
+@pytest.mark.parametrize("error", EVERY_ERROR, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_every_error_survives_copying_and_pickling(
+    error: Exception, copied: Callable[[Exception], Exception]
+) -> None:
+    again = copied(error)
+    assert type(again) is type(error)
+    assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
+
+
+def test_every_error_of_the_module_is_tried() -> None:
+    assert {type(error) for error in EVERY_ERROR} == set(classes().values())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -872,6 +872,51 @@ async def test_what_a_session_shows_follows_the_wall_clock(
     after = await state.get_session("after")
     assert after is not None
     assert after.created_at.timestamp() == clock.wall() - 1
+
+
+async def test_the_times_of_a_session_never_contradict_each_other(start: Start) -> None:
+    state = await start(clock=SystemClock(), session={"max_lifetime_seconds": 10 * TTL})
+    for number in range(300):
+        name = str(number)
+        await create(state, name)
+        views = [await state.get_session(name), await state.update_session_data(name, "x", 1)]
+        await state.spill_session(name)
+        views += [await state.get_session(name), await state.get_session(name)]
+        accesses = []
+        for view in views:
+            assert view is not None
+            assert view.expires_at is not None
+            assert view.created_at <= view.last_accessed
+            assert view.expires_at - view.last_accessed == timedelta(seconds=TTL)
+            assert (view.expires_at, view.last_accessed) == (view.expires_at, view.last_accessed)
+            accesses.append(view.last_accessed)
+        assert accesses == sorted(accesses)
+
+
+async def test_what_a_view_shows_does_not_change_when_the_clock_is_set(
+    state: StateManager, clock: ManualClock
+) -> None:
+    await create(state)
+    view = await state.get_session("a")
+    assert view is not None
+    shown = view.last_accessed, view.expires_at
+    clock.jump_wall(DAY)
+    assert (view.last_accessed, view.expires_at) == shown
+
+
+@hot_and_cold
+async def test_a_deadline_is_exact_to_less_than_a_millisecond(
+    state: StateManager, clock: ManualClock, cold: bool
+) -> None:
+    clock.advance(0.0004)
+    await create(state, auto_renew=False)
+    clock.advance(TTL - 0.0004)
+    if cold:
+        await state.spill_session("a")
+    assert await state.has_session("a")
+    assert await state.get_session("a") is not None
+    clock.advance(0.0005)
+    assert not await state.has_session("a")
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["closed", "killed"])

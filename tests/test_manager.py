@@ -27,6 +27,7 @@ from persistence.errors import (
     ValueNotSerializable,
     ValueTooLarge,
 )
+from persistence.listing import Listing
 from tests.engine import (
     KIB,
     Crash,
@@ -305,7 +306,41 @@ async def test_a_session_may_be_as_large_as_the_limit_and_not_larger(start: Star
     assert (await get(state)).version == 1
 
 
+async def test_the_limit_is_for_fields_and_metadata_and_nothing_else(start: Start) -> None:
+    state = await start(session={"max_bytes": 100})
+    packed = len(b"\x81\xa1x\xc4\x61\xc4\x5f")
+    await state.create_session(session_id="a", data={"x": b"1" * (100 - packed)})
+    with pytest.raises(ValueTooLarge, match=r"would have 101 bytes .* is 100;"):
+        await state.update_session_data("a", "x", b"1" * (101 - packed))
+    smallest = await start(path=directory_of(state) / "other", session={"max_bytes": 1})
+    await smallest.create_session(session_id="empty")
+
+
 # The limit on sessions
+
+
+async def test_at_the_limit_not_every_refusal_looks_through_all_sessions(
+    start: Start, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await start(session={"max_sessions": 2})
+    looks = []
+    real = Listing.remove_expired
+
+    async def counted(listing: Listing) -> int:
+        looks.append(clock.wall())
+        return await real(listing)
+
+    monkeypatch.setattr(Listing, "remove_expired", counted)
+    for _ in range(2):
+        await state.create_session(ttl_seconds=10)
+    for _ in range(20):
+        with pytest.raises(SessionLimitReached):
+            await state.create_session()
+    assert len(looks) == 1
+    clock.advance(10)
+    for _ in range(2):
+        await state.create_session()
+    assert len(looks) == 2
 
 
 async def test_no_more_sessions_than_the_limit(start: Start) -> None:
@@ -478,6 +513,33 @@ async def test_fields_are_read_like_those_of_a_mapping(state: StateManager) -> N
     assert "missing" not in session
     with pytest.raises(KeyError):
         session["missing"]
+
+
+async def test_a_view_lists_its_values_and_items_like_a_dict(state: StateManager) -> None:
+    await state.create_session(session_id="a", data={"x": [1], "y": (2,)})
+    session = await get(state)
+    assert session.values() == [[1], (2,)]
+    assert session.items() == [("x", [1]), ("y", (2,))]
+    assert session.items()[0][1] is not session.items()[0][1]
+
+
+async def test_a_draft_shows_its_fields_and_no_values(state: StateManager) -> None:
+    await state.create_session(session_id="a", data={"x": "secret"})
+    async with state.edit("a") as draft:
+        draft["y"] = 1
+        assert repr(draft) == "<SessionDraft, fields ['x', 'y']>"
+    assert repr(draft) == "<SessionDraft of an edit that has ended>"
+
+
+async def test_a_view_tells_when_its_lifetime_ends(start: Start) -> None:
+    state = await start(session={"max_lifetime_seconds": 5000})
+    await state.create_session(session_id="a", ttl_seconds=0)
+    session = await get(state)
+    assert session.lifetime_ends_at == session.created_at + timedelta(seconds=5000)
+    assert session.expires_at == session.lifetime_ends_at
+    unlimited = await start(path=directory_of(state) / "other")
+    await unlimited.create_session(session_id="a")
+    assert (await get(unlimited)).lifetime_ends_at is None
 
 
 async def test_every_reader_gets_fresh_objects(state: StateManager) -> None:

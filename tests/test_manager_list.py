@@ -9,7 +9,16 @@ import pytest
 
 from persistence import ManualClock, StateManager
 from persistence.disk.index import SHARDS
-from tests.engine import KIB, Crash, ScriptedFiles, Start, disk_of, loop_steps
+from persistence.errors import CorruptionError, DiskFull
+from tests.engine import (
+    KIB,
+    Crash,
+    ScriptedFiles,
+    Start,
+    directory_of,
+    disk_of,
+    loop_steps,
+)
 
 SMALL = {
     "memory": {"max_bytes": 16 * KIB},
@@ -243,3 +252,69 @@ async def test_finding_puts_no_session_in_the_way_of_those_in_use(start: Start) 
     for number in range(5):
         await state.get_session(f"hot {number}")
     assert (await state.stats()).hits == hits + 5
+
+
+async def test_a_damaged_session_hides_no_other_of_its_user(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = await start()
+    for name in ("good", "damaged", "fine"):
+        await state.create_session("ada", session_id=name, data={"x": f"the value of {name}"})
+        await state.spill_session(name)
+    segment = next(directory_of(state).glob("*.seg"))
+    segment.write_bytes(segment.read_bytes().replace(b"value of damaged", b"VALUE of damaged"))
+    for _ in range(2):
+        assert sorted(await state.find_sessions(user_id="ada")) == ["fine", "good"]
+    assert "left out while looking for a user's sessions" in caplog.text
+    with pytest.raises(CorruptionError):
+        await state.get_session("damaged")
+    assert (await state.stats()).disk.damages == 1
+    assert sum(item.name == "persistence.disk" for item in caplog.records) == 1
+
+
+# What listings end
+
+
+async def test_a_clean_up_counts_what_a_listing_has_ended_before_it(
+    state: StateManager, clock: ManualClock
+) -> None:
+    for number in range(5):
+        await state.create_session("ada", session_id=str(number), ttl_seconds=10)
+    clock.advance(10)
+    assert await state.get_active_sessions() == []
+    assert (await state.stats()).expired == 5
+    assert await state.cleanup_expired() == 5
+    assert await state.cleanup_expired() == 0
+    assert (await state.stats()).expired == 5
+
+
+async def test_compacting_removes_what_has_expired(start: Start, clock: ManualClock) -> None:
+    state = await start(**SMALL)
+    for number in range(400):
+        await state.create_session(session_id=str(number), ttl_seconds=10, data={"x": b"x" * 500})
+    clock.advance(10)
+    before = (await state.stats()).disk.total_bytes
+    await state.compact()
+    stats = await state.stats()
+    assert (stats.sessions, stats.expired) == (0, 400)
+    assert stats.disk.total_bytes < before / 2
+    assert await state.cleanup_expired() == 400
+
+
+async def test_a_removal_that_failed_is_not_counted(
+    start: Start, clock: ManualClock, files: ScriptedFiles
+) -> None:
+    state = await start()
+    for number in range(3):
+        await state.create_session(session_id=str(number), ttl_seconds=10)
+    clock.advance(10)
+    files.full = True
+    with pytest.raises(DiskFull):
+        await state.cleanup_expired()
+    with pytest.raises(DiskFull):
+        await state.cleanup_old_sessions(5)
+    assert await state.get_active_sessions() == []
+    assert (await state.stats()).expired == 0
+    files.full = False
+    assert await state.cleanup_old_sessions(5) == 3
+    assert (await state.stats()).expired == 3

@@ -111,6 +111,7 @@ class Engine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="model-"))
         self.numbers = 0
+        self.ended = 0  # by listings, and told by the next clean-up
         self.path = self.folder / "0"
         self.clock = ManualClock()
         self.files = ScriptedFiles()
@@ -310,6 +311,7 @@ class Engine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def find(self, name: str) -> None:
         del name
+        self.ended += self.perhaps_over()
         found = set(self.run(self.state.find_sessions(user_id="ada")))
         for other, known in list(self.model.items()):
             if known.user == "ada":
@@ -318,6 +320,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule()
     def list_all(self) -> None:
+        self.ended += self.perhaps_over()
         found = self.run(self.state.get_active_sessions())
         assert len(found) == len(set(found))
         for name in set(self.model) | set(found):
@@ -343,19 +346,28 @@ class Engine(RuleBasedStateMachine):
 
     @rule()
     def compact(self) -> None:
+        self.ended += self.perhaps_over()
         assert self.run(self.state.compact()) is None
+        self.forget_the_expired()
 
     @rule()
     def clean_up(self) -> None:
         count = self.run(self.state.cleanup_expired())
-        surely = [name for name, known in self.model.items() if self.now >= known.perhaps_until]
-        perhaps = [name for name, known in self.model.items() if self.now >= known.surely_until]
-        assert len(surely) <= count <= len(perhaps)
+        most = self.perhaps_over() + self.ended
+        self.ended = 0
         for known in self.model.values():
             if self.now < known.surely_until:
                 known.record()
-        for name in surely:
+        assert self.forget_the_expired() <= count <= most
+
+    def perhaps_over(self) -> int:
+        return sum(self.now >= known.surely_until for known in self.model.values())
+
+    def forget_the_expired(self) -> int:
+        over = [name for name, known in self.model.items() if self.now >= known.perhaps_until]
+        for name in over:
             del self.model[name]
+        return len(over)
 
     # Time
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import enum
 import math
 import string
+import sys
 import tracemalloc
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from persistence import record as rec
-from persistence.errors import ValueNotSerializable
+from persistence.errors import ValueNotSerializable, ValueTooLarge
 from persistence.record import (
     PREFIX_BYTES,
     RENEWS,
@@ -378,6 +379,27 @@ def test_any_depth_is_either_refused_or_comes_back(wrap: Callable[[Any], Any], i
     assert refused >= 1
 
 
+@pytest.mark.parametrize("inner", [(1,), {1}, bytearray(b"x")], ids=["tuple", "set", "bytearray"])
+def test_how_deep_a_value_may_be_does_not_depend_on_who_stores_it(inner: Any) -> None:
+    value = nested(500, lambda value: {"k": value}, inner)
+
+    def from_deep_down(levels: int) -> bytes:
+        return from_deep_down(levels - 1) if levels else pack_value(value, "deep")
+
+    assert from_deep_down(sys.getrecursionlimit() - 200) == pack_value(value, "deep")
+
+
+def test_a_stack_that_is_used_up_is_not_taken_for_damage() -> None:
+    packed = pack_value(nested(32, lambda value: (value,)), "deep")
+
+    def from_deep_down() -> None:
+        unpack_value(packed)
+        from_deep_down()
+
+    with pytest.raises(RecursionError):
+        from_deep_down()
+
+
 def test_a_refused_value_leaves_nothing_behind_in_the_packer() -> None:
     good = {"a": [1, (2, {3})]}
     before = pack_value(good, "f")
@@ -653,14 +675,14 @@ def test_fields_that_are_no_map_of_names_are_malformed(fields: bytes, padding: i
 
 
 def test_metadata_that_is_empty_takes_no_bytes() -> None:
-    assert rec.pack_meta({"user_id": None, "source": "", "attributes": {}}) == b""
+    assert rec.pack_meta({"user_id": None, "source": None, "attributes": {}}) == b""
     assert rec.meta_of(record_with()) == {}
 
 
 def test_metadata_that_cannot_be_stored_names_its_entry() -> None:
     with pytest.raises(ValueNotSerializable, match=r"^field 'source' "):
         rec.pack_meta({"client_ip": "1.2.3.4", "source": object()})
-    with pytest.raises(ValueNotSerializable, match="larger than 16 MiB"):
+    with pytest.raises(ValueTooLarge, match="less than 16 MiB"):
         rec.pack_meta({"attributes": "x" * 2**24})
 
 

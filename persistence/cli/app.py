@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
-from typing import Annotated, Final
+from typing import Annotated, Final, NoReturn
 
 import typer
 
 from persistence.cli import demo, export, import_, inspect, replay, screen, verify
 from persistence.cli.failure import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
-from persistence.cli.running import interruptible
+from persistence.cli.running import exit_code_of_signal, interruptible
 from persistence.errors import PersistenceError
 
 _PROGRAM: Final = "persistence"
@@ -70,11 +73,12 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors are printed as one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        with interruptible():
+        with _standard_streams(), interruptible():
             code = app(words, standalone_mode=False, prog_name=_PROGRAM)
             sys.stdout.flush()
         if code == EXIT_INTERRUPTED:  # how typer passes on a KeyboardInterrupt; or as Abort
             _complain("interrupted")
+            return exit_code_of_signal()
         return code if isinstance(code, int) else EXIT_OK
     except BrokenPipeError:
         # Whoever read our output (``| head``) has seen enough. The interpreter flushes stdout
@@ -83,7 +87,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
-        return EXIT_INTERRUPTED
+        return exit_code_of_signal()
     except Exception as error:  # noqa: BLE001 (the last resort: a line instead of a traceback)
         if _TRACEBACK in words:
             traceback.print_exc()
@@ -92,10 +96,50 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) and code else EXIT_FAILED
 
 
+class _ClosedFile(io.RawIOBase):
+    """Stands for a standard stream that whoever started us has closed (``>&-``)."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def readinto(self, _: object) -> NoReturn:
+        raise OSError(errno.EBADF, f"{self._name} is closed")
+
+    def write(self, _: object) -> NoReturn:
+        raise OSError(errno.EBADF, f"{self._name} is closed")
+
+
+def _closed_stream(name: str) -> io.TextIOWrapper:
+    file = _ClosedFile(name)
+    buffer = io.BufferedReader(file) if name == "stdin" else io.BufferedWriter(file)
+    return io.TextIOWrapper(buffer)
+
+
+@contextmanager
+def _standard_streams() -> Iterator[None]:
+    """Put something in the place of closed streams that says so when it is used."""
+    closed = [name for name in ("stdin", "stdout") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, _closed_stream(name))
+    try:
+        yield
+    finally:
+        for name in closed:
+            setattr(sys, name, None)
+
+
 def _message(error: Exception) -> str:
     """Return what the user is told about `error`."""
     if hasattr(error, "format_message"):  # a wrong command line
-        return f"{error.format_message().rstrip('.')}; see '{_PROGRAM} --help'"
+        context = getattr(error, "ctx", None)
+        path = _PROGRAM if context is None else context.command_path
+        return f"{error.format_message().rstrip('.')}; see '{path} --help'"
     if isinstance(error, PersistenceError):
         return str(error)
     if isinstance(error, OSError):

@@ -36,8 +36,8 @@ def command(
 ) -> int:
     """Write every live session as one line of JSON, with its values as what they are.
 
-    The directory must not be open elsewhere. Sessions are neither changed nor renewed. Damaged
-    ones are left out and named, and the exit code is 1.
+    The directory must not be open elsewhere. Sessions are neither changed nor renewed. What is
+    damaged is left out and named, be it a session or a whole segment, and the exit code is 1.
     """
     require_directory(directory)
     damages: list[CorruptionError] = []
@@ -83,7 +83,8 @@ async def sessions_in(
 ) -> AsyncGenerator[Session, None]:
     """Yield the live sessions of `directory`, without renewing them.
 
-    Damaged ones are added to `damages`: they are no reason to hold back the others.
+    Damaged ones are added to `damages`, with whatever else was found damaged: they are no reason
+    to hold back the others.
     """
     config = StateConfig(
         session=SessionConfig(cleanup_interval_seconds=0),
@@ -99,6 +100,12 @@ async def sessions_in(
                 continue
             if session is not None:  # it may have expired since it was listed
                 yield session
+        known = {(error.path, error.offset) for error in damages}
+        damages += [
+            CorruptionError(found.path, found.offset, found.session_id, found.reason)
+            for found in state._disk.damages
+            if (found.path, found.offset) not in known
+        ]
 
 
 def line_fields(session: Session) -> dict[str, Any]:
@@ -121,5 +128,6 @@ def line_fields(session: Session) -> dict[str, Any]:
         "created_at": session.created_at,
         "last_accessed": session.last_accessed,
         "expires_at": session.expires_at,
+        "lifetime_ends_at": session.lifetime_ends_at,
         "data": session.data,
     }

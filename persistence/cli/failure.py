@@ -9,10 +9,9 @@ from persistence.errors import PersistenceError
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 """An error, damage found, or a verification that did not succeed."""
-EXIT_USAGE: Final = 2
-"""The command line itself is wrong."""
+# 2, as typer has it: the command line itself is wrong.
 EXIT_INTERRUPTED: Final = 130
-"""Ctrl-C; what shells report for SIGINT."""
+"""Ctrl-C; what shells report for SIGINT. Other signals: see `running.exit_code_of_signal`."""
 
 
 class CommandError(PersistenceError):

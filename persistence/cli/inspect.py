@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from persistence.cli.directory import is_open_elsewhere, quarantine_bytes, requi
 from persistence.cli.failure import EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
-from persistence.disk.files import Files
 from persistence.disk.format import FORMAT_VERSION
 from persistence.disk.inspect import inspect_directory
 
@@ -77,7 +77,7 @@ def summarize(directory: Path) -> Summary:
         str(directory),
         quarantined=len(pieces),
         quarantined_bytes=sum(pieces),
-        free_bytes=Files().space(str(directory)).free_bytes,
+        free_bytes=shutil.disk_usage(directory).free,
         is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
     )

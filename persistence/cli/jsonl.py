@@ -25,8 +25,9 @@ A map of the user's that looks like a tag (one key, starting with ``$``) is writ
 reading is never ambiguous.
 
 The line of a session is a map of ``id``, ``user_id``, ``metadata``, ``data``, ``ttl_seconds``,
-``auto_renew``, ``max_requests`` and, for information, ``version``, ``created_at``,
-``last_accessed`` and ``expires_at``. What is null or empty is left out.
+``auto_renew``, ``max_requests`` and, mostly for information, ``version``, ``created_at``,
+``last_accessed``, ``expires_at`` and ``lifetime_ends_at``. Of the times an import keeps the last
+two: the second always, the first where no access moves it. What is null or empty is left out.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
 
 def encode(fields: dict[str, Any]) -> bytes:
     """Return one line, line end included, for the fields of a session."""
-    kept = {name: to_json(value) for name, value in fields.items() if value not in (None, {})}
+    kept = {
+        name: to_json(value) for name, value in fields.items() if value is not None and value != {}
+    }
     text = json.dumps(kept, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8") + b"\n"
 
@@ -223,7 +226,9 @@ def decode(line: bytes) -> dict[str, Any]:
         LineError: it is no JSON, or not the line of a session.
     """
     try:
-        parsed = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        parsed = json.loads(
+            line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique
+        )
         fields = _map_of(parsed)
     except RecursionError as error:
         raise LineError("nested too deeply") from error
@@ -245,6 +250,16 @@ def _map_of(parsed: Any) -> dict[str, Any]:
     return {name: from_json(value) for name, value in parsed.items()}
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a map, unless a key is there twice: one of its values would be lost."""
+    decoded = dict(pairs)
+    if len(decoded) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
+        raise LineError(f"the key {twice!a:.60} is there twice")
+    return decoded
+
+
 def _no_constant(name: str) -> None:
     raise LineError(f"not JSON: {name}")
 
@@ -261,6 +276,7 @@ _FIELDS: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     "created_at": ((datetime,), "a datetime"),
     "last_accessed": ((datetime,), "a datetime"),
     "expires_at": ((datetime,), "a datetime"),
+    "lifetime_ends_at": ((datetime,), "a datetime"),
 }
 _AMOUNTS: Final = {"ttl_seconds", "max_requests", "version"}
 

@@ -50,7 +50,7 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     A session is a client address with a user agent. Each request renews its session (for seven
     days), appends to a history of 20, and updates counters and the last URL, in one atomic
     update. At the end every session is read again and compared with a plain computation over the
-    same logs: the exit code is 0 only when all are equal.
+    same logs: the exit code is 0 only when all are equal, and 1 when no line is a request.
     """
     if resume and directory is None:
         raise CommandError("--resume needs the --directory of the replay to go on with")
@@ -71,6 +71,12 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
         screen.print_json(asdict(report))
     else:
         _print(report)
+    if not report.requests and report.skipped_lines:
+        screen.note(
+            f"0 of {report.skipped_lines:,} lines are requests: is this an access log in Common or "
+            "Combined Log Format?"
+        )
+        return EXIT_FAILED
     return EXIT_OK if report.verified else EXIT_FAILED
 
 

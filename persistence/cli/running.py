@@ -6,11 +6,23 @@ import asyncio
 import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 _Result = TypeVar("_Result")
 
 _ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
+_ended_by: list[int] = []
+
+
+def exit_code_of_signal() -> int:
+    """Return what shells report for the signal that ended the last command: 128 + its number."""
+    return 128 + (_ended_by[0] if _ended_by else signal.SIGINT)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    _ended_by.append(number)
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -19,9 +31,10 @@ def interruptible() -> Iterator[None]:
 
     Their default would leave temporary directories and child processes behind.
     """
+    _ended_by.clear()
     before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
     for number in _ENDING_SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
@@ -51,6 +64,7 @@ async def _guarded(work: Coroutine[Any, Any, _Result]) -> _Result:
         if not ended_by:  # a second one must not cut the closing short
             task.cancel()
         ended_by.append(number)
+        _ended_by.append(number)
 
     for number in _ENDING_SIGNALS:
         loop.add_signal_handler(number, end, number)

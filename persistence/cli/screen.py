@@ -47,7 +47,7 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def _is_seen() -> bool:
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _console(stderr: bool = False) -> Console:

@@ -52,6 +52,7 @@ _log = logging.getLogger("persistence.disk")
 _STEPS_PER_HOP: Final = 4
 _NEGLIGIBLE_SKEW_SECONDS: Final = 1.0
 _MAX_KEPT_FRACTION: Final = 1 / 4  # of the log: tombstones kept for the next checkpoint
+_OUT_OF_FILES: Final = (errno.EMFILE, errno.ENFILE)
 _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after which to look again
 
 
@@ -112,7 +113,7 @@ class DiskTier:
         self.index: Index = recovered.index
         self.segments: dict[int, Segment] = recovered.segments
         self.damages: list[Damage] = recovered.damages
-        self.opened_clean = recovered.clean
+        self._damaged_reads: set[tuple[str, int]] = set()
         self._number_lock = Lock()
         self._last_number = recovered.last_number
         self._next_log_number = recovered.last_number + 1  # at least
@@ -319,15 +320,27 @@ class DiskTier:
             if now is None or (now.segment, now.offset) != (row.segment, row.offset):
                 continue  # it was updated, or compaction moved it, while we read
             if record is None:
-                path = f"{self.directory}/{segment_name(row.segment)}"
-                raise CorruptionError(path, row.offset, key.decode(), reason)
+                raise self._damaged(row, key.decode(), reason)
             return record, now
         return None
+
+    def _damaged(self, row: Row, session_id: str | None, reason: str) -> CorruptionError:
+        """Return the error for a session that cannot be read; note its place, once."""
+        segment = self.segments.get(row.segment)
+        path = f"{self.directory}/{segment_name(row.segment)}"
+        if (path, row.offset) not in self._damaged_reads:
+            self._damaged_reads.add((path, row.offset))
+            if segment is not None:
+                segment.damaged = True
+            if all((item.path, item.offset) != (path, row.offset) for item in self.damages):
+                self.damages.append(Damage(path, row.offset, session_id, reason))
+            _log.error("%s at offset %d: %s", path, row.offset, reason)
+        return CorruptionError(path, row.offset, session_id, reason)
 
     async def read_keys(self, rows: list[Row]) -> list[tuple[bytes, Row]]:
         """Return the session ids of `rows` that are still current, for listings.
 
-        Damaged ones are passed over; they are reported when they are read.
+        Damaged ones are passed over, and noted where the id itself cannot be read.
         """
         found = []
         for wanted in rows:
@@ -335,26 +348,30 @@ class DiskTier:
             while row is not None:
                 key = await self._read_key(row)
                 now = self.index.get(row.fingerprint)
-                if key is not None or now == row:
+                if key or now == row:
                     break
                 row = now  # it was updated, or compaction moved it, while we looked
-            if row is not None and key is not None and self.fingerprint(key) == row.fingerprint:
+            if row is None:
+                continue
+            if key and self.fingerprint(key) == row.fingerprint:
                 found.append((key, row))
+            elif key is not None and self.index.get(row.fingerprint) == row:
+                self._damaged(row, None, "the session's id cannot be read")
         return found
 
     async def _read_key(self, row: Row) -> bytes | None:
-        """Return the key of the frame that `row` points to; None: not readable there."""
+        """Return the key of the frame that `row` points to; empty: not there; None: not now."""
         if row.segment not in self.segments:
-            return None
+            return b""
         size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
         frame = self.reader.cached(row.segment, row.offset, size)
         if frame is None:
             reading = asyncio.ensure_future(self.reader.waiting(row.segment, row.offset, size))
             try:
                 frame = await asyncio.shield(reading)  # the thread must not lose its file
-            except OSError:
-                return None
-        return key_of(memoryview(frame))
+            except OSError as error:
+                return None if error.errno in _OUT_OF_FILES else b""
+        return key_of(memoryview(frame)) or b""
 
     # --- writing ------------------------------------------------------------------------------
 

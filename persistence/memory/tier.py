@@ -55,7 +55,12 @@ class _Shard:
 
 def charge(session_id: str, record: bytes) -> int:
     """Return the bytes that a resident session is charged with."""
-    return len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+    return len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
+
+
+def id_bytes(session_id: str) -> int:
+    """Return the bytes of a session id, as UTF-8."""
+    return len(session_id) if session_id.isascii() else len(session_id.encode())
 
 
 def shard_count(max_bytes: int) -> int:
@@ -201,7 +206,7 @@ class MemoryTier:
         old = records.get(session_id)
         used = self.used_bytes + len(record)
         if old is None:
-            used += len(session_id) + ENTRY_OVERHEAD_BYTES
+            used += id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
         else:
             used -= len(old)
             # A read may have renewed it after this version was submitted.
@@ -228,7 +233,7 @@ class MemoryTier:
         """Keep a session that is not resident, whose last access the index knows already."""
         shard = self._shards[hash(session_id) & self._mask]
         self.used_bytes = used = (
-            self.used_bytes + len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+            self.used_bytes + len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
         )
         self.peak_bytes = max(self.peak_bytes, used)
         shard.records[session_id] = record
@@ -260,7 +265,7 @@ class MemoryTier:
                 continue
             del shard.accessed[session_id]
             freed_bytes += len(shard.records.pop(session_id))
-            freed_bytes += len(session_id) + ENTRY_OVERHEAD_BYTES
+            freed_bytes += id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
             if shard.lives:
                 shard.lives.pop(session_id, None)
             if shard.caps:
@@ -274,7 +279,7 @@ class MemoryTier:
         record = shard.records.pop(session_id, None)
         if record is None:
             return None
-        self.used_bytes -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+        self.used_bytes -= len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
         accessed = shard.accessed.pop(session_id)
         life = shard.lives.pop(session_id, self.default_life) if shard.lives else self.default_life
         cap = shard.caps.pop(session_id, NEVER) if shard.caps else NEVER
@@ -305,7 +310,7 @@ class MemoryTier:
             if excess <= 0:
                 break
             record = self._shards[hash(session_id) & self._mask].records[session_id]
-            excess -= len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+            excess -= len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
             chosen.append(session_id)
         return chosen
 

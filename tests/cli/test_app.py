@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from persistence import DiskConfig, StateConfig, StateManager
 from persistence.cli import app as app_module
 from persistence.cli import main
 from tests.cli.command import Command
@@ -53,7 +55,8 @@ def test_the_version_is_printed(command: Command) -> None:
     ],
 )
 def test_a_wrong_command_line_is_one_line(command: Command, words: list[str], said: str) -> None:
-    command(*words).assert_refused(said, code=2)
+    path = "persistence" if words == ["reply"] else f"persistence {words[0]}"
+    command(*words).assert_refused(said, f"see '{path} --help'", code=2)
 
 
 def raising(error: BaseException) -> typer.Typer:
@@ -116,3 +119,37 @@ def test_a_reader_that_has_seen_enough_is_no_error_message() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("command_line", "code", "said"),
+    [
+        ("inspect {dir} >&-", 1, "stdout is closed"),
+        ("inspect {dir} --json >&-", 1, "stdout is closed"),
+        ("export {dir} >&-", 1, "stdout is closed"),
+        ("export {dir} --output {dir}/../x.jsonl >&-", 0, "1 sessions exported"),
+        ("import {dir} <&-", 1, "stdin is closed"),
+        ("inspect {dir} 2>&-", 0, ""),
+    ],
+)
+def test_a_closed_stream_is_no_internal_error(
+    tmp_path: Path, command_line: str, code: int, said: str
+) -> None:
+    async def make() -> None:
+        config = StateConfig(disk=DiskConfig(path=str(tmp_path / "d")))
+        async with StateManager(config=config) as state:
+            await state.create_session()
+
+    asyncio.run(make())
+    program = f"{sys.executable} -m persistence.cli "
+    done = subprocess.run(
+        ["bash", "-c", program + command_line.format(dir=tmp_path / "d")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done
+    assert said in done.stderr
+    assert "internal error" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -341,3 +341,16 @@ async def test_a_position_far_above_the_watermark_waits() -> None:
     assert not waiting.done()
     mark.finish(0)
     await waiting
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x00\xff\x7fELF" * 100, b'{"id": "s"}\n{"id": "t"}\n'], ids=["binary", "JSON Lines"]
+)
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_file_without_a_single_request_is_no_success(
+    command: Command, tmp_path: Path, temporary: Path, data: bytes, options: list[str]
+) -> None:
+    (tmp_path / "odd.log").write_bytes(data)
+    result = command("replay", tmp_path / "odd.log", *options)
+    assert result.code == 1
+    assert f"0 of {max(1, data.count(10))} lines are requests" in result.err

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from persistence.cli import app as app_module
 from persistence.cli.running import interruptible, run
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -39,6 +40,26 @@ def test_a_signal_outside_of_a_loop_is_an_interrupt(number: signal.Signals) -> N
 
     with pytest.raises(KeyboardInterrupt):
         signalled()
+
+
+@pytest.mark.parametrize(("number", "code"), list(zip(SIGNALS, (130, 143, 129), strict=True)))
+@pytest.mark.parametrize("in_loop", [True, False])
+def test_the_exit_code_tells_which_signal_it_was(
+    number: signal.Signals, code: int, in_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), number)
+        await asyncio.Event().wait()
+
+    def app(*_: object, **__: object) -> None:
+        if in_loop:
+            run(work())
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    monkeypatch.setattr(app_module, "app", app)
+    assert app_module.run_command(["demo"]) == code
+    assert app_module.run_command(["demo"]) == code
 
 
 def test_handlers_are_as_before_afterwards() -> None:

@@ -37,10 +37,14 @@ DATA: dict[str, Any] = {
 }
 
 
-def with_state(directory: Path, work: Callable[[StateManager], Awaitable[None]]) -> None:
+def with_state(
+    directory: Path, work: Callable[[StateManager], Awaitable[None]], **sections: dict[str, Any]
+) -> None:
     async def opened() -> None:
         config = StateConfig(
-            disk=DiskConfig(path=str(directory)), shutdown=ShutdownConfig(checkpoint=False)
+            disk=DiskConfig(path=str(directory)),
+            shutdown=ShutdownConfig(checkpoint=False),
+            **sections,  # type: ignore[arg-type]
         )
         async with StateManager(config=config) as state:
             await work(state)
@@ -151,6 +155,58 @@ def test_damaged_sessions_are_named_and_hold_back_no_others(
     }
 
 
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_whole_segment_that_is_damaged_is_named_and_fails_the_export(
+    command: Command, source: Path, tmp_path: Path, how: str
+) -> None:
+    segment = next(source.glob("*.seg"))
+    if how == "missing":
+        segment.unlink()
+    else:
+        segment.write_bytes(bytes(segment.stat().st_size))
+    result = command("export", source, "--output", tmp_path / "sessions.jsonl")
+    assert result.code == 1
+    assert f"left out: {segment} at offset" in result.err
+    assert "0 sessions exported" in result.err
+
+
+def test_a_session_whose_very_id_is_damaged_fails_the_export(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    segment = next(source.glob("*.seg"))
+    segment.write_bytes(segment.read_bytes().replace(b"for ever", b"for evil"))
+    result = command("export", source, "--output", tmp_path / "sessions.jsonl")
+    assert result.code == 1
+    assert f"left out: {segment} at offset" in result.err
+    assert "2 sessions exported" in result.err
+
+
+def test_fixed_deadlines_and_limits_on_a_lifetime_are_transferred(
+    command: Command, tmp_path: Path
+) -> None:
+    async def fill(state: StateManager) -> None:
+        await state.create_session(session_id="fixed", ttl_seconds=600, auto_renew=False)
+        await state.create_session(session_id="renewed", ttl_seconds=600)
+        await state.create_session(session_id="never", ttl_seconds=0)
+
+    times: list[dict[str, tuple[Any, ...]]] = []
+    limited = {"max_lifetime_seconds": 5000, "cleanup_interval_seconds": 0}
+    with_state(tmp_path / "a", fill, session=limited)
+    for source, target in (("a", "b"), ("b", "c")):
+        lines = tmp_path / f"{source}.jsonl"
+        assert command("export", tmp_path / source, "--output", lines).code == 0
+        assert command("import", tmp_path / target, "--input", lines).code == 0
+        read = list(map(decode, lines.read_bytes().splitlines()))
+        times.append({line["id"]: (line["ttl_seconds"], line["lifetime_ends_at"]) for line in read})
+        times[-1]["fixed deadline"] = tuple(
+            line["expires_at"] for line in read if line["id"] == "fixed"
+        )
+        times[-1]["never"] += tuple(line["expires_at"] for line in read if line["id"] == "never")
+    assert times[0] == times[1]
+    assert times[0]["fixed"][0] == 600
+    assert times[0]["never"][1] == times[0]["never"][2]
+
+
 def test_an_export_that_fails_leaves_the_file_of_before(
     command: Command, source: Path, tmp_path: Path
 ) -> None:
@@ -221,14 +277,36 @@ def test_replacing_makes_a_session_what_its_line_says(
         (b'{"id": "s", "ttl_seconds": {"$float": "nan"}}', "ttl_seconds"),
         (b'{"id": "s", "user_id": 5}', "user_id"),
         (b'{"id": "s", "max_requests": -1}', "max_requests"),
+        (b'{"id": "s", "max_requests": {"$int": "1180591620717411303424"}}', "max_requests"),
+        (b'{"id": "s", "ttl_seconds": 1e12}', "ttl_seconds"),
+        (b'{"id": "s", "data": {"\\ud800": 1}}', "its name has lone surrogates"),
+        (b'{"id": "s", "user_id": "\\ud800"}', "user_id"),
+        (b'{"id": "s", "metadata": {"attributes": 5}}', "attributes"),
+        (b'{"id": "s", "metadata": {"client_ip": 5}}', "client_ip"),
+        (b'{"id": "s", "data": {"a": 1, "b": 2, "a": 3}}', "the key 'a' is there twice"),
+        (b'{"id": "s", "id": "t"}', "the key 'id' is there twice"),
+        (b'{"id": "s", "expires_at": {"$datetime": "9999-12-31T23:59:59-23:59"}}', "100 years"),
     ],
 )
+@pytest.mark.parametrize("options", [[], ["--replace"]], ids=["new", "replace"])
 def test_a_bad_line_is_named_and_nothing_is_imported(
-    command: Command, tmp_path: Path, line: bytes, said: str
+    command: Command, tmp_path: Path, line: bytes, said: str, options: list[str]
 ) -> None:
     lines = write_lines(tmp_path / "x.jsonl", encode({"id": "good"}), line + b"\n")
-    command("import", tmp_path / "target", "--input", lines).assert_refused("line 2", said)
-    assert not (tmp_path / "target").exists() or contents(tmp_path / "target") == {}
+    target = tmp_path / "target"
+    command("import", target, "--input", lines, *options).assert_refused("line 2", said)
+    assert not target.exists()
+
+
+def test_a_session_over_the_size_limit_is_refused_before_anything_is_written(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.cli.import_.GIB", 1000)
+    lines = write_lines(
+        tmp_path / "x.jsonl", encode({"id": "good"}), encode({"id": "s", "data": {"a": "x" * 1000}})
+    )
+    command("import", tmp_path / "target", "--input", lines).assert_refused("line 2", "at most")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_session_twice_in_a_file_is_refused_at_its_second_line(
@@ -239,8 +317,10 @@ def test_a_session_twice_in_a_file_is_refused_at_its_second_line(
         encode({"id": "s", "data": {"a": 1}}),
         encode({"id": "s", "data": {"a": 2}}),
     )
-    command("import", tmp_path / "target", "--input", lines).assert_refused("line 2", "exists")
-    assert contents(tmp_path / "target")["s"][0] == {"a": 1}
+    command("import", tmp_path / "target", "--input", lines).assert_refused("line 2", "second time")
+    assert not (tmp_path / "target").exists()
+    assert command("import", tmp_path / "target", "--input", lines, "--replace").code == 0
+    assert contents(tmp_path / "target")["s"][0] == {"a": 2}
 
 
 def test_what_has_expired_is_left_out(command: Command, tmp_path: Path) -> None:

@@ -447,3 +447,17 @@ def test_check_notices_wrong_accounts(clock: ManualClock) -> None:
     tier.used_bytes += 1
     with pytest.raises(AssertionError):
         tier.check()
+
+
+@pytest.mark.parametrize(("session_id", "size"), [("a" * 9, 9), ("ü" * 9, 18), ("😀" * 128, 512)])
+def test_an_id_is_charged_with_its_bytes(clock: ManualClock, session_id: str, size: int) -> None:
+    tier = tier_with(clock)
+    assert charge(session_id, b"") == size + ENTRY_OVERHEAD_BYTES
+    for leave in (tier.remove, tier.take, lambda name: tier.shed([name])):
+        tier.put_noted(session_id, record("x"), 0.0, NEVER, NEVER)
+        tier.check()
+        leave(session_id)
+        tier.put(session_id, record("x"), 0.0, NEVER)
+        tier.check()
+        tier.remove(session_id)
+        assert tier.used_bytes == 0
