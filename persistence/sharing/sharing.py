@@ -33,6 +33,7 @@ from persistence.sharing.outbox import Branch, Outbox
 _log = logging.getLogger("persistence.sharing")
 
 _PROBE_SECONDS: Final = 0.5
+_LISTENING_TIMEOUTS: Final = 2  # one to subscribe, one for the first heartbeat to come back
 
 
 class Sharing:
@@ -65,6 +66,7 @@ class Sharing:
         self._time = local.time
         self._accepts_outages = config.on_outage == "local"
         self._is_listening = False
+        self._connected = asyncio.Event()
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[None] | None = None
@@ -95,13 +97,14 @@ class Sharing:
     # --- opening and closing ------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect, and start listening and delivering.
+        """Connect, and start listening and delivering. It listens when this returns.
 
         With ``on_outage = "local"`` a shared tier that is away is no reason not to start.
 
         Raises:
             ConfigError: it can never work like this.
-            RemoteUnavailable: it is away, and ``on_outage`` is ``"fail"``.
+            RemoteUnavailable: it is away or announcements do not arrive, and ``on_outage`` is
+                ``"fail"``.
         """
         await self.outbox.open()
         await self.conflicts.open()
@@ -114,7 +117,23 @@ class Sharing:
             self._probe()
         else:
             await self._remote.subscribe(self)
+            await self._wait_until_listening()
         self._delivery.start()
+
+    async def _wait_until_listening(self) -> None:
+        """Wait for the subscription, or for the time in which it should have come about.
+
+        Work that began before that would be done as in an outage: on local copies that other
+        workers, or this one before it was killed, may have left behind.
+        """
+        try:
+            async with asyncio.timeout(_LISTENING_TIMEOUTS * self._config.timeout_seconds):
+                await self._connected.wait()
+        except TimeoutError:
+            problem = "announcements of other workers' commits do not arrive"
+            if not self._accepts_outages:
+                raise RemoteUnavailable(f"opening the shared tier: {problem}") from None
+            _log.warning("starting without the shared tier: %s", problem)
 
     async def close(self) -> None:
         """Deliver what can be delivered, and disconnect."""
@@ -153,6 +172,7 @@ class Sharing:
         """Announcements arrive from now on; what was before may have been missed."""
         self.copies.reset()
         self._is_listening = True
+        self._connected.set()
         if epoch != self.outbox.epoch:
             if self.outbox.epoch != NO_ID:
                 _log.warning("the shared tier lost its content: it is filled again from here")
