@@ -56,18 +56,24 @@ class Expected:
 
 async def verify_here(state: StateManager, expected: Expected, step: Callable[[], None]) -> Wrong:
     """Read every session of a manager again, one after the other."""
-    listed = {sid async for sid in state.iter_sessions() if sid != CURSOR_ID}
     wrong: Wrong = {}
-    async for sid in in_slices(sorted(expected.ids() | listed)):
+    there = set()
+    async for sid in in_slices(sorted(expected.ids() | await _listed(state))):
         session = await state.get_session(sid)
-        wanted = expected.data(sid)
-        found = list(differences(wanted, session.data if session else None))
-        if wanted is not None and session is not None and sid not in listed:
-            found.append("is not listed")
+        if session is not None:
+            there.add(sid)
+        found = list(differences(expected.data(sid), session.data if session else None))
         if found:
             wrong[sid] = found
         step()
+    # Only now: those that were in Redis only have come here.
+    for sid in sorted(there - await _listed(state)):
+        wrong.setdefault(sid, []).append("is not listed")
     return wrong
+
+
+async def _listed(state: StateManager) -> set[str]:
+    return {sid async for sid in state.iter_sessions() if sid != CURSOR_ID}
 
 
 async def compare(

@@ -158,6 +158,7 @@ class _Single:
             expected = await Expected.of(LogReader(options.logs, options.limit), cursor)
             wrong[""] = await verify_here(self._state, expected, step)
             if report.namespace is not None:
+                await self._take_numbers()  # those that were in Redis only have come here
                 wrong[" in Redis"], report.redis_sessions = await verify_in_redis(
                     options, report.namespace, expected, step
                 )
