@@ -148,7 +148,7 @@ def test_a_worker_that_dies_is_told_and_ends_the_others(
     killed: list[int] = []
 
     def kill_one(progress: ReplayProgress) -> None:
-        if not killed:
+        if progress.done > 0 and not killed:
             process = worker_processes()[1]
             killed.append(process.pid)
             process.kill()
