@@ -14,14 +14,15 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Final
 
 from persistence import record as rec
 from persistence.commit import Commit
 from persistence.config import RedisConfig
-from persistence.disk.format import DELETE, PUT
+from persistence.disk.format import DELETE
 from persistence.errors import PersistenceError, RemoteUnavailable
-from persistence.record import NO_ID
+from persistence.record import ID_BYTES, NO_ID
 from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
 from persistence.sharing.agreement import Agreement, Decision, unavailable
 from persistence.sharing.conflicts import Conflicts
@@ -170,6 +171,7 @@ class Sharing:
 
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
+        epoch = blake2b(epoch, digest_size=ID_BYTES).digest()  # on Cluster it is longer
         self.copies.reset()
         self._is_listening = True
         self._connected.set()
@@ -258,10 +260,9 @@ class Sharing:
     def acknowledged(self, commits: Sequence[Commit]) -> None:
         """Commits are in the log."""
         for commit in commits:
+            # A version counts as valid since the shared tier took it, if nothing came after it.
             if commit.kind == DELETE:
                 self.copies.forget(commit.session_id)
-            elif commit.kind == PUT and commit.shared:
-                self.copies.validate(commit.session_id)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -326,6 +327,7 @@ class Sharing:
                 break
         if session_id in self._commits.tails or session_id in self.outbox:
             return  # this worker went ahead meanwhile
+        self.copies.forget(session_id)  # what is announced from here on is newer than `found`
         await self._take_over(session_id, key, found)
 
     async def _ask(
@@ -364,9 +366,11 @@ class Sharing:
             await self.outbox.add({session_id: branch})
             self._delivery.wake()
             return
+        generation = self.copies.generation
         await self._residency.adopt(session_id, *self._residency.times_of_remote(found))
         self.refreshed += 1
-        self.copies.validate(session_id)
+        if generation == self.copies.generation and not self.copies.is_stale(session_id):
+            self.copies.validate(session_id)
 
     async def _ended_there(self, session_id: str, key: bytes, tombstone: Stored) -> None:
         """Another worker terminated it."""
