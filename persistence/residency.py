@@ -118,22 +118,24 @@ class Residency:
     def acknowledged(self, commits: Sequence[Commit]) -> None:
         """Commits are in the log and in the index: let memory follow, in order."""
         memory = self.memory
+        if self.unlogged:
+            # All of them first: what is kept below makes others leave memory, and an older version
+            # of one further on must not be sent to the log behind it.
+            for commit in commits:
+                if commit.kind != TOUCH and not commit.spills:
+                    self._logged(commit.session_id)
+                    self._leaving.pop(commit.session_id, None)
         for commit in commits:
             record = commit.record
             if record is not None:
                 if commit.spills:
                     self._spill_logged(commit)
                 else:
-                    if self.unlogged:
-                        self._logged(commit.session_id)
-                        self._leaving.pop(commit.session_id, None)
                     self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
                 if memory.used_bytes > self._threshold_bytes:
                     self.spill_down()
             elif commit.kind == DELETE:
                 memory.remove(commit.session_id)
-                self._leaving.pop(commit.session_id, None)
-                self._logged(commit.session_id)
 
     def _spill_logged(self, commit: Commit) -> None:
         """A version that left memory is in the log, unless a newer one was adopted meanwhile."""

@@ -576,6 +576,32 @@ async def test_an_adopted_session_that_leaves_while_its_next_version_is_on_its_w
     assert residency_of(state).unlogged == set()
 
 
+@pytest.mark.parametrize("how", ["updated", "terminated"])
+async def test_adopted_sessions_leave_behind_their_next_versions_also_when_those_come_in_one_batch(
+    start: Start, crash: Crash, how: str
+) -> None:
+    """The first acknowledgement of a batch makes sessions leave that are further on in it."""
+    state = await start(memory={"max_bytes": 16 * KIB})
+    names = [str(number) for number in range(10)]
+    for name in names:
+        await adopted(state, name, {"x": "x" * 1000})
+    assert residency_of(state).unlogged == set(names)
+    work: list[Awaitable[object]] = [
+        state.update_session_data(name, "y", "y" * 1000) for name in names[:5]
+    ]
+    if how == "updated":
+        work += [state.update_session_data(name, "y", "y" * 1000) for name in names[5:]]
+    else:
+        work += [state.terminate_session(name) for name in names[5:]]
+    await asyncio.gather(*work)
+    await state.flush()
+    left = names if how == "updated" else names[:5]
+    expected = {name: {"x": "x" * 1000, "y": "y" * 1000} for name in left}
+    assert await contents(state) == expected
+    assert await contents(await start(path=crash(state))) == expected
+    await assert_in_step(state)
+
+
 async def test_an_adopted_session_that_leaves_comes_back_if_its_next_version_fails(
     start: Start, files: ScriptedFiles
 ) -> None:
