@@ -65,6 +65,16 @@ def test_four_workers_share_the_sessions_of_a_log(
     assert worker_processes() == []
 
 
+def test_workers_with_little_memory_show_what_the_others_wrote_all_the_same(
+    command: Command, tmp_path: Path, shared_server: RedisServer
+) -> None:
+    log = write_log(tmp_path / "many.log", 2000, clients=100)
+    words = ("--workers", 3, "--memory", "16KiB", "--fsync", "never", "--json")
+    result = command("replay", log, "--redis", shared_server.url, *words)
+    assert result.code == 0, result
+    assert result.json["spilled"] > 0
+
+
 def test_the_real_log_verifies_with_four_workers(
     command: Command, deployments: Deployments
 ) -> None:
