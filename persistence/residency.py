@@ -118,34 +118,46 @@ class Residency:
     def acknowledged(self, commits: Sequence[Commit]) -> None:
         """Commits are in the log and in the index: let memory follow, in order."""
         memory = self.memory
+        if self.unlogged:
+            # All of them first: what is kept below makes others leave memory, and an older version
+            # of one further on must not be sent to the log behind it.
+            for commit in commits:
+                if commit.kind != TOUCH and not commit.spills:
+                    self._logged(commit.session_id)
+                    self._leaving.pop(commit.session_id, None)
         for commit in commits:
             record = commit.record
             if record is not None:
-                if self.unlogged:
-                    self._logged(commit.session_id)
-                if not commit.spills:
+                if commit.spills:
+                    self._spill_logged(commit)
+                else:
                     self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
-                elif self._leaving.get(commit.session_id) is commit:
-                    del self._leaving[commit.session_id]
-                    self.spilled += 1
                 if memory.used_bytes > self._threshold_bytes:
                     self.spill_down()
             elif commit.kind == DELETE:
                 memory.remove(commit.session_id)
-                self._leaving.pop(commit.session_id, None)
-                self._logged(commit.session_id)
+
+    def _spill_logged(self, commit: Commit) -> None:
+        """A version that left memory is in the log, unless a newer one was adopted meanwhile."""
+        session_id = commit.session_id
+        if self._leaving.get(session_id) is commit:
+            del self._leaving[session_id]
+            self.spilled += 1
+            self._logged(session_id)
+        elif self.memory.peek(session_id) == commit.record:  # it came back
+            self._logged(session_id)
 
     def _logged(self, session_id: str) -> None:
         self.unlogged.discard(session_id)
         self.unlisted.discard(session_id)
 
     def failed(self, commit: Commit) -> None:
-        """A commit failed: a spilled session comes back into memory."""
-        if not commit.spills:
-            return
-        self.spill_failures += 1
-        if self._leaving.get(commit.session_id) is commit:
-            self._come_back(commit)
+        """A commit failed: a session that was leaving, with it or behind it, comes back."""
+        leaving = self._leaving.get(commit.session_id)
+        if commit.spills:
+            self.spill_failures += 1
+        if leaving is not None and (leaving is commit or not commit.spills):
+            self._come_back(leaving)
 
     def _come_back(self, commit: Commit) -> None:
         """Make a leaving session resident again."""
@@ -584,6 +596,10 @@ class Residency:
         commit = self.put_commit(session_id, key, record, accessed, life, cap)
         commit.spills = True
         self._leaving[session_id] = commit
+        if session_id in self._commits.tails:
+            # The next version, or the end, is on its way to the log. Behind that, this one would
+            # be the newest. So it is not sent: it stays here until that is decided.
+            return
         try:
             self._commits.submit(commit, wait=False)
         except PersistenceError:  # closing, or broken

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from persistence import ManualClock, Session, StateManager
+from persistence import record as rec
 from persistence.errors import CorruptionError, DiskFull
 from persistence.memory.budget import MemoryPressure
 from persistence.memory.tier import charge
@@ -546,6 +547,110 @@ async def test_a_spill_that_fails_keeps_the_session_and_raises_nothing_at_the_re
     await eventually(lambda: memory_of(state).used_bytes <= 16 * KIB)
     assert len(await contents(state)) == 30
     await assert_in_step(state)
+
+
+@pytest.mark.parametrize("how", ["updated", "terminated"])
+async def test_an_adopted_session_that_leaves_while_its_next_version_is_on_its_way_stays_behind_it(
+    start: Start, crash: Crash, files: ScriptedFiles, how: str
+) -> None:
+    state = await start()
+    await adopted(state, "a", {"x": 1})
+    files.writes.hold()
+    if how == "updated":
+        work: Awaitable[object] = state.update_session_data("a", "x", 2)
+    else:
+        work = state.terminate_session("a")
+    task = asyncio.ensure_future(work)
+    await files.writes.reached()
+    residency_of(state).set_budget(1)
+    await eventually(lambda: resident(state) == [])
+    if how == "updated":
+        assert await data_of(state, "a") == {"x": 1}  # what is acknowledged
+        residency_of(state).set_budget(1)
+    files.open_gates()
+    await task
+    await state.flush()
+    expected = {"a": {"x": 2}} if how == "updated" else {}
+    assert await contents(state) == expected
+    assert await contents(await start(path=crash(state))) == expected
+    assert residency_of(state).unlogged == set()
+
+
+@pytest.mark.parametrize("how", ["updated", "terminated"])
+async def test_adopted_sessions_leave_behind_their_next_versions_also_when_those_come_in_one_batch(
+    start: Start, crash: Crash, how: str
+) -> None:
+    """The first acknowledgement of a batch makes sessions leave that are further on in it."""
+    state = await start(memory={"max_bytes": 16 * KIB})
+    names = [str(number) for number in range(10)]
+    for name in names:
+        await adopted(state, name, {"x": "x" * 1000})
+    assert residency_of(state).unlogged == set(names)
+    work: list[Awaitable[object]] = [
+        state.update_session_data(name, "y", "y" * 1000) for name in names[:5]
+    ]
+    if how == "updated":
+        work += [state.update_session_data(name, "y", "y" * 1000) for name in names[5:]]
+    else:
+        work += [state.terminate_session(name) for name in names[5:]]
+    await asyncio.gather(*work)
+    await state.flush()
+    left = names if how == "updated" else names[:5]
+    expected = {name: {"x": "x" * 1000, "y": "y" * 1000} for name in left}
+    assert await contents(state) == expected
+    assert await contents(await start(path=crash(state))) == expected
+    await assert_in_step(state)
+
+
+async def test_an_adopted_session_that_leaves_comes_back_if_its_next_version_fails(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await start()
+    await adopted(state, "a", {"x": 1})
+    files.writes.hold()
+    task = asyncio.ensure_future(state.update_session_data("a", "x", 2))
+    await files.writes.reached()
+    residency_of(state).set_budget(1)
+    await eventually(lambda: resident(state) == [])
+    files.full = True
+    files.open_gates()
+    assert isinstance((await outcomes([task]))[0], DiskFull)
+    assert await data_of(state, "a") == {"x": 1}
+    files.full = False
+    await state.flush()
+    assert await contents(state) == {"a": {"x": 1}}
+
+
+async def test_a_session_adopted_again_while_its_older_version_is_being_spilled_is_logged_too(
+    start: Start, crash: Crash, files: ScriptedFiles
+) -> None:
+    state = await start()
+    await adopted(state, "a", {"x": 1})
+    old = memory_of(state).peek("a")
+    assert old is not None
+    files.writes.hold()
+    residency_of(state).set_budget(1)
+    await files.writes.reached()
+    residency_of(state).set_budget(64 * KIB)
+    new = rec.assemble(
+        incarnation=b"i" * 16,
+        commit=b"c" * 16,
+        version=2,
+        created=0.0,
+        ttl_seconds=0.0,
+        flags=0,
+        user=0,
+        meta=rec.pack_meta({}),
+        fields={"x": rec.pack_value(2, "x")},
+    )
+    await residency_of(state).adopt("a", new, 0.0, NEVER)
+    files.open_gates()
+    await eventually(lambda: not commits_of(state).pending_bytes)
+    residency_of(state).set_budget(1)
+    await eventually(lambda: resident(state) == [])
+    await state.flush()
+    assert await data_of(state, "a") == {"x": 2}
+    assert await contents(await start(path=crash(state))) == {"a": {"x": 2}}
 
 
 # What it costs the process

@@ -14,7 +14,8 @@ import typer
 from persistence.cli import screen
 from persistence.cli.failure import EXIT_FAILED, EXIT_OK, CommandError
 from persistence.cli.options import JsonOption, size_option
-from persistence.cli.replayer import ReplayOptions, ReplayProgress, ReplayReport, replay
+from persistence.cli.replay_model import ReplayOptions, ReplayProgress, ReplayReport
+from persistence.cli.replayer import replay
 from persistence.cli.running import run
 from persistence.cli.screen import format_bytes, say
 
@@ -26,7 +27,9 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
             metavar="LOG", help="Access logs, plain or .gz/.xz/.bz2, replayed in this order."
         ),
     ],
-    memory: Annotated[int, size_option("--memory", "Budget of the memory tier.")] = "256KiB",  # type: ignore[assignment]
+    memory: Annotated[
+        int, size_option("--memory", "Budget of the memory tier (of each worker).")
+    ] = "256KiB",  # type: ignore[assignment]
     policy: Annotated[str, typer.Option(help="Eviction policy of the memory tier.")] = "lru",
     directory: Annotated[
         Path | None,
@@ -43,6 +46,20 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     concurrency: Annotated[
         int, typer.Option(min=1, max=4096, help="Requests in flight at most.")
     ] = 64,
+    redis: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Share the sessions through this Redis; verified there."),
+    ] = None,
+    redis_write: Annotated[
+        str, typer.Option(metavar="through|behind", help="When Redis learns of an update.")
+    ] = "through",
+    namespace: Annotated[
+        str | None,
+        typer.Option(help="In Redis; else that of the replay to resume, or a fresh one."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes that share the sessions through Redis.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> int:
     """Replay access logs as a session workload, then verify every session.
@@ -50,7 +67,9 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     A session is a client address with a user agent. Each request renews its session (for seven
     days), appends to a history of 20, and updates counters and the last URL, in one atomic
     update. At the end every session is read again and compared with a plain computation over the
-    same logs: the exit code is 0 only when all are equal, and 1 when no line is a request.
+    same logs: the exit code is 0 only when all are equal, and 1 when no line is a request. With
+    --redis every session is also read from Redis and compared, and with --workers each request
+    goes to a random worker. What is in Redis stays there, for seven days.
     """
     if resume and directory is None:
         raise CommandError("--resume needs the --directory of the replay to go on with")
@@ -65,6 +84,10 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
             resume=resume,
             limit=limit,
             concurrency=concurrency,
+            redis_url=redis,
+            redis_write=redis_write,
+            namespace=namespace,
+            workers=workers,
         )
         report = run(replay(options, _shown(show)))
     if as_json:
@@ -128,4 +151,9 @@ def _rows(report: ReplayReport) -> Iterator[tuple[str, str]]:
     yield "compactions", f"{report.compactions:,}"
     yield "time", f"{report.seconds:.2f} s"
     yield "requests per second", f"{report.requests_per_second:,.0f}"
+    if report.namespace is not None:
+        yield "workers", f"{report.workers:,}"
+        yield "updates retried after a conflict", f"{report.conflicts_retried:,}"
+        yield "namespace in Redis", report.namespace
+        yield "sessions compared in Redis", f"{report.redis_sessions:,}"
     yield "sessions verified", "all equal" if report.verified else "NO"

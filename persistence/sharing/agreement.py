@@ -65,11 +65,13 @@ class _Fate:
         branches: what the shared tier learns of later.
         unsure: those of them that were sent, and may have been applied.
         refused: what fails.
+        generation: of the local copies, when the batch was sent.
     """
 
     branches: list[Commit] = field(default_factory=list)
     unsure: list[Commit] = field(default_factory=list)
     refused: list[tuple[Commit, PersistenceError]] = field(default_factory=list)
+    generation: int = 0
 
     def decision(self, batch: Sequence[Commit]) -> Decision:
         """Return what may be written of `batch`, in its order."""
@@ -211,6 +213,9 @@ class Agreement:
         if not asked:
             return
         repeated: list[Commit] = []
+        fate.generation = self._copies.generation
+        for commit, _ in asked:
+            self._copies.forget(commit.session_id)
         results = await self._remote.commit([request for _, request in asked])
         behind: dict[str, bytes] = {}
         for (commit, request), result in zip(asked, results, strict=True):
@@ -272,7 +277,7 @@ class Agreement:
             if session_id in self._outbox:
                 await self._outbox.remove(session_id)
             if commit.kind == PUT:
-                self._copies.validate(session_id)
+                self._validate(session_id, fate)
             return
         if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
             if not isinstance(result.error, RemoteDamaged):
@@ -294,6 +299,16 @@ class Agreement:
             fate.refused.append((commit, _overtaken(session_id)))
         stored = result.stored
         self._copies.announced(session_id, NO_ID if stored is None else stored.commit)
+
+    def _validate(self, session_id: str, fate: _Fate) -> None:
+        """What was just committed is current, unless more was announced since it was sent.
+
+        The race: another worker builds on our commit, and its announcement overtakes the reply to
+        ours. Valid now, our version would stay for good.
+        """
+        copies = self._copies
+        if fate.generation == copies.generation and not copies.is_stale(session_id):
+            copies.validate(session_id)
 
     async def _begin_branches(self, fate: _Fate) -> None:
         """Let the shared tier learn of what it could not be asked, later."""

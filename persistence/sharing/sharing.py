@@ -13,17 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
+from hashlib import blake2b
 from itertools import islice
 from typing import Any, Final
 
 from persistence import record as rec
 from persistence.commit import Commit
 from persistence.config import RedisConfig
-from persistence.disk.format import DELETE, PUT
+from persistence.disk.format import DELETE
 from persistence.errors import PersistenceError, RemoteUnavailable
-from persistence.record import NO_ID
+from persistence.record import ID_BYTES, NO_ID
 from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
 from persistence.sharing.agreement import Agreement, Decision, unavailable
 from persistence.sharing.conflicts import Conflicts
@@ -37,6 +37,7 @@ _log = logging.getLogger("persistence.sharing")
 
 _PROBE_SECONDS: Final = 0.5
 _IMPOSED_AT_ONCE: Final = 1000
+_LISTENING_TIMEOUTS: Final = 2  # one to subscribe, one for the first heartbeat to come back
 
 
 class Sharing:
@@ -70,7 +71,7 @@ class Sharing:
         self._all_ids = local.all_ids
         self._accepts_outages = config.on_outage == "local"
         self._is_listening = False
-        self._has_connected = asyncio.Event()
+        self._connected = asyncio.Event()
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[None] | None = None
@@ -111,13 +112,14 @@ class Sharing:
     # --- opening and closing ------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect, and start listening and delivering.
+        """Connect, and start listening and delivering. It listens when this returns.
 
         With ``on_outage = "local"`` a shared tier that is away is no reason not to start.
 
         Raises:
             ConfigError: it can never work like this.
-            RemoteUnavailable: it is away, and ``on_outage`` is ``"fail"``.
+            RemoteUnavailable: it is away or announcements do not arrive, and ``on_outage`` is
+                ``"fail"``.
         """
         try:
             await self._remote.open()
@@ -128,14 +130,23 @@ class Sharing:
             self._probe()
         else:
             await self._remote.subscribe(self)
-            await self._until_connected()
+            await self._wait_until_listening()
         self._delivery.start()
 
-    async def _until_connected(self) -> None:
-        """Wait until announcements arrive: the first reader is to see what others have done."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._config.timeout_seconds):
-                await self._has_connected.wait()
+    async def _wait_until_listening(self) -> None:
+        """Wait for the subscription, or for the time in which it should have come about.
+
+        Work that began before that would be done as in an outage: on local copies that other
+        workers, or this one before it was killed, may have left behind.
+        """
+        try:
+            async with asyncio.timeout(_LISTENING_TIMEOUTS * self._config.timeout_seconds):
+                await self._connected.wait()
+        except TimeoutError:
+            problem = "announcements of other workers' commits do not arrive"
+            if not self._accepts_outages:
+                raise RemoteUnavailable(f"opening the shared tier: {problem}") from None
+            _log.warning("starting without the shared tier: %s", problem)
 
     async def deliver(self) -> None:
         """Deliver what the shared tier has not seen and takes now; to be followed by `close`."""
@@ -198,9 +209,10 @@ class Sharing:
 
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
+        epoch = blake2b(epoch, digest_size=ID_BYTES).digest()  # on Cluster it is longer
         self.copies.reset()
         self._is_listening = True
-        self._has_connected.set()
+        self._connected.set()
         if epoch != self.outbox.epoch:
             if self.outbox.epoch != NO_ID:
                 _log.warning("the shared tier lost its content: it is filled again from here")
@@ -286,10 +298,9 @@ class Sharing:
     def acknowledged(self, commits: Sequence[Commit]) -> None:
         """Commits are in the log."""
         for commit in commits:
+            # A version counts as valid since the shared tier took it, if nothing came after it.
             if commit.kind == DELETE:
                 self.copies.forget(commit.session_id)
-            elif commit.kind == PUT and commit.shared:
-                self.copies.validate(commit.session_id)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -354,6 +365,7 @@ class Sharing:
                 break
         if session_id in self._commits.tails or session_id in self.outbox:
             return  # this worker went ahead meanwhile
+        self.copies.forget(session_id)  # what is announced from here on is newer than `found`
         await self._take_over(session_id, key, found)
 
     async def _ask(
@@ -392,9 +404,11 @@ class Sharing:
             await self.outbox.add({session_id: branch})
             self._delivery.wake()
             return
+        generation = self.copies.generation
         await self._residency.adopt(session_id, *self._residency.times_of_remote(found))
         self.refreshed += 1
-        self.copies.validate(session_id)
+        if generation == self.copies.generation and not self.copies.is_stale(session_id):
+            self.copies.validate(session_id)
 
     async def _ended_there(self, session_id: str, key: bytes, tombstone: Stored) -> None:
         """Another worker terminated it."""

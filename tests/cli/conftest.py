@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from tests.cli.command import Command, command_with
@@ -11,3 +14,12 @@ from tests.cli.command import Command, command_with
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """The command line, as a function of its words."""
     return command_with(capsys)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which temporary directories are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder

@@ -1,8 +1,9 @@
-"""Runs replays that are killed: ``replay_nursery.py LOG``, one order a line on stdin.
+"""Runs replays that are killed: ``replay_nursery.py LOG [URL]``, one order a line on stdin.
 
 An order is ``{"directory": ..., "seconds": ...}``. A child is forked, replays the log in that
-directory, as the command line does with --resume, and is killed with SIGKILL after `seconds` (null:
-never). The answer, a line of its own, is its exit code or null if it was killed.
+directory, as the command line does with --resume (and --redis URL), and is killed with SIGKILL
+after `seconds` (null: never). The answer, a line of its own, is its exit code or null if it was
+killed.
 
 Forked, because imports would be most of such a short life: each child starts with all of them done.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from persistence.cli.replayer import ReplayOptions, replay
 
 
-def replay_into(directory: Path, log: Path) -> int:
+def replay_into(directory: Path, log: Path, redis_url: str | None) -> int:
     options = ReplayOptions(
         logs=(log,),
         directory=directory,
@@ -29,20 +30,23 @@ def replay_into(directory: Path, log: Path) -> int:
         segment_bytes=64 * 1024,
         resume=True,
         concurrency=16,
+        redis_url=redis_url,
     )
     report = asyncio.run(replay(options))
     sys.stderr.write("\n".join(report.differences))
     return 0 if report.verified else 3
 
 
-def raise_child(directory: Path, log: Path, seconds: float | None) -> int | None:
+def raise_child(
+    directory: Path, log: Path, redis_url: str | None, seconds: float | None
+) -> int | None:
     # The end of the pipe that only the child holds closes with its life, however that ends.
     life, own_life = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 4
         try:
-            code = replay_into(directory, log)
+            code = replay_into(directory, log, redis_url)
         except BaseException:  # noqa: BLE001 - a child must not return into its parent's loop
             traceback.print_exc()
         finally:
@@ -59,9 +63,10 @@ def raise_child(directory: Path, log: Path, seconds: float | None) -> int | None
 
 def main() -> None:
     log = Path(sys.argv[1])
+    redis_url = sys.argv[2] if len(sys.argv) > 2 else None
     for line in sys.stdin:
         order = json.loads(line)
-        code = raise_child(Path(order["directory"]), log, order["seconds"])
+        code = raise_child(Path(order["directory"]), log, redis_url, order["seconds"])
         sys.stdout.write(f"{json.dumps(code)}\n")
         sys.stdout.flush()
 

@@ -8,7 +8,6 @@ import gzip
 import lzma
 import os
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,6 @@ REAL_LOG = Path(__file__).parents[3] / "shared/data/web-apache_logs.log.gz"
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return write_log(tmp_path / "access.log", 600)
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which temporary directories are made."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
 
 
 def change_directory(directory: Path, change: Callable[[StateManager], Any]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from persistence import SessionMetadata, StateManager
-from persistence.errors import ConflictError, SessionExists, SessionNotFound
-from tests.redis_servers import Group, RedisServer
+from persistence.errors import ConflictError, RemoteUnavailable, SessionExists, SessionNotFound
+from persistence.record import NO_ID
+from tests.engine import ScriptedFiles, residency_of
+from tests.redis_servers import Group, Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import add_one, sharing_of, until, until_up, value
 
@@ -194,6 +197,102 @@ async def test_what_happened_while_a_worker_was_away_is_seen_when_it_is_back(
     assert await value(b, changed) == 5
     assert await b.get_session(ended) is None
     assert await value(b, kept) == 0
+
+
+async def test_a_worker_is_listening_once_it_is_open(worker: Worker, deployment: Group) -> None:
+    assert sharing_of(await worker(deployment.url)).is_up
+
+
+async def test_a_worker_that_has_just_opened_builds_on_what_the_others_have_done(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    """Neither its first read nor its first update may take its old copies for current."""
+    a, b = await worker(shared_server.url), await worker(shared_server.url)
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    for count in (1, 3):
+        await b.close()
+        await a.update_session(sid, add_one)
+        b = await worker(shared_server.url, path=b.config.disk.path)
+        assert await value(b, sid) == count
+        assert (await b.update_session(sid, add_one))["n"] == count + 1
+    assert sharing_of(b).conflicts.count == 0
+
+
+async def test_a_worker_that_hears_nothing_of_the_others_starts_all_the_same_or_refuses(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    """A server that answers everything but subscribers."""
+    proxy.drops_reply = lambda data: b"subscribe" in data
+    a = await worker(proxy.url, timeout_seconds=0.2)
+    assert not sharing_of(a).is_up
+    with pytest.raises(RemoteUnavailable, match="announcements"):
+        await worker(proxy.url, timeout_seconds=0.2, on_outage="fail")
+    proxy.drops_reply = lambda _: False
+    await until_up(a)
+
+
+async def test_an_update_elsewhere_while_ours_is_being_logged_is_seen_here(pair: Pair) -> None:
+    a, b = pair
+    files = a._files
+    assert isinstance(files, ScriptedFiles)
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    files.writes.hold()
+    ours = asyncio.create_task(a.update_session(sid, add_one))
+    await files.writes.reached()  # the shared tier has it
+    assert (await b.update_session(sid, add_one))["n"] == 2
+
+    async def announced() -> bool:
+        return sharing_of(a).copies.is_stale(sid)
+
+    await until(announced)
+    files.open_gates()
+    assert (await ours)["n"] == 1
+    assert await value(a, sid) == 2
+
+
+async def test_an_update_elsewhere_while_a_session_is_being_taken_over_is_seen_here(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0})
+    adopt = residency_of(b).adopt
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def adopt_later(*arguments: Any) -> None:
+        begun.set()
+        await go_on.wait()  # as it does for a commit queue that is full
+        await adopt(*arguments)
+
+    monkeypatch.setattr(residency_of(b), "adopt", adopt_later)
+    reading = asyncio.create_task(b.get_session(sid))
+    await begun.wait()
+    await a.update_session(sid, add_one)
+
+    async def announced() -> bool:
+        return sharing_of(b).copies.is_stale(sid)
+
+    await until(announced)
+    go_on.set()
+    await reading
+    assert await value(b, sid) == 1
+
+
+async def test_a_worker_that_is_back_knows_the_content_of_the_shared_tier_again(
+    worker: Worker, deployment: Group, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = await worker(deployment.url)
+
+    async def noted() -> bool:
+        return sharing_of(a).outbox.epoch != NO_ID
+
+    await until(noted)
+    epoch = sharing_of(a).outbox.epoch
+    await a.close()
+    a = await worker(deployment.url, path=a.config.disk.path)
+    assert sharing_of(a).outbox.epoch == epoch
+    assert "lost its content" not in caplog.text
 
 
 async def test_a_ttl_set_elsewhere_holds_here(pair: Pair) -> None:
