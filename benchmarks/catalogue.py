@@ -11,6 +11,8 @@ spill           push sessions out of memory that are not in the log yet
 mixed           95 % reads, 5 % updates, Zipf-popular sessions, data 10 × the memory
 memory          what a resident session costs: RSS growth, and a full garbage collection
 open            open a directory of many cold sessions, after all that may have happened to it
+through         `update` with every commit agreed with a Redis server first
+checkpoint      a full checkpoint of all sessions to a Redis server
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
 """
@@ -23,15 +25,16 @@ from dataclasses import dataclass
 from benchmarks import resident
 from benchmarks.access import Accesses
 from benchmarks.bars import Bar, Kind
-from benchmarks.contender import RATE, Contender, Metric
+from benchmarks.contender import ENGINE, RATE, Contender, Metric
 from benchmarks.engine import busy
 from benchmarks.engine.cold import ColdRestore, Mixed
 from benchmarks.engine.hot import HotRead
 from benchmarks.engine.memory import Resident
 from benchmarks.engine.opening import HINTS, INDEX_SNAPSHOT, Build, Opening
+from benchmarks.engine.shared import THROUGH, FullCheckpoint, ThroughUpdate
 from benchmarks.engine.spill import Spill
 from benchmarks.engine.update import ConcurrentUpdate, LoneUpdate
-from benchmarks.peers import bare, idle, live, lmdb, zict
+from benchmarks.peers import bare, idle, live, lmdb, redis, zict
 from benchmarks.sizes import MIB, Sizes
 
 Contenders = Callable[[Sizes], Sequence[Contender]]
@@ -147,6 +150,21 @@ def _open(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _through(sizes: Sizes) -> list[Contender]:
+    return [
+        ThroughUpdate(sizes.update_sessions, sizes.updates),
+        ConcurrentUpdate(sizes.update_sessions, sizes.updates),
+        redis.PipelinedSet(sizes.updates),
+    ]
+
+
+def _checkpoint(sizes: Sizes) -> list[Contender]:
+    return [
+        FullCheckpoint(sizes.checkpointed_sessions),
+        redis.PipelinedSet(sizes.checkpointed_sessions),
+    ]
+
+
 def _loop_lag(sizes: Sizes) -> list[Contender]:
     return [
         busy.BusyLoop(sizes.lag_samples, sizes.lag_sessions, memory_bytes=2 * MIB),
@@ -154,8 +172,8 @@ def _loop_lag(sizes: Sizes) -> list[Contender]:
     ]
 
 
-def _at_least(times: float, against: str) -> Bar:
-    return Bar(RATE.name, Kind.RATIO_AT_LEAST, times, against)
+def _at_least(times: float, against: str, ours: str = ENGINE) -> Bar:
+    return Bar(RATE.name, Kind.RATIO_AT_LEAST, times, against, ours=ours)
 
 
 WORKLOADS = (
@@ -195,6 +213,8 @@ WORKLOADS = (
         build=lambda sizes: Build(sizes.opened_sessions),
         repetitions=lambda sizes: sizes.fresh_repetitions,
     ),
+    Workload("through", (RATE,), _through, (_at_least(0.5, redis.PIPELINED_SET, THROUGH),)),
+    Workload("checkpoint", (RATE,), _checkpoint, (_at_least(10, redis.PIPELINED_SET),)),
     Workload(
         "loop-lag",
         busy.METRICS,

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Metrics = dict[str, float]
 """What one repetition measured, by metric name."""
@@ -112,3 +116,10 @@ def percentile(ordered: list[float], share: float) -> float:
 def median(values: Iterable[float]) -> float:
     """Return the median, nearest rank (an actual sample, never a mean of two)."""
     return percentile(sorted(values), 0.5)
+
+
+def chunks(items: list[T], size: int) -> Iterator[list[T]]:
+    """Cut `items` into lists of `size`."""
+    remaining = iter(items)
+    while chunk := list(islice(remaining, size)):
+        yield chunk

