@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -128,7 +129,8 @@ class StateManager:
         self._commit_ids = CommitIds()
         self._grace = Grace(self.config.shutdown.grace_seconds, self._clock)
         self._closing: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = 0
         self._no_limit_cleanup_before = -NEVER
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
         self._sharing: Sharing | None = None
@@ -189,6 +191,7 @@ class StateManager:
         self._start_background()
         self._keeper.start()
         self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
         self._is_open = True
         self._let_in()
         _open_managers.add(self)
@@ -397,7 +400,8 @@ class StateManager:
     def _check_open(self) -> None:
         if not self._is_open:
             self._refuse()
-        if asyncio.get_running_loop() is not self._loop:
+        # Not get_running_loop(): on some Pythons that asks the system for the process each time.
+        if get_ident() != self._thread or not self._loop.is_running():
             raise ManagerClosed(
                 "this manager was opened in another event loop: open one of your own with its own "
                 "disk.path, or hand the call to that loop (asyncio.run_coroutine_threadsafe)"
