@@ -23,10 +23,15 @@ class DirectoryLock:
 
     A fork shares the descriptor: the child must close it and must not unlock it, or it would
     unlock the parent's.
+
+    Attributes:
+        directory: what is locked, as an absolute path.
     """
 
     def __init__(self, files: Files, directory: str) -> None:
+        assert os.path.isabs(directory), directory
         self._files = files
+        self.directory = directory
         path = f"{directory}/{LOCK}"
         self._fd = files.open_lock(path)
         try:

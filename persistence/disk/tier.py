@@ -96,7 +96,7 @@ class DiskTier:
         fingerprints: Fingerprints,
         recovered: Recovered,
     ) -> None:
-        self.directory = os.fspath(config.path)
+        self.directory = lock.directory
         self._config = config
         self._time = time
         self._files = files
@@ -191,7 +191,9 @@ class DiskTier:
         cls, config: DiskConfig, time: EngineTime, files: Files, cancelled: asyncio.Event
     ) -> DiskTier:
         threads = Threads()
-        directory = os.fspath(config.path)
+        # Absolute from here on, once and for all: files are opened all the time, and the process
+        # may go to another directory meanwhile, where a relative path means another log.
+        directory = os.path.abspath(os.fspath(config.path))
         held: DirectoryLock | None = None
         try:
             lock, manifest = await threads.write(_lock_and_read, files, directory)

@@ -452,6 +452,40 @@ async def test_an_opening_that_is_cancelled_at_any_time_leaves_no_lock_behind(
             await abandon(state)
 
 
+# A relative path
+
+
+@pytest.mark.parametrize("has_another", [False, True])
+async def test_a_relative_path_means_the_same_directory_after_a_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_another: bool
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    relative = config(".persistence", segment_bytes=64 * 1024, compression="none")
+    if has_another:
+        monkeypatch.chdir(there)
+        async with opened(Files(), relative) as state:
+            await state.create_session(session_id="theirs", data={"n": 1})
+    before = listing(there / ".persistence") if has_another else {}
+    monkeypatch.chdir(here)
+    async with opened(Files(), relative) as state:
+        monkeypatch.chdir(there)
+        for sid, data in DATA.items():
+            await state.create_session(session_id=sid, data=data)
+            await state.spill_session(sid)
+        await state.terminate_session("s0")
+        await state.compact()
+        assert len(await everything(state)) == len(DATA) - 1
+    if has_another:
+        assert listing(there / ".persistence") == before
+    else:
+        assert list(there.iterdir()) == []
+    monkeypatch.chdir(here)
+    async with opened(Files(), relative) as state:
+        assert await everything(state) == {sid: DATA[sid] for sid in DATA if sid != "s0"}
+
+
 # What it looks like on a real disk
 
 
