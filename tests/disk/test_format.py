@@ -43,7 +43,6 @@ from persistence.disk.format import (
     encode_frame,
     encode_segment_header,
     frame_length,
-    put_payload,
     read_put,
     record_of,
     restamp,
@@ -103,7 +102,7 @@ def encode(frame: Frame, salt_checksum: int = SALT) -> bytes:
 
 def put_of(key: bytes, record: bytes, **fields: Any) -> Frame:
     """Return the put frame of `record`, as the writer makes it."""
-    payload = put_payload(record)
+    payload = record[32:]  # all but the two ids, which are in the header
     flags, stored = compress(payload)
     values: dict[str, Any] = {
         "sequence": 2,
