@@ -494,3 +494,11 @@ def decode_cache(
     if owner != directory_id or covered != covers or len(body) != body_bytes:
         return None
     return (skew, body) if crc32c(body) == body_checksum else None
+
+
+def covered_by(data: bytes) -> bytes | None:
+    """Return the digest of what a cache describes, unverified; None: there is no header."""
+    if len(data) < CACHE_HEADER_BYTES:
+        return None
+    covered: bytes = _CACHE_HEADER.unpack_from(data)[-1]
+    return covered

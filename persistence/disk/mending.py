@@ -108,7 +108,9 @@ def mend_frame_header(data: bytes, salt_checksum: int) -> Corrupt | None:
     if len(data) < FRAME_HEADER_BYTES:
         return None
     mended = _mended_content(data, salt_checksum) or _mended_key_length(data, salt_checksum)
-    return None if mended is None else corrupt_behind_header(mended, "a bit of its header is flipped")
+    if mended is None:
+        return None
+    return corrupt_behind_header(mended, "a bit of its header is flipped")
 
 
 def _key_end(data: bytes) -> int | None:
@@ -142,11 +144,12 @@ def _mended_content(data: bytes, salt_checksum: int) -> bytes | None:
 
 def _mended_key_length(data: bytes, salt_checksum: int) -> bytes | None:
     for bit in range(16):
-        mended = bytearray(data)
-        mended[_KEY_BYTES_AT + bit // 8] ^= 1 << bit % 8
+        changed = bytearray(data)
+        changed[_KEY_BYTES_AT + bit // 8] ^= 1 << bit % 8
+        mended = bytes(changed)
         end = _key_end(mended)
-        if end is not None and _syndrome(bytes(mended), end, salt_checksum) == 0:
-            return bytes(mended[:end])
+        if end is not None and _syndrome(mended, end, salt_checksum) == 0:
+            return mended[:end]
     return None
 
 

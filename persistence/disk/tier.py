@@ -113,7 +113,6 @@ class DiskTier:
         self._number_lock = Lock()
         self._last_number = recovered.last_number
         self._next_log_number = recovered.last_number + 1  # at least
-        self._unusable = recovered.unusable
         self._pressure = Pressure(config.segment_bytes)
         self._batch_started = time.now()
         self._refused_bytes = 0  # of the last batch that disk.max_bytes had no room for
@@ -193,7 +192,7 @@ class DiskTier:
         threads = Threads()
         # Absolute from here on, once and for all: files are opened all the time, and the process
         # may go to another directory meanwhile, where a relative path means another log.
-        directory = os.path.abspath(os.fspath(config.path))
+        directory = _absolute(config.path)
         held: DirectoryLock | None = None
         try:
             lock, manifest = await threads.write(_lock_and_read, files, directory)
@@ -522,7 +521,7 @@ class DiskTier:
             manifest = Manifest(
                 self._manifest.directory_id,
                 self._manifest.fingerprint_key,
-                frozenset(sealed | self._unusable) - dropped,
+                frozenset(sealed) - dropped,
                 dropped,
                 active.segment.number if active is not None else self._next_log_number,
             )
@@ -593,6 +592,10 @@ def key_of(frame: memoryview) -> bytes | None:
     size = int.from_bytes(frame[6:8], "little")
     key = bytes(frame[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + size])
     return key if len(key) == size else None
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.fspath(path))
 
 
 def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest]:

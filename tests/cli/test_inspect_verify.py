@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager
+from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager, errors
 from persistence.disk.filenames import parse_segment
+from persistence.disk.format import FOOTER_BYTES
 from tests.cli.command import Command
 
 SESSIONS = 300
@@ -191,3 +193,107 @@ def test_what_is_no_directory_of_the_engine_is_refused(
     command(name, tmp_path / "nothing").assert_refused("nothing does not exist")
     command(name, tmp_path / "file").assert_refused("file is not a directory")
     command(name, tmp_path / "empty").assert_refused("not a directory of this engine")
+
+
+# What verify says and what an opening says
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_in_the_middle(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_footer(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-FOOTER_BYTES])
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"something else")
+
+
+def overwritten(start: int, size: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[start : start + size or None] = b"\x5a" * size
+        path.write_bytes(bytes(data))
+
+    return damage
+
+
+def one_bit(at: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 4
+        path.write_bytes(bytes(data))
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "missing": Path.unlink,
+    "emptied": emptied,
+    "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "cut behind its header": lambda path: path.write_bytes(path.read_bytes()[:64]),
+    "cut in the middle": cut_in_the_middle,
+    "without footer": without_footer,
+    "longer": longer,
+    "a bit of its header": one_bit(20),
+    "a bit of its salt": one_bit(50),
+    "header destroyed": overwritten(0, 64),
+    "beginning destroyed": overwritten(0, 4096),
+    "a bit of a frame header": one_bit(64 + 9),
+    "a bit of a key": one_bit(64 + 112),
+    "a bit of a payload": one_bit(64 + 300),
+    "a frame header destroyed": overwritten(64, 112),
+    "a piece destroyed": overwritten(3000, 2000),
+    "a bit of its footer": one_bit(-2),
+    "footer destroyed": overwritten(-FOOTER_BYTES, FOOTER_BYTES),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
+@pytest.mark.parametrize("hinted", [True, False], ids=["hints", "no hints"])
+def test_verify_and_an_opening_say_the_same(
+    command: Command,
+    directory: Path,
+    tmp_path: Path,
+    *,
+    damage: Callable[[Path], None],
+    which: int,
+    closed: bool,
+    hinted: bool,
+) -> None:
+    if not closed:
+        add_one(directory, copy=tmp_path / "killed")
+        directory = tmp_path / "killed"
+    damage(segments(directory)[which])
+    if not hinted:
+        for hint in directory.glob("*.hint"):
+            hint.unlink()
+    verified = command("verify", directory, "--json")
+    told = {(item["path"], item["offset"]) for item in verified.json["damages"]}
+    assert len(told) == len(verified.json["damages"])
+
+    async def read() -> tuple[set[tuple[str, int]], set[str]]:
+        unreadable = set()
+        async with StateManager(config=config(directory)) as state:
+            for number in range(SESSIONS):
+                try:
+                    await state.get_session(f"s{number}")
+                except errors.CorruptionError as error:
+                    unreadable.add(error.path)
+            return {(item.path, item.offset) for item in state._disk.damages}, unreadable
+
+    found, unreadable = asyncio.run(read())
+    assert unreadable <= {path for path, _ in told}
+    assert found <= told
+    if not hinted:  # with a hint nobody looks at a frame before it is read
+        assert found == told
+    assert verified.code == (1 if told else 0)
+    if closed:
+        assert told, "whatever it is, a clean close leaves no torn tail"
