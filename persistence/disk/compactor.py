@@ -24,7 +24,7 @@ from persistence.disk.compaction import (
     lowest_outside,
 )
 from persistence.disk.filenames import hint_name, segment_name
-from persistence.disk.files import Files, read_exactly
+from persistence.disk.files import NO_SPACE, Files, read_exactly
 from persistence.disk.format import (
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
@@ -35,6 +35,7 @@ from persistence.disk.format import (
 )
 from persistence.disk.index import Fingerprints, Index
 from persistence.disk.pressure import Pressure
+from persistence.disk.reserve import Reserve
 from persistence.disk.segments import OpenSegments, Segment
 from persistence.disk.threads import Threads
 from persistence.slices import Slices
@@ -83,7 +84,8 @@ class Surroundings:
 
     `publish` writes the manifest for (outputs, inputs): the moment of truth. `monotonic` and
     `skew` are the clock's. `damage` reports a defect. `frames_applied` counts the frames that the
-    index has taken in. `pressure` tells how much dead space there is.
+    index has taken in. `pressure` tells how much dead space there is. `reserve` is space for a full
+    disk.
     """
 
     files: Files
@@ -100,6 +102,7 @@ class Surroundings:
     damage: Callable[[Segment, int, str], None]
     frames_applied: Callable[[], int]
     pressure: Pressure
+    reserve: Reserve
     monotonic: Callable[[], float]
     skew: Callable[[], float]
 
@@ -183,6 +186,10 @@ class Compactor:
             except _Stopped:
                 break
             except OSError as error:
+                if error.errno in NO_SPACE and await self._around.threads.read(
+                    self._around.reserve.release
+                ):
+                    self._work.set()  # once more, with what there is now
                 _log.warning(
                     "%s: compaction gave up for now: %s", self._around.directory, error.strerror
                 )
@@ -205,7 +212,8 @@ class Compactor:
 
     async def _merge_once(self) -> bool:
         around = self._around
-        inputs = choose_inputs(around.segments.values(), self._segment_bytes)
+        room_bytes = await self._room_bytes()
+        inputs = choose_inputs(around.segments.values(), self._segment_bytes, room_bytes)
         if not inputs or self._stopping.is_set():
             return False
         outputs: list[Output] = []
@@ -236,6 +244,13 @@ class Compactor:
         self.stats.segments_dropped += len(inputs)
         self.stats.tombstones_dropped += merge.dropped_tombstones
         return True
+
+    async def _room_bytes(self) -> int | None:
+        """Return how much a merge may write; None: there is no need to ask."""
+        around = self._around
+        if not around.reserve.is_spent:
+            return None
+        return (await around.threads.read(around.files.space, around.directory)).free_bytes
 
     async def _abandon(self, outputs: list[Output]) -> None:
         for output in outputs:

@@ -6,6 +6,8 @@ import re
 from typing import Final
 
 MANIFEST: Final = "MANIFEST"
+MANIFEST_COPY: Final = "MANIFEST.bak"
+RESERVE: Final = "RESERVE"
 LOCK: Final = "LOCK"
 INDEX_SNAPSHOT: Final = "INDEX"
 QUARANTINE: Final = "quarantine"
@@ -15,6 +17,9 @@ SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
 
+_NAMES: Final = frozenset(
+    {MANIFEST, MANIFEST_COPY, RESERVE, LOCK, INDEX_SNAPSHOT, QUARANTINE, OUTBOX, CONFLICTS}
+)
 _NUMBERED: Final = re.compile(r"(\d{10})\.(seg|hint)", re.ASCII)
 MAX_SEGMENT_NUMBER: Final = 2**32 - 1
 
@@ -60,7 +65,7 @@ def _parse(name: str, kind: str) -> int | None:
 
 def is_ours(name: str) -> bool:
     """Whether a file of this name is one that the engine writes."""
-    if name in (MANIFEST, LOCK, INDEX_SNAPSHOT, QUARANTINE, OUTBOX, CONFLICTS):
+    if name in _NAMES:
         return True
     if name.endswith(TEMPORARY_SUFFIX):
         return is_ours(name.removesuffix(TEMPORARY_SUFFIX))

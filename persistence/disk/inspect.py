@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from persistence.disk.directory import read_manifest
-from persistence.disk.filenames import segment_name
+from persistence.disk.filenames import MANIFEST, segment_name
 from persistence.disk.files import Files
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
@@ -89,7 +89,10 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
         DirectoryNotUsable: not a directory of this library, or of a newer format.
     """
     files = Files()
-    found = _look(files, path)
+    found, defect = _look(files, path)
+    if defect is not None:
+        damage = Damage(f"{path}/{MANIFEST}", 0, None, defect)
+        yield SegmentReport(MANIFEST, 0, 0, damages=[damage]), {}
     for number, segment in sorted(found.segments.items()):
         name = segment_name(number)
         reason = found.damages.get(number)
@@ -103,22 +106,22 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
         yield SegmentReport(segment_name(number), number, len(data), torn_bytes=len(data)), {}
 
 
-def _look(files: Files, path: str) -> Survey:
-    """Return what segments there are.
+def _look(files: Files, path: str) -> tuple[Survey, str | None]:
+    """Return what segments there are, and what is wrong with the manifest.
 
     A compaction may come between reading the manifest and looking at what it names; then segments
     seem to be missing, and all is looked at again.
     """
-    found = Survey()
+    found, defect = Survey(), None
     try:
         for _ in range(_LOOKS):
             with suppress(FileNotFoundError):
-                manifest = read_manifest(files, path)
+                manifest, defect = read_manifest(files, path)
                 names = files.list_directory(path)
                 found = survey(files, path, manifest, names)
                 if MISSING not in found.damages.values():
                     break
-        return found
+        return found, defect
     except OSError as error:
         raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
 

@@ -171,6 +171,21 @@ def seal(files: Files, fd: int, segment: Segment, tail: Tail) -> None:
     files.sync(fd)
 
 
+def seal_if_room(files: Files, fd: int, segment: Segment, tail: Tail) -> bool:
+    """Seal the segment, or, on a full disk, sync it and leave it without its footer."""
+    try:
+        seal(files, fd, segment, tail)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        files.truncate(fd, tail.end)
+        files.sync(fd)
+        segment.length = tail.end
+        _log.warning("%s: no space to seal it", segment_name(segment.number))
+        return False
+    return True
+
+
 def quarantine(files: Files, directory: str, number: int, offset: int, data: bytes) -> None:
     """Keep bytes that recovery takes out of the log. A full disk must not stop recovery."""
     kept_in = f"{directory}/{QUARANTINE}"

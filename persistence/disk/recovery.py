@@ -50,9 +50,10 @@ from persistence.disk.format import (
     Torn,
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index
-from persistence.disk.lastlog import Tail, cut, quarantine, scan_last, seal, write_again
+from persistence.disk.lastlog import Tail, cut, quarantine, scan_last, seal_if_room, write_again
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import scan_frames
+from persistence.disk.reserve import Reserve
 from persistence.disk.segments import Damage, Segment
 from persistence.disk.survey import Survey, survey
 from persistence.disk.suspects import SUSPECT_BYTES, Suspect, lead_to_damage
@@ -76,14 +77,16 @@ class Recovered:
     Attributes:
         index: the newest frame of every session; times are wall seconds, which at opening are
             engine seconds.
-        segments: by number; all sealed. Also those that are missing or cannot be read: they are
-            damaged, and the manifest goes on naming them, so that each opening reports them and
-            none removes what is left of them.
+        segments: by number; all sealed but one at most (`unsealed`). Also those that are missing
+            or cannot be read: they are damaged, and the manifest goes on naming them, so that each
+            opening reports them and none removes what is left of them.
         last_sequence: the highest sequence number in use.
         last_number: the highest segment number that was ever used.
         damages: defects; sessions that they do not concern stay readable.
         clean: whether the directory had been closed cleanly.
         cut_bytes: length of the torn tail.
+        unsealed: the last segment, if there was no room for its footer: to be sealed before the
+            next one is made, and not known to the manifest before that.
     """
 
     index: Index = field(default_factory=Index)
@@ -93,18 +96,25 @@ class Recovered:
     damages: list[Damage] = field(default_factory=list)
     clean: bool = False
     cut_bytes: int = 0
+    unsealed: tuple[Segment, Tail] | None = None
 
 
 class Recovery:
     """One recovery. Call `steps` and exhaust it, in a thread; then `result` holds the outcome."""
 
     def __init__(
-        self, files: Files, directory: str, manifest: Manifest, fingerprints: Fingerprints
+        self,
+        files: Files,
+        directory: str,
+        manifest: Manifest,
+        fingerprints: Fingerprints,
+        reserve: Reserve | None = None,
     ) -> None:
         self._files = files
         self._directory = directory
         self._manifest = manifest
         self._fingerprints = fingerprints
+        self.reserve = reserve or Reserve(files, directory)
         self._touches: dict[bytes, tuple[int, float, float]] = {}
         self._deletes: dict[bytes, int] = {}
         self._suspects: list[Suspect] = []
@@ -126,7 +136,8 @@ class Recovery:
             else:
                 yield from self._recover_last(segment)
         yield from self._settle()
-        assert all(segment.sealed for segment in result.segments.values()), "all must be sealed"
+        unsealed = [item.number for item in result.segments.values() if not item.sealed]
+        assert len(unsealed) == (result.unsealed is not None), unsealed
 
     # --- which segments there are -------------------------------------------------------------
 
@@ -296,12 +307,19 @@ class Recovery:
             yield from self._apply_rows(memoryview(rows), 0.0, segment)
             self.result.cut_bytes = cut(self._files, self._directory, fd, segment, tail.end)
             yield from write_again(self._files, fd, tail)
-            seal(self._files, fd, segment, tail)
+            self._seal(fd, segment, tail)
         finally:
             self._files.close(fd)
-        segment.sealed = True
-        if not segment.damaged:
+        if segment.sealed and not segment.damaged:
             self._write_hint(segment, bytes(rows))
+
+    def _seal(self, fd: int, segment: Segment, tail: Tail) -> None:
+        """Seal the last segment. On a full disk that may have to wait: reading needs no footer."""
+        segment.sealed = is_sealed = seal_if_room(self._files, fd, segment, tail)
+        if not is_sealed and self.reserve.release():
+            segment.sealed = seal_if_room(self._files, fd, segment, tail)
+        if not segment.sealed:
+            self.result.unsealed = segment, tail
 
     # --- rows ---------------------------------------------------------------------------------
 

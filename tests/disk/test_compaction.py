@@ -55,11 +55,13 @@ class Switch:
         self.on = True
         self.merges_all_once = False
 
-    def choose(self, segments: Iterable[Segment], segment_bytes: int) -> list[Segment]:
+    def choose(
+        self, segments: Iterable[Segment], segment_bytes: int, room_bytes: int | None = None
+    ) -> list[Segment]:
         if self.merges_all_once:
             self.merges_all_once = False
             return [segment for segment in segments if segment.sealed]
-        return choose_inputs(segments, segment_bytes) if self.on else []
+        return choose_inputs(segments, segment_bytes, room_bytes) if self.on else []
 
 
 @pytest.fixture(autouse=True)

@@ -527,6 +527,8 @@ def tables() -> list[Table]:
             [
                 (filenames.LOCK, "empty; its exclusive lock is the right to write here"),
                 (filenames.MANIFEST, "which directory this is, and which segments belong to it"),
+                (filenames.MANIFEST_COPY, "the same once more, for when the first is damaged"),
+                (filenames.RESERVE, "random bytes: space for a full disk"),
                 (filenames.segment_name(1), "a segment, by its number"),
                 (filenames.hint_name(1), "the hint of that segment"),
                 (filenames.INDEX_SNAPSHOT, "the whole index, written at a clean close"),
