@@ -99,6 +99,16 @@ def read_guard(files: Files, directory: str, directory_id: bytes, number: int) -
     return Guard(skew, rows, covered) if all(item == number for item in segments) else None
 
 
+def is_intact_cache(files: Files, directory: str, name: str) -> bool:
+    """Whether the checksums of a cache are right, whatever it describes."""
+    try:
+        data = read_all(files, f"{directory}/{name}")
+    except OSError:
+        return False
+    covered = covered_by(data)
+    return covered is not None and decode_cache(data, data[16:32], covered) is not None
+
+
 def write_snapshot(
     files: Files,
     directory: str,

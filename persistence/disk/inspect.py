@@ -11,9 +11,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from persistence.disk.caches import covers, is_intact_cache, read_guard
 from persistence.disk.directory import read_manifest
-from persistence.disk.filenames import MANIFEST, segment_name
-from persistence.disk.files import Files
+from persistence.disk.filenames import (
+    INDEX_SNAPSHOT,
+    MANIFEST,
+    MANIFEST_COPY,
+    hint_name,
+    segment_name,
+)
+from persistence.disk.files import Files, read_all
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
     Corrupt,
@@ -23,6 +30,7 @@ from persistence.disk.format import (
     record_of,
 )
 from persistence.disk.lastlog import Tail, scan_last
+from persistence.disk.manifest import encode_manifest
 from persistence.disk.reader import scan_frames
 from persistence.disk.segments import Damage, Segment
 from persistence.disk.survey import MISSING, Survey, survey
@@ -124,6 +132,40 @@ def _look(files: Files, path: str) -> tuple[Survey, str | None]:
         return found, defect
     except OSError as error:
         raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
+
+
+def cache_warnings(path: str) -> Iterator[tuple[str, str]]:
+    """Yield (path, reason) for each hint, index snapshot or copy of the manifest that is damaged.
+
+    No data is lost by that: the log is read instead, and they are made again.
+
+    Raises:
+        DirectoryNotUsable: not a directory of this library, or of a newer format.
+    """
+    files = Files()
+    found, _ = _look(files, path)
+    try:
+        manifest, _ = read_manifest(files, path)
+        names = set(files.list_directory(path))
+    except OSError as error:
+        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
+    for number, segment in sorted(found.segments.items()):
+        if hint_name(number) not in names:
+            continue
+        guard = read_guard(files, path, manifest.directory_id, number)
+        if guard is None:
+            yield f"{path}/{hint_name(number)}", "the hint is damaged: the segment is read instead"
+        elif guard.covered != covers([segment]) and not segment.damaged and segment.sealed:
+            yield f"{path}/{hint_name(number)}", "the hint does not fit its segment"
+    if INDEX_SNAPSHOT in names and not is_intact_cache(files, path, INDEX_SNAPSHOT):
+        yield (
+            f"{path}/{INDEX_SNAPSHOT}",
+            "the index snapshot is damaged: the hints are read instead",
+        )
+    if MANIFEST_COPY in names:
+        with suppress(OSError):
+            if read_all(files, f"{path}/{MANIFEST_COPY}") != encode_manifest(manifest):
+                yield f"{path}/{MANIFEST_COPY}", "the copy does not say what the manifest says"
 
 
 def _scan_segment(

@@ -206,6 +206,13 @@ def cut_in_the_middle(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def cut_to(size: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
 def without_footer(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-FOOTER_BYTES])
 
@@ -235,8 +242,8 @@ def one_bit(at: int) -> Callable[[Path], None]:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "missing": Path.unlink,
     "emptied": emptied,
-    "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:40]),
-    "cut behind its header": lambda path: path.write_bytes(path.read_bytes()[:64]),
+    "cut in its header": cut_to(40),
+    "cut behind its header": cut_to(64),
     "cut in the middle": cut_in_the_middle,
     "without footer": without_footer,
     "longer": longer,
@@ -297,3 +304,37 @@ def test_verify_and_an_opening_say_the_same(
     assert verified.code == (1 if told else 0)
     if closed:
         assert told, "whatever it is, a clean close leaves no torn tail"
+
+
+@pytest.mark.parametrize("name", ["0000000001.hint", "INDEX", "MANIFEST.bak"])
+@pytest.mark.parametrize("at", [10, 30, 100, -20])
+def test_a_damaged_cache_is_a_warning_and_no_damage(
+    command: Command, directory: Path, name: str, at: int
+) -> None:
+    assert command("verify", directory, "--json").json["warnings"] == []
+    one_bit(at)(directory / name)
+    result = command("verify", directory, "--json")
+    assert result.code == 0
+    assert result.json["damages"] == []
+    [warning] = result.json["warnings"]
+    assert warning["path"] == str(directory / name)
+    assert f"Warning: {directory / name}" in command("verify", directory).out
+
+
+def test_a_damaged_manifest_is_damage_as_long_as_nobody_opened_the_directory(
+    command: Command, directory: Path
+) -> None:
+    one_bit(40)(directory / "MANIFEST")
+    result = command("verify", directory, "--json")
+    assert result.code == 1
+    [damage] = result.json["damages"]
+    assert damage["path"] == str(directory / "MANIFEST")
+    assert "MANIFEST.bak was used" in damage["reason"]
+    add_one(directory)
+    assert command("verify", directory).code == 0
+
+
+def test_a_damaged_footer_is_nobodys_session(command: Command, directory: Path) -> None:
+    one_bit(-2)(segments(directory)[0])
+    result = command("verify", directory, "--json")
+    assert [damage["session_id"] for damage in result.json["damages"]] == [None]

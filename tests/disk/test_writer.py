@@ -29,7 +29,12 @@ from persistence.disk.format import (
 )
 from persistence.disk.manifest import Manifest
 from persistence.disk.writer import LogWriter
-from persistence.errors import DirectoryNotUsable, DiskFull, WriteOutcomeUnknown
+from persistence.errors import (
+    DirectoryNotUsable,
+    DiskFull,
+    PersistenceError,
+    WriteOutcomeUnknown,
+)
 from tests.disk.history import Placed, recover, scan
 from tests.disk.memoryfiles import MUTATING, Call, MemoryFiles, fail, kill_at, short_writes
 from tests.disk.workload import Workload
@@ -351,7 +356,7 @@ def test_a_segment_that_cannot_be_created_leaves_nothing_behind(
     if not cleans_up:
         log.files.faults.append(fail(errno.EIO, "remove"))
     full = number in (errno.ENOSPC, errno.EDQUOT)
-    kind = DiskFull if full else WriteOutcomeUnknown
+    kind: type[PersistenceError] = DiskFull if full else WriteOutcomeUnknown
     if (operation, number) == ("create", errno.EMFILE):
         kind = DirectoryNotUsable  # nothing happened, and that is certain
     with pytest.raises(kind):
