@@ -325,7 +325,7 @@ def _lock_fresh(files: Files, directory: str) -> tuple[DirectoryLock, DirectoryM
     check_ours(files, directory)
     lock = DirectoryLock(files, directory)
     try:
-        manifest = open_manifest(files, directory)
+        manifest, _ = open_manifest(files, directory)
         numbers = map(parse_segment, files.list_directory(directory))
         # Of a restore that was killed there may be segments that no manifest knows as live.
         if manifest.sealed or any(

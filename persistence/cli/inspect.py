@@ -82,7 +82,7 @@ def summarize(directory: Path) -> Summary:
         is_open_elsewhere=is_open_elsewhere(directory),
     )
     for report in inspect_directory(str(directory)):
-        summary.segments += 1
+        summary.segments += report.number > 0  # 0: the manifest
         summary.sealed_segments += report.sealed
         summary.bytes += report.bytes
         summary.frames += report.frames

@@ -12,7 +12,7 @@ from persistence.cli.directory import is_open_elsewhere, require_directory, segm
 from persistence.cli.failure import EXIT_FAILED, EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes, say
-from persistence.disk.inspect import scan_directory
+from persistence.disk.inspect import cache_warnings, scan_directory
 from persistence.errors import printable
 
 
@@ -24,6 +24,8 @@ class Findings:
         torn_bytes: of an append that a crash interrupted. That is no damage: nobody was told that
             it is there, and the next opening cuts it off.
         damages: one map of path, offset, session_id (null where it is not known) and reason each.
+        warnings: one map of path and reason for each damaged cache: nothing is lost by it, the log
+            is read instead, so it does not count for the exit code.
         is_open_elsewhere: a process has the directory open; torn bytes may be its next append.
     """
 
@@ -33,6 +35,7 @@ class Findings:
     frames: int = 0
     torn_bytes: int = 0
     damages: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
     is_open_elsewhere: bool = False
 
 
@@ -40,7 +43,8 @@ def command(directory: DirectoryArgument, as_json: JsonOption = False) -> int:
     """Check every frame of a directory, without changing or locking anything.
 
     The exit code is 1 when acknowledged data is damaged, and each damaged place is listed. A torn
-    tail, what a crash leaves of an unfinished append, is mentioned and is no damage.
+    tail, what a crash leaves of an unfinished append, is mentioned and is no damage; so is a
+    damaged hint or index snapshot, which are made again from the log.
     """
     require_directory(directory)
     total = sum(segment_bytes(directory).values())
@@ -58,7 +62,7 @@ def check(directory: Path, advance: Callable[[int], None]) -> Findings:
     """Verify `directory`; `advance` is told the bytes of each segment that is done."""
     findings = Findings(str(directory), is_open_elsewhere=is_open_elsewhere(directory))
     for report, _ in scan_directory(str(directory)):
-        findings.segments += 1
+        findings.segments += report.number > 0  # 0: the manifest
         findings.bytes += report.bytes
         findings.frames += report.frames
         findings.torn_bytes += report.torn_bytes
@@ -72,6 +76,10 @@ def check(directory: Path, advance: Callable[[int], None]) -> Findings:
             for damage in report.damages
         ]
         advance(report.bytes)
+    if not findings.is_open_elsewhere:  # else they change while one looks
+        findings.warnings = [
+            {"path": path, "reason": reason} for path, reason in cache_warnings(str(directory))
+        ]
     return findings
 
 
@@ -80,6 +88,8 @@ def _lines(findings: Findings) -> Iterator[str]:
         sid = damage["session_id"]
         whose = "" if sid is None else f", session {printable(sid)}"
         yield f"{damage['path']} at offset {damage['offset']}{whose}: {damage['reason']}"
+    for warning in findings.warnings:
+        yield f"Warning: {warning['path']}: {warning['reason']}."
     if findings.is_open_elsewhere:
         yield "Open in another process: this is the state of a moment."
     if findings.torn_bytes:

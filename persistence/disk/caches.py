@@ -10,14 +10,16 @@ import hashlib
 from collections.abc import Iterable
 from struct import Struct
 from struct import error as StructError  # noqa: N812 - the module's name for it is `error`
+from typing import Final, NamedTuple
 
 from persistence.disk.filenames import INDEX_SNAPSHOT, hint_name, temporary_name
 from persistence.disk.files import Files, read_all, replace_file
-from persistence.disk.format import INDEX_ROW_BYTES, decode_cache, encode_cache
+from persistence.disk.format import INDEX_ROW_BYTES, covered_by, decode_cache, encode_cache
 from persistence.disk.index import SHARDS, Index
 from persistence.disk.segments import Segment
 
 _COVERED = Struct("<QQI")
+_SEGMENT_COLUMN: Final = slice(12, None, INDEX_ROW_BYTES // 4)  # in rows as 32-bit numbers
 _SNAPSHOT_HEADER = Struct("<QQ")  # last sequence, number of segments
 _SNAPSHOT_SEGMENT = Struct("<QQQ")  # live, tombstone, touch bytes; in the segments' order
 
@@ -62,6 +64,49 @@ def read_hint(
     if decoded is None or len(decoded[1]) % INDEX_ROW_BYTES:
         return None
     return decoded
+
+
+class Guard(NamedTuple):
+    """A hint as it is, whether or not it still describes its segment.
+
+    Attributes:
+        skew: seconds to add to its rows' times to get wall time.
+        rows: what had been in the segment when it was sealed.
+        covered: the digest of the segment that it describes.
+    """
+
+    skew: float
+    rows: memoryview
+    covered: bytes
+
+
+def read_guard(files: Files, directory: str, directory_id: bytes, number: int) -> Guard | None:
+    """Return the intact hint of a segment that is damaged or gone; None: there is none.
+
+    Segment numbers are never used twice, so it is of that very segment. It tells which sessions
+    were in it: reads of them must meet the damage, and ended sessions must not come back.
+    """
+    try:
+        data = read_all(files, f"{directory}/{hint_name(number)}")
+    except OSError:
+        return None
+    covered = covered_by(data)
+    decoded = None if covered is None else decode_cache(data, directory_id, covered)
+    if covered is None or decoded is None or len(decoded[1]) % INDEX_ROW_BYTES:
+        return None
+    skew, rows = decoded
+    segments = rows.cast("I")[_SEGMENT_COLUMN] if rows else ()
+    return Guard(skew, rows, covered) if all(item == number for item in segments) else None
+
+
+def is_intact_cache(files: Files, directory: str, name: str) -> bool:
+    """Whether the checksums of a cache are right, whatever it describes."""
+    try:
+        data = read_all(files, f"{directory}/{name}")
+    except OSError:
+        return False
+    covered = covered_by(data)
+    return covered is not None and decode_cache(data, data[16:32], covered) is not None
 
 
 def write_snapshot(

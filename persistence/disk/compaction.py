@@ -53,7 +53,10 @@ NOTHING_TO_SHIP: Final = 2**64 - 1  # as the sequence up to which tombstones hav
 
 
 def choose_inputs(
-    segments: Iterable[Segment], segment_bytes: int, pinned: Container[int] = ()
+    segments: Iterable[Segment],
+    segment_bytes: int,
+    pinned: Container[int] = (),
+    room_bytes: int | None = None,
 ) -> list[Segment]:
     """Return the segments to merge next, or none; never one whose number is `pinned`. Pure.
 
@@ -66,6 +69,8 @@ def choose_inputs(
     A merge always makes progress, so merging comes to an end: its outputs hold nothing that counts
     as dead, and tombstones that had to be kept are looked at again only when what they wait for
     has changed.
+
+    On a disk that is full only segments whose live frames take at most `room_bytes` are merged.
     """
     everything = list(segments)
     usable = [
@@ -81,7 +86,7 @@ def choose_inputs(
         reverse=True,
     )
     buried = _oldest_with_tombstones(usable, everything, sum(item.dead_bytes for item in dead))
-    if buried:
+    if buried and room_bytes is None:
         return buried
     small = sorted(
         (
@@ -95,7 +100,11 @@ def choose_inputs(
         small = []
     elif dead:
         small = small[:_MIN_SMALL_SEGMENTS]
-    return _as_many_as_fit([*small, *dead], segment_bytes)
+    if room_bytes is not None:
+        small = []
+        dead = [item for item in dead if item.live_bytes + item.tombstone_bytes <= room_bytes]
+    most = segment_bytes if room_bytes is None else min(segment_bytes, room_bytes)
+    return _as_many_as_fit([*small, *dead], most)
 
 
 def _is_dead(item: Segment) -> bool:
@@ -139,7 +148,7 @@ def _oldest_with_tombstones(
     if buried <= max(dead_bytes, _MAX_TOMBSTONE_FRACTION * total):
         return []
     ordered = sorted(usable, key=lambda item: item.lowest_sequence)
-    for place, item in enumerate(ordered):
+    for place, item in enumerate(ordered[:_MAX_INPUTS]):
         chosen = ordered[: place + 1]
         if item.tombstone_bytes and lowest_outside(everything, chosen) > item.kept_until:
             return chosen

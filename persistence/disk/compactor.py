@@ -24,7 +24,7 @@ from persistence.disk.compaction import (
     lowest_outside,
 )
 from persistence.disk.filenames import hint_name, segment_name
-from persistence.disk.files import Files, read_exactly
+from persistence.disk.files import NO_SPACE, Files, read_exactly
 from persistence.disk.format import (
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
@@ -35,6 +35,7 @@ from persistence.disk.format import (
 )
 from persistence.disk.index import Fingerprints, Index
 from persistence.disk.pressure import Pressure
+from persistence.disk.reserve import Reserve
 from persistence.disk.segments import OpenSegments, Pins, Segment
 from persistence.disk.threads import Threads
 from persistence.slices import Slices
@@ -83,9 +84,9 @@ class Surroundings:
 
     `publish` writes the manifest for (outputs, inputs): the moment of truth. `monotonic` and
     `skew` are the clock's. `damage` reports a defect. `frames_applied` counts the frames that the
-    index has taken in. `pressure` tells how much dead space there is. `shipped_sequence` says up to
-    where tombstones have been shipped; `before_merging` is awaited whenever there may be something
-    to merge.
+    index has taken in. `pressure` tells how much dead space there is. `reserve` is space for a
+    full disk. `shipped_sequence` says up to where tombstones have been shipped; `before_merging`
+    is awaited whenever there may be something to merge.
     """
 
     files: Files
@@ -105,6 +106,7 @@ class Surroundings:
     pressure: Pressure
     shipped_sequence: Callable[[], int]
     before_merging: Callable[[], Awaitable[None]]
+    reserve: Reserve
     monotonic: Callable[[], float]
     skew: Callable[[], float]
 
@@ -191,6 +193,10 @@ class Compactor:
             except _Stopped:
                 break
             except OSError as error:
+                if error.errno in NO_SPACE and await self._around.threads.read(
+                    self._around.reserve.release
+                ):
+                    self._work.set()  # once more, with what there is now
                 _log.warning(
                     "%s: compaction gave up for now: %s", self._around.directory, error.strerror
                 )
@@ -222,7 +228,10 @@ class Compactor:
 
     async def _merge_once(self) -> bool:
         around = self._around
-        inputs = choose_inputs(around.segments.values(), self._segment_bytes, around.pins)
+        room_bytes = await self._room_bytes()
+        inputs = choose_inputs(
+            around.segments.values(), self._segment_bytes, around.pins, room_bytes
+        )
         if not inputs or self._stopping.is_set():
             return False
         outputs: list[Output] = []
@@ -264,6 +273,13 @@ class Compactor:
             if self._stopping.is_set():
                 raise _Stopped
             await self._around.pins.change()
+
+    async def _room_bytes(self) -> int | None:
+        """Return how much a merge may write; None: there is no need to ask."""
+        around = self._around
+        if not around.reserve.is_spent:
+            return None
+        return (await around.threads.read(around.files.space, around.directory)).free_bytes
 
     async def _abandon(self, outputs: list[Output]) -> None:
         for output in outputs:

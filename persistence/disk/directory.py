@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from contextlib import suppress
 
-from persistence.disk.filenames import LOCK, MANIFEST, is_ours, parse_segment, temporary_name
+from persistence.disk.filenames import (
+    LOCK,
+    MANIFEST,
+    MANIFEST_COPY,
+    is_ours,
+    parse_segment,
+    temporary_name,
+)
 from persistence.disk.files import NO_SPACE, Files, read_all, replace_file
 from persistence.disk.format import NewerFormat
 from persistence.disk.manifest import (
@@ -17,16 +25,23 @@ from persistence.disk.manifest import (
 )
 from persistence.errors import DirectoryLocked, DirectoryNotUsable, DiskFull, PersistenceError
 
+_log = logging.getLogger("persistence.disk")
+
 
 class DirectoryLock:
     """The exclusive lock of a directory, held by an open descriptor (flock).
 
     A fork shares the descriptor: the child must close it and must not unlock it, or it would
     unlock the parent's.
+
+    Attributes:
+        directory: what is locked, as an absolute path.
     """
 
     def __init__(self, files: Files, directory: str) -> None:
+        assert os.path.isabs(directory), directory
         self._files = files
+        self.directory = directory
         path = f"{directory}/{LOCK}"
         self._fd = files.open_lock(path)
         try:
@@ -90,7 +105,7 @@ def check_ours(files: Files, directory: str) -> None:
             changed, not even a lock file is made.
     """
     names = files.list_directory(directory)
-    if MANIFEST in names:
+    if MANIFEST in names or MANIFEST_COPY in names:
         return
     if any(parse_segment(name) is not None for name in names):
         raise DirectoryNotUsable(
@@ -105,16 +120,20 @@ def check_ours(files: Files, directory: str) -> None:
         )
 
 
-def open_manifest(files: Files, directory: str) -> Manifest:
+def open_manifest(files: Files, directory: str) -> tuple[Manifest, str | None]:
     """Return the manifest, making a fresh one in a directory that is new or empty.
+
+    Where the manifest was damaged and its copy was used, also what was wrong with it; it is whole
+    again by then.
 
     Raises:
         DirectoryNotUsable: newer format, damaged manifest, segments without a manifest, or
             files that are not ours. Nothing is changed.
     """
-    path = f"{directory}/{MANIFEST}"
-    if files.exists(path):
-        return read_manifest(files, directory)
+    if any(files.exists(f"{directory}/{name}") for name in (MANIFEST, MANIFEST_COPY)):
+        manifest, defect = read_manifest(files, directory)
+        _agree(files, directory, manifest, defect)
+        return manifest, defect
     check_ours(files, directory)
     manifest = Manifest.fresh()
     write_manifest(files, directory, manifest)
@@ -122,33 +141,94 @@ def open_manifest(files: Files, directory: str) -> Manifest:
     # not read is not of our making.
     with suppress(PermissionError):
         files.sync_directory(os.path.dirname(os.path.abspath(directory)))
-    return manifest
+    return manifest, None
 
 
-def read_manifest(files: Files, directory: str) -> Manifest:
-    """Read and check the manifest.
+def _agree(files: Files, directory: str, manifest: Manifest, defect: str | None) -> None:
+    """Let both copies say the same before anything is removed on the word of one of them.
+
+    A crash may have come between the one and the other. The first must be whole; the second is
+    better not there than wrong.
+    """
+    if defect is not None:
+        _log.error("%s/%s: %s", directory, MANIFEST, defect)
+        _write_one(files, directory, MANIFEST, manifest)
+    try:
+        data = read_all(files, f"{directory}/{MANIFEST_COPY}")
+    except OSError:
+        data = b""
+    if data != encode_manifest(manifest):
+        _write_copy(files, directory, manifest)
+
+
+def read_manifest(files: Files, directory: str) -> tuple[Manifest, str | None]:
+    """Read and check the manifest, or its copy where it is damaged or lost.
+
+    Returns:
+        The manifest, and what is wrong with the first if it is that of the copy.
 
     Raises:
-        DirectoryNotUsable: it is missing, damaged or of a newer format.
+        DirectoryNotUsable: both are missing or damaged, or it is of a newer format.
+        OSError: it cannot be read.
     """
-    path = f"{directory}/{MANIFEST}"
+    try:
+        return _read_one(files, directory, MANIFEST), None
+    except _Unusable as first:
+        try:
+            manifest = _read_one(files, directory, MANIFEST_COPY)
+        except _Unusable:
+            raise first.refusal from None
+        return manifest, f"{first}; its copy {MANIFEST_COPY} was used"
+
+
+class _Unusable(Exception):
+    """A manifest is missing or damaged."""
+
+    def __init__(self, reason: str, refusal: DirectoryNotUsable) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
+
+
+def _read_one(files: Files, directory: str, name: str) -> Manifest:
+    path = f"{directory}/{name}"
     try:
         return decode_manifest(read_all(files, path))
     except FileNotFoundError:
-        raise DirectoryNotUsable(
+        refusal = DirectoryNotUsable(
             f"{directory} has no {MANIFEST}: it is not a directory of this library"
-        ) from None
+        )
+        raise _Unusable("the manifest is missing", refusal) from None
     except NewerFormat as error:
         raise DirectoryNotUsable(
             f"{path}: {error}; nothing was changed; use a newer version of the library"
         ) from None
     except (MalformedManifest, ValueError) as error:
-        raise DirectoryNotUsable(
+        refusal = DirectoryNotUsable(
             f"{path} is damaged ({error}); nothing was changed; restore it from a copy"
-        ) from None
+        )
+        raise _Unusable(f"the manifest is damaged ({error})", refusal) from None
 
 
 def write_manifest(files: Files, directory: str, manifest: Manifest) -> None:
-    """Replace the manifest, atomically and durably."""
-    data = encode_manifest(manifest)
-    replace_file(files, directory, MANIFEST, temporary_name(MANIFEST), data)
+    """Replace the manifest, atomically and durably, and then its copy.
+
+    The first is the moment of truth. Only after this returns may anything that it drops be
+    unlinked, so that the copy never names what is gone.
+    """
+    _write_one(files, directory, MANIFEST, manifest)
+    _write_copy(files, directory, manifest)
+
+
+def _write_one(files: Files, directory: str, name: str, manifest: Manifest) -> None:
+    replace_file(files, directory, name, temporary_name(name), encode_manifest(manifest))
+
+
+def _write_copy(files: Files, directory: str, manifest: Manifest) -> None:
+    """Replace the second copy. Where that fails there is none: an old one would be wrong."""
+    try:
+        _write_one(files, directory, MANIFEST_COPY, manifest)
+    except OSError as error:
+        _log.warning("%s/%s: not written: %s", directory, MANIFEST_COPY, error.strerror)
+        with suppress(OSError):
+            files.remove(f"{directory}/{MANIFEST_COPY}")
+            files.sync_directory(directory)

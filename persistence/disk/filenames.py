@@ -6,6 +6,8 @@ import re
 from typing import Final
 
 MANIFEST: Final = "MANIFEST"
+MANIFEST_COPY: Final = "MANIFEST.bak"
+RESERVE: Final = "RESERVE"
 LOCK: Final = "LOCK"
 INDEX_SNAPSHOT: Final = "INDEX"
 SHIPPED: Final = "SHIPPED"
@@ -13,13 +15,24 @@ STAGED: Final = "STAGED"
 QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
-_NAMES: Final = frozenset(
-    {MANIFEST, LOCK, INDEX_SNAPSHOT, SHIPPED, STAGED, QUARANTINE, OUTBOX, CONFLICTS}
-)
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
 
+_NAMES: Final = frozenset(
+    {
+        MANIFEST,
+        MANIFEST_COPY,
+        RESERVE,
+        LOCK,
+        INDEX_SNAPSHOT,
+        SHIPPED,
+        STAGED,
+        QUARANTINE,
+        OUTBOX,
+        CONFLICTS,
+    }
+)
 _NUMBERED: Final = re.compile(r"(\d{10})\.(seg|hint)", re.ASCII)
 MAX_SEGMENT_NUMBER: Final = 2**32 - 1
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from typing import Final
+from typing import Final, NamedTuple
 
 _NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 _NO_NOWAIT: Final = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
@@ -18,6 +18,13 @@ NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
+
+
+class Space(NamedTuple):
+    """Free space of a file system."""
+
+    free_bytes: int
+    free_inodes: int
 
 
 class Files:
@@ -126,6 +133,11 @@ class Files:
             os.unlink(path)
         except FileNotFoundError:
             return
+
+    def space(self, path: str) -> Space:
+        """Return the free space of the file system that holds `path`."""
+        stats = os.statvfs(path)
+        return Space(stats.f_bavail * stats.f_frsize, stats.f_favail)
 
 
 def read_all(files: Files, path: str) -> bytes:

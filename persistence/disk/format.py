@@ -188,15 +188,22 @@ class Frame(NamedTuple):
 
 
 class Torn(NamedTuple):
-    """The bytes end before the frame does: wait for more, or a torn tail."""
+    """The bytes end before the frame does: wait for more, or a torn tail.
+
+    The rest is known when header and key are there and intact.
+    """
 
     needed_bytes: int
+    key: bytes | None = None
+    sequence: int | None = None
+    type: FrameType | None = None
 
 
 class Corrupt(NamedTuple):
     """The bytes are not a frame of this segment.
 
-    `key` and `length` are known when the header and the key are intact.
+    The rest is known when the header and the key are intact, or could be mended (see `mending`).
+    `times` are accessed, deadline and cap.
     """
 
     reason: str
@@ -204,6 +211,8 @@ class Corrupt(NamedTuple):
     length: int | None = None
     sequence: int | None = None
     type: FrameType | None = None
+    times: tuple[float, float, float] | None = None
+    is_mended: bool = False
 
 
 def encode_frame(  # noqa: PLR0913, PLR0917 - one parameter a field; keywords are felt here
@@ -275,12 +284,13 @@ def decode_frame(
         return Corrupt("the frame header is damaged")
     length = FRAME_OVERHEAD_BYTES + key_bytes + payload_bytes
     if here < length:
-        return Torn(length)
+        return Torn(length, key, sequence, FrameType(kind) if kind in _KNOWN_TYPES else None)
     if kind not in _KNOWN_TYPES or flags & ~COMPRESSED:
         return Corrupt(f"frame type {kind} with flags {flags} is not known", key, length)
     end = offset + length - 4
     if _unpack_checksum(data, end)[0] != crc32c(view[offset:end], salt_checksum):
-        return Corrupt("the payload is damaged", key, length, sequence, FrameType(kind))
+        times = (rest[0], rest[1], rest[2])
+        return Corrupt("the payload is damaged", key, length, sequence, FrameType(kind), times)
     payload = bytes(view[key_end:end])
     return Frame(
         FrameType(kind),
@@ -300,6 +310,26 @@ def decode_frame(
 _KNOWN_TYPES: Final = frozenset(
     {FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER}
 )
+
+
+def corrupt_behind_header(head: bytes, reason: str) -> Corrupt | None:
+    """Return what is known of a damaged frame by header and key; None if they make no sense."""
+    magic, kind, flags, key_bytes, payload_bytes, _, sequence, _, _, *times, _ = _unpack_header(
+        head, 0
+    )
+    if magic != FRAME_MAGIC or kind not in _KNOWN_TYPES or flags & ~COMPRESSED:
+        return None
+    key = head[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + key_bytes]
+    length = FRAME_OVERHEAD_BYTES + key_bytes + payload_bytes
+    if payload_bytes > MAX_PAYLOAD_BYTES or len(key) != key_bytes:
+        return None
+    of = (times[0], times[1], times[2])
+    return Corrupt(reason, key, length, sequence, FrameType(kind), of, is_mended=True)
+
+
+def is_intact(frame: bytes, salt_checksum: int) -> bool:
+    """Whether the checksum of a whole frame is right."""
+    return crc32c(frame, salt_checksum) == _INTACT
 
 
 def frame_length(data: bytes, offset: int) -> int | None:
@@ -351,11 +381,6 @@ def decompress(flags: int, payload: bytes, raw_bytes: int) -> bytes | None:
     except lz4.block.LZ4BlockError:
         return None
     return raw if len(raw) == raw_bytes else None
-
-
-def put_payload(record: bytes) -> bytes:
-    """Return what a put frame stores of `record`: all but its two leading ids."""
-    return record[_RECORD_IDS_BYTES:]
 
 
 def record_of(frame: Frame) -> bytes | None:
@@ -469,3 +494,11 @@ def decode_cache(
     if owner != directory_id or covered != covers or len(body) != body_bytes:
         return None
     return (skew, body) if crc32c(body) == body_checksum else None
+
+
+def covered_by(data: bytes) -> bytes | None:
+    """Return the digest of what a cache describes, unverified; None: there is no header."""
+    if len(data) < CACHE_HEADER_BYTES:
+        return None
+    covered: bytes = _CACHE_HEADER.unpack_from(data)[-1]
+    return covered

@@ -31,7 +31,6 @@ _ROWS_PER_BUCKET: Final = 16
 _FINGERPRINT_BYTES: Final = 16
 
 _from_bytes = int.from_bytes
-_pack = INDEX_ROW.pack
 _unpack = INDEX_ROW.unpack_from
 _TIMES: Final = Struct("<dd")
 _SEQUENCE: Final = Struct("<Q")

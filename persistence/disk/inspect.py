@@ -8,27 +8,32 @@ while they are being looked at are passed over.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from persistence.disk.caches import covers, is_intact_cache, read_guard
 from persistence.disk.directory import read_manifest
-from persistence.disk.filenames import parse_segment, segment_name
-from persistence.disk.files import Files, read_exactly
+from persistence.disk.filenames import (
+    INDEX_SNAPSHOT,
+    MANIFEST,
+    MANIFEST_COPY,
+    hint_name,
+    segment_name,
+)
+from persistence.disk.files import Files, read_all
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
-    SEGMENT_HEADER_BYTES,
     Corrupt,
     Frame,
     FrameType,
-    NewerFormat,
-    SegmentHeader,
-    SegmentKind,
     Torn,
-    decode_segment_header,
     record_of,
 )
-from persistence.disk.manifest import Manifest
+from persistence.disk.lastlog import Tail, scan_last
+from persistence.disk.manifest import encode_manifest
 from persistence.disk.reader import scan_frames
-from persistence.disk.segments import Damage
+from persistence.disk.segments import Damage, Segment
+from persistence.disk.survey import MISSING, Survey, survey
 from persistence.errors import DirectoryNotUsable
 from persistence.record import MalformedValue, validate
 
@@ -92,129 +97,127 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
         DirectoryNotUsable: not a directory of this library, or of a newer format.
     """
     files = Files()
-    manifest, names = _open(files, path)
-    numbers = _live_numbers(manifest, names)
-    for missing in sorted(manifest.sealed - set(numbers)):
-        name = segment_name(missing)
-        damage = Damage(f"{path}/{name}", 0, None, "the segment is missing")
-        yield SegmentReport(name, missing, 0, damages=[damage]), {}
-    headers = {number: _header(files, path, number) for number in numbers}
-    last_log = max(
-        (
-            number
-            for number, header in headers.items()
-            if header is None or header.kind == SegmentKind.LOG
-        ),
-        default=0,
-    )
-    for number, header in headers.items():
-        try:
-            is_last = number == last_log and number not in manifest.sealed
-            yield _scan_segment(files, path, number, header, is_last=is_last)
-        except FileNotFoundError:
-            continue  # compacted away meanwhile
+    found, defect = _look(files, path)
+    if defect is not None:
+        damage = Damage(f"{path}/{MANIFEST}", 0, None, defect)
+        yield SegmentReport(MANIFEST, 0, 0, damages=[damage]), {}
+    for number, segment in sorted(found.segments.items()):
+        name = segment_name(number)
+        reason = found.damages.get(number)
+        damages = [] if reason is None else [Damage(f"{path}/{name}", 0, None, reason)]
+        if found.is_unreadable(number):
+            yield SegmentReport(name, number, segment.length, damages=damages), {}
+            continue
+        with suppress(FileNotFoundError):  # compacted away meanwhile
+            yield _scan_segment(files, path, segment, damages)
+    for number, data in found.torn_creations.items():
+        yield SegmentReport(segment_name(number), number, len(data), torn_bytes=len(data)), {}
 
 
-def _open(files: Files, path: str) -> tuple[Manifest, list[str]]:
-    """Return the manifest and the names that go with it.
+def _look(files: Files, path: str) -> tuple[Survey, str | None]:
+    """Return what segments there are, and what is wrong with the manifest.
 
-    A compaction may come between reading the one and listing the others; then segments seem to be
-    missing, and both are looked at again.
+    A compaction may come between reading the manifest and looking at what it names; then segments
+    seem to be missing, and all is looked at again.
     """
+    found, defect = Survey(), None
     try:
         for _ in range(_LOOKS):
-            manifest, names = read_manifest(files, path), files.list_directory(path)
-            if manifest.sealed <= set(map(parse_segment, names)):
-                break
-        return manifest, names
+            with suppress(FileNotFoundError):
+                manifest, defect = read_manifest(files, path)
+                names = files.list_directory(path)
+                found = survey(files, path, manifest, names)
+                if MISSING not in found.damages.values():
+                    break
+        return found, defect
     except OSError as error:
         raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _live_numbers(manifest: Manifest, names: list[str]) -> list[int]:
-    numbers = {number for name in names if (number := parse_segment(name)) is not None}
-    return sorted(
-        number
-        for number in numbers - manifest.dropped
-        if number in manifest.sealed or number >= manifest.next_number
-    )
+def cache_warnings(path: str) -> Iterator[tuple[str, str]]:
+    """Yield (path, reason) for each hint, index snapshot or copy of the manifest that is damaged.
 
+    No data is lost by that: the log is read instead, and they are made again.
 
-def _header(files: Files, path: str, number: int) -> SegmentHeader | None:
-    name = f"{path}/{segment_name(number)}"
+    Raises:
+        DirectoryNotUsable: not a directory of this library, or of a newer format.
+    """
+    files = Files()
+    found, _ = _look(files, path)
     try:
-        fd = files.open_read(name)
-    except FileNotFoundError:
-        return None  # compacted away meanwhile; found out again when it is to be scanned
-    try:
-        return decode_segment_header(read_exactly(files, fd, SEGMENT_HEADER_BYTES, 0))
-    except NewerFormat as error:
-        raise DirectoryNotUsable(f"{name}: {error}") from None
-    finally:
-        files.close(fd)
+        manifest, _ = read_manifest(files, path)
+        names = set(files.list_directory(path))
+    except OSError as error:
+        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
+    for number, segment in sorted(found.segments.items()):
+        if hint_name(number) not in names:
+            continue
+        guard = read_guard(files, path, manifest.directory_id, number)
+        if guard is None:
+            yield f"{path}/{hint_name(number)}", "the hint is damaged: the segment is read instead"
+        elif guard.covered != covers([segment]) and not segment.damaged and segment.sealed:
+            yield f"{path}/{hint_name(number)}", "the hint does not fit its segment"
+    if INDEX_SNAPSHOT in names and not is_intact_cache(files, path, INDEX_SNAPSHOT):
+        yield (
+            f"{path}/{INDEX_SNAPSHOT}",
+            "the index snapshot is damaged: the hints are read instead",
+        )
+    if MANIFEST_COPY in names:
+        with suppress(OSError):
+            if read_all(files, f"{path}/{MANIFEST_COPY}") != encode_manifest(manifest):
+                yield f"{path}/{MANIFEST_COPY}", "the copy does not say what the manifest says"
 
 
 def _scan_segment(
-    files: Files, path: str, number: int, header: SegmentHeader | None, *, is_last: bool
+    files: Files, path: str, segment: Segment, damages: list[Damage]
 ) -> tuple[SegmentReport, dict[bytes, _Tally]]:
-    name = segment_name(number)
+    name = segment_name(segment.number)
     where = f"{path}/{name}"
+    size = segment.length
+    tail = Tail(segment.lowest_sequence - 1)
     fd = files.open_read(where)
     try:
-        size = files.size(fd)
-        if header is None:
-            if is_last and size <= SEGMENT_HEADER_BYTES:
-                return SegmentReport(name, number, size, torn_bytes=size), {}
-            damage = Damage(where, 0, None, "the segment's header is damaged")
-            return SegmentReport(name, number, size, damages=[damage]), {}
-        scan = _Scan(number, where, size, is_last=is_last)
-        for offset, found in scan_frames(files, fd, size, header.salt_checksum):
+        scan = _Scan(segment.number, where, damages)
+        if segment.sealed:
+            frames = scan_frames(files, fd, size, segment.salt_checksum)
+        else:
+            frames = scan_last(files, fd, segment, tail)
+        for offset, found in frames:
             scan.take(offset, found)
-        return scan.report(name), scan.newest
     finally:
         files.close(fd)
+    if segment.sealed:
+        return scan.report(name, size, torn_bytes=0, must_be_sealed=True), scan.newest
+    return scan.report(name, size, torn_bytes=size - tail.end, must_be_sealed=False), scan.newest
 
 
 class _Scan:
     """Counts what is in a segment."""
 
-    def __init__(self, number: int, where: str, size: int, *, is_last: bool) -> None:
+    def __init__(self, number: int, where: str, damages: list[Damage]) -> None:
         self._number = number
         self._where = where
-        self._size = size
-        self._is_last = is_last
         self._counts = dict.fromkeys(FrameType, 0)
-        self._damages: list[Damage] = []
-        self._suspects: list[tuple[int, int, Damage]] = []
-        self._last_sequence = 0
-        self._proven_sequence = 0
+        self._damages = list(damages)
         self._sealed = False
         self.newest: dict[bytes, _Tally] = {}
 
     def take(self, offset: int, found: Frame | Corrupt | Torn) -> None:
         """Count one frame or defect."""
-        if isinstance(found, Torn):
-            self._suspect(offset, None, "the frame is cut off")
-        elif isinstance(found, Corrupt):
-            self._suspect(offset, found.key, found.reason)
-        else:
+        self._sealed = found.type == FrameType.FOOTER
+        if isinstance(found, Frame):
             self._count(offset, found)
-
-    def _suspect(self, offset: int, key: bytes | None, reason: str) -> None:
-        whose = None if key is None else key.decode("utf-8", "backslashreplace")
-        damage = Damage(self._where, offset, whose, reason)
-        self._suspects.append((offset, self._last_sequence, damage))
+        else:
+            reason = "the frame is cut off" if isinstance(found, Torn) else found.reason
+            self._damage(offset, found.key, reason)
 
     def _count(self, offset: int, frame: Frame) -> None:
         self._counts[frame.type] += 1
-        self._last_sequence = max(self._last_sequence, frame.sequence)
-        self._proven_sequence = max(self._proven_sequence, frame.durable_sequence)
-        self._sealed = frame.type == FrameType.FOOTER
         if frame.type == FrameType.FOOTER:
             frames = sum(self._counts.values()) - self._counts[FrameType.FOOTER]
             if len(frame.payload) != FOOTER_PAYLOAD.size:
                 self._damage(offset, None, "the footer has a wrong size")
-            elif FOOTER_PAYLOAD.unpack(frame.payload)[0] > frames and not self._suspects:
+            elif FOOTER_PAYLOAD.unpack(frame.payload)[0] > frames and not self._damages:
                 self._damage(offset, None, "the footer counts more frames than there are")
         elif frame.type == FrameType.PUT:
             self._check_record(offset, frame)
@@ -234,32 +237,24 @@ class _Scan:
             self._damage(offset, frame.key, str(error))
 
     def _damage(self, offset: int, key: bytes | None, reason: str) -> None:
-        whose = None if key is None else key.decode("utf-8", "backslashreplace")
+        whose = key.decode("utf-8", "backslashreplace") if key else None
         self._damages.append(Damage(self._where, offset, whose, reason))
 
-    def report(self, name: str) -> SegmentReport:
-        """Return the report; decides which defects are only a torn tail, as recovery does."""
-        torn_from = self._size
-        damages = list(self._damages)
-        for offset, last_sequence, damage in self._suspects:
-            tail = self._is_last and self._proven_sequence <= last_sequence
-            if tail:
-                torn_from = min(torn_from, offset)
-            else:
-                damages.append(damage)
-        if not self._sealed and not self._is_last:
-            damages.append(
-                Damage(self._where, self._size, None, "the sealed segment has no footer")
-            )
+    def report(
+        self, name: str, size: int, *, torn_bytes: int, must_be_sealed: bool
+    ) -> SegmentReport:
+        """Return the report."""
+        if must_be_sealed and not self._sealed:
+            self._damage(size, None, "the sealed segment has no footer")
         return SegmentReport(
             name,
             self._number,
-            self._size,
+            size,
             frames=sum(self._counts.values()),
             puts=self._counts[FrameType.PUT],
             touches=self._counts[FrameType.TOUCH],
             deletes=self._counts[FrameType.DELETE],
             sealed=self._sealed,
-            torn_bytes=self._size - torn_from,
-            damages=sorted(damages, key=lambda item: item.offset),
+            torn_bytes=torn_bytes,
+            damages=sorted(self._damages, key=lambda item: item.offset),
         )

@@ -20,6 +20,7 @@ from persistence.disk.format import (
     Torn,
     decode_frame,
 )
+from persistence.disk.mending import MENDABLE_BYTES, mend_frame_header
 from persistence.disk.segments import OpenSegments
 from persistence.disk.threads import Threads
 
@@ -73,7 +74,8 @@ def scan_frames(
     """Yield (offset, frame or defect) for a whole segment, in order.
 
     Behind a defect the scan goes on: at the next frame if the defective one's length is known,
-    else at the next bytes that are a frame. `Torn` is only yielded at the end of the file.
+    else at the next bytes that are a frame. `Torn` is only yielded at the end of the file. Where
+    one bit of a frame's header is flipped, the defect says whose frame it is all the same.
     """
     window = b""
     base = at = start
@@ -86,6 +88,9 @@ def scan_frames(
             if len(window) < min(result.needed_bytes, size - at):
                 return  # the file became shorter while it was read
             continue
+        if not isinstance(result, Frame) and result.key is None:
+            head = read_exactly(files, fd, min(MENDABLE_BYTES, size - at), at)
+            result = mend_frame_header(head, salt_checksum) or result
         yield at, result
         length = None if isinstance(result, Torn) else result.length
         if length is not None:

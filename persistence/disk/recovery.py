@@ -4,11 +4,12 @@ Order within it: sealed segments first (from their hints, else scanned to their 
 last log segment, which a crash may have torn. What is newest is decided by sequence numbers, never
 by the order of the segments, because a compaction puts old frames into segments with high numbers.
 
-The last segment, at its first bad frame: when a later intact frame says (by its durable sequence)
-that more than what lies before the bad one had been synced, acknowledged data is damaged: it is
-reported and the segment is kept as it is. Otherwise it is a torn tail: nobody was told that what
-it holds is durable, and it is cut, the cut bytes kept in the quarantine directory. Then, in this
-order: truncate, fsync, footer, fsync; the next segment is created only after that.
+What is live, missing or has a damaged header is found out by `survey`; what to do about the end
+of the last segment is in `lastlog`.
+
+Nothing that is lost may look like something older: where a segment cannot be read, the rows of its
+hint still say which sessions were in it. Reads of these meet the damage, and what had ended stays
+ended.
 
 Recovering twice equals recovering once, at every crash point of recovery itself: each step leaves
 a directory that the same rules read the same way.
@@ -19,47 +20,43 @@ It runs in a thread in short steps (it is a generator), so that the event loop k
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from persistence.disk.caches import read_hint, read_snapshot, write_hint
+from persistence.disk.caches import read_guard, read_hint, read_snapshot, write_hint
 from persistence.disk.filenames import (
     INDEX_SNAPSHOT,
     MAX_SEGMENT_NUMBER,
-    QUARANTINE,
     TEMPORARY_SUFFIX,
     hint_name,
     is_ours,
     parse_hint,
     parse_segment,
-    quarantine_name,
     segment_name,
 )
-from persistence.disk.files import NO_SPACE, Files, read_exactly, replace_file, write_exactly
+from persistence.disk.files import Files, read_exactly
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
+    FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
     INDEX_ROW_BYTES,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
-    SEGMENT_HEADER_BYTES,
     Corrupt,
     Frame,
     FrameType,
-    NewerFormat,
-    SegmentHeader,
     SegmentKind,
     Torn,
-    decode_segment_header,
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index
+from persistence.disk.lastlog import Tail, cut, quarantine, scan_last, seal_if_room, write_again
 from persistence.disk.manifest import Manifest
 from persistence.disk.reader import scan_frames
+from persistence.disk.reserve import Reserve
 from persistence.disk.segments import Damage, Segment
+from persistence.disk.survey import Survey, survey
 from persistence.disk.suspects import SUSPECT_BYTES, Suspect, lead_to_damage
-from persistence.disk.writer import encode_footer
 from persistence.errors import DirectoryNotUsable
 from persistence.record import NEVER
 
@@ -67,7 +64,6 @@ _log = logging.getLogger("persistence.recovery")
 
 _ROWS_PER_STEP: Final = 2_000
 _FRAMES_PER_STEP: Final = 200
-_REWRITE_BYTES: Final = 2**20
 _GRANT: Final = 8
 _SEQUENCE_COLUMN: Final = slice(2, None, INDEX_ROW_BYTES // 8)  # in rows as 64-bit numbers
 _LENGTH_COLUMN: Final = slice(14, None, INDEX_ROW_BYTES // 4)  # in rows as 32-bit numbers
@@ -81,72 +77,44 @@ class Recovered:
     Attributes:
         index: the newest frame of every session; times are wall seconds, which at opening are
             engine seconds.
-        segments: by number; all sealed.
+        segments: by number; all sealed but one at most (`unsealed`). Also those that are missing
+            or cannot be read: they are damaged, and the manifest goes on naming them, so that each
+            opening reports them and none removes what is left of them.
         last_sequence: the highest sequence number in use.
         last_number: the highest segment number that was ever used.
-        unusable: segments that are missing, or whose header is damaged. The manifest goes on
-            naming them, so that each opening reports them and none removes what is left of them.
         damages: defects; sessions that they do not concern stay readable.
         clean: whether the directory had been closed cleanly.
         cut_bytes: length of the torn tail.
+        unsealed: the last segment, if there was no room for its footer: to be sealed before the
+            next one is made, and not known to the manifest before that.
     """
 
     index: Index = field(default_factory=Index)
     segments: dict[int, Segment] = field(default_factory=dict)
     last_sequence: int = 0
     last_number: int = 0
-    unusable: set[int] = field(default_factory=set)
     damages: list[Damage] = field(default_factory=list)
     clean: bool = False
     cut_bytes: int = 0
-
-
-class _Tail:
-    """What a scan of the last segment has found so far.
-
-    Attributes:
-        end: behind the last good frame.
-        frames: how many there are, the footer not counted.
-        last_sequence: the highest there is.
-        proven_sequence: a frame says that everything up to here had been synced.
-        has_footer: whether the last good frame is a footer.
-    """
-
-    def __init__(self, base_sequence: int) -> None:
-        self.end = SEGMENT_HEADER_BYTES
-        self.frames = 0
-        self.last_sequence = base_sequence
-        self.proven_sequence = base_sequence
-        self.has_footer = False
-        self._unproven: deque[tuple[int, int]] = deque()
-
-    @property
-    def unproven_from(self) -> int:
-        """Offset of the first good frame that nothing proves to have been synced."""
-        return self._unproven[0][1] if self._unproven else self.end
-
-    def take(self, offset: int, frame: Frame) -> None:
-        """Take in the next good frame."""
-        self.has_footer = frame.type == FrameType.FOOTER
-        self.frames += not self.has_footer
-        self.end = offset + frame.length
-        self.last_sequence = max(self.last_sequence, frame.sequence)
-        self.proven_sequence = max(self.proven_sequence, frame.durable_sequence)
-        self._unproven.append((frame.sequence, offset))
-        while self._unproven and self._unproven[0][0] <= self.proven_sequence:
-            self._unproven.popleft()
+    unsealed: tuple[Segment, Tail] | None = None
 
 
 class Recovery:
     """One recovery. Call `steps` and exhaust it, in a thread; then `result` holds the outcome."""
 
     def __init__(
-        self, files: Files, directory: str, manifest: Manifest, fingerprints: Fingerprints
+        self,
+        files: Files,
+        directory: str,
+        manifest: Manifest,
+        fingerprints: Fingerprints,
+        reserve: Reserve | None = None,
     ) -> None:
         self._files = files
         self._directory = directory
         self._manifest = manifest
         self._fingerprints = fingerprints
+        self.reserve = reserve or Reserve(files, directory)
         self._touches: dict[bytes, tuple[int, float, float]] = {}
         self._deletes: dict[bytes, int] = {}
         self._suspects: list[Suspect] = []
@@ -155,116 +123,58 @@ class Recovery:
     def steps(self) -> Iterator[None]:
         """Recover; yields often, so that the caller can let others run."""
         result = self.result
-        headers = self._live_segments()
-        last_log = max(
-            (number for number, header in headers.items() if header.kind == SegmentKind.LOG),
-            default=0,
-        )
-        self._open_sealed(headers, last_log)
+        found = self._survey()
         yield
-        if self._take_snapshot(last_log):
+        if self._take_snapshot(found.last_log):
             return
-        result.index.reserve(self._rows_at_most(headers))
-        for number in sorted(headers):
-            if number != last_log:
-                yield from self._load_sealed(headers[number])
-        if last_log:
-            yield from self._load_last(headers[last_log])
+        result.index.reserve(self._rows_at_most())
+        for number, segment in sorted(result.segments.items()):
+            if found.is_unreadable(number):
+                yield from self._apply_guard(segment)
+            elif segment.sealed:
+                yield from self._load_sealed(segment)
+            else:
+                yield from self._recover_last(segment)
         yield from self._settle()
-        assert all(segment.sealed for segment in result.segments.values()), "all must be sealed"
+        unsealed = [item.number for item in result.segments.values() if not item.sealed]
+        assert len(unsealed) == (result.unsealed is not None), unsealed
 
     # --- which segments there are -------------------------------------------------------------
 
     def _path(self, number: int) -> str:
         return f"{self._directory}/{segment_name(number)}"
 
-    def _live_segments(self) -> dict[int, SegmentHeader]:
-        """Remove what is dead, read the headers of what is live."""
-        manifest = self._manifest
+    def _survey(self) -> Survey:
+        """Find out what is there; remove what is dead."""
         names = self._files.list_directory(self._directory)
-        numbers = {number for name in names if (number := parse_segment(name)) is not None}
-        live = {
-            number
-            for number in numbers - manifest.dropped
-            if number in manifest.sealed or number >= manifest.next_number
-        }
-        self.result.last_number = max(
-            [manifest.next_number - 1, *numbers, *manifest.sealed, *manifest.dropped]
-        )
-        if self.result.last_number >= MAX_SEGMENT_NUMBER:
+        found = survey(self._files, self._directory, self._manifest, names)
+        result = self.result
+        result.last_number = found.last_number
+        if found.last_number >= MAX_SEGMENT_NUMBER:
             raise DirectoryNotUsable(f"{self._directory} has used up all segment numbers")
-        headers = self._read_headers(sorted(live))
-        for missing in sorted(manifest.sealed - numbers):
-            self._set_aside(missing, "the segment is missing")
-        self._remove_dead(names, live)
-        return headers
-
-    def _set_aside(self, number: int, reason: str) -> None:
-        self._damage(number, 0, None, reason)
-        self.result.unusable.add(number)
-
-    def _read_headers(self, numbers: list[int]) -> dict[int, SegmentHeader]:
-        headers = {}
-        headless: dict[int, bytes] = {}
-        for number in numbers:
-            fd = self._files.open_read(self._path(number))
-            try:
-                data = read_exactly(self._files, fd, SEGMENT_HEADER_BYTES, 0)
-            finally:
-                self._files.close(fd)
-            try:
-                header = decode_segment_header(data)
-            except NewerFormat as error:
-                raise DirectoryNotUsable(
-                    f"{self._path(number)}: {error}; nothing was changed; "
-                    "use a newer version of the library"
-                ) from None
-            if header is not None and header.number == number:
-                if header.directory_id != self._manifest.directory_id:
-                    raise DirectoryNotUsable(
-                        f"{self._path(number)} belongs to another directory; nothing was changed; "
-                        "move it away"
-                    )
-                headers[number] = header
-            else:
-                headless[number] = data
-        logs = [number for number, header in headers.items() if header.kind == SegmentKind.LOG]
-        for number, data in headless.items():
-            # Log segments are made one after the other, so only the newest can be half made.
-            if number > max(logs, default=0) and number not in self._manifest.sealed:
-                self._remove_torn_creation(number, data)
-            else:
-                self._set_aside(number, "the segment's header is damaged")
-        return headers
-
-    def _remove_torn_creation(self, number: int, data: bytes) -> None:
-        """A crash while the newest segment was being created: nothing was acknowledged into it."""
-        path = self._path(number)
-        fd = self._files.open_read(path)
-        try:
-            size = self._files.size(fd)
-        finally:
-            self._files.close(fd)
-        if size > SEGMENT_HEADER_BYTES:
-            # More than a header: not a torn creation, whatever it is. It stays.
-            self._set_aside(number, "the segment's header is damaged")
-            return
-        if data.strip(b"\0"):
-            self._quarantine(number, 0, data)
-        self._files.remove(path)
-        self._files.sync_directory(self._directory)
+        result.segments = found.segments
+        for number, reason in sorted(found.damages.items()):
+            self._damage(number, 0, None, reason)
+        for number, data in found.torn_creations.items():
+            if data.strip(b"\0"):
+                quarantine(self._files, self._directory, number, 0, data)
+            self._files.remove(self._path(number))
+            self._files.sync_directory(self._directory)
+        self._remove_dead(names, set(found.segments))
+        for segment in found.segments.values():
+            result.last_sequence = max(result.last_sequence, segment.lowest_sequence - 1)
+        return found
 
     def _remove_dead(self, names: list[str], live: set[int]) -> None:
         """Unlink what a crash left behind: temporaries, replaced segments, hints of neither."""
-        known = live | self._manifest.sealed
         dead = []
         for name in names:
             number = parse_segment(name)
             hint = parse_hint(name)
             if (
                 (name.endswith(TEMPORARY_SUFFIX) and is_ours(name))
-                or (number is not None and number not in known)
-                or (hint is not None and hint not in known)
+                or (number is not None and number not in live)
+                or (hint is not None and hint not in live)
             ):
                 dead.append(name)
         if dead:
@@ -272,17 +182,6 @@ class Recovery:
             self._files.sync_directory(self._directory)
         for name in dead:
             self._files.remove(f"{self._directory}/{name}")
-
-    def _open_sealed(self, headers: dict[int, SegmentHeader], last_log: int) -> None:
-        for number, header in headers.items():
-            segment = self.result.segments[number] = Segment.of(header)
-            self.result.last_sequence = max(self.result.last_sequence, header.base_sequence)
-            fd = self._files.open_read(self._path(number))
-            try:
-                segment.length = self._files.size(fd)
-            finally:
-                self._files.close(fd)
-            segment.sealed = number != last_log
 
     # --- the caches ---------------------------------------------------------------------------
 
@@ -324,10 +223,10 @@ class Recovery:
             result.segments[last_log].sealed = True  # a clean close seals before the snapshot
         return True
 
-    def _rows_at_most(self, headers: dict[int, SegmentHeader]) -> int:
+    def _rows_at_most(self) -> int:
         """Return about how many rows the hints hold; segments without a hint do not count."""
         total = 0
-        for number in headers:
+        for number in self.result.segments:
             path = f"{self._directory}/{hint_name(number)}"
             if self._files.exists(path):
                 fd = self._files.open_read(path)
@@ -343,8 +242,7 @@ class Recovery:
         except OSError:
             return None  # whatever is wrong with it, the segment itself is there
 
-    def _load_sealed(self, header: SegmentHeader) -> Iterator[None]:
-        segment = self.result.segments[header.number]
+    def _load_sealed(self, segment: Segment) -> Iterator[None]:
         hint = self._read_hint(segment)
         if hint is not None:
             skew, rows = hint
@@ -353,8 +251,21 @@ class Recovery:
         rows_found = bytearray()
         yield from self._scan_sealed(segment, rows_found)
         yield from self._apply_rows(memoryview(rows_found), 0.0, segment)
-        if not segment.damaged:
+        if segment.damaged:
+            yield from self._apply_guard(segment)
+        else:
             self._write_hint(segment, bytes(rows_found))
+
+    def _apply_guard(self, segment: Segment) -> Iterator[None]:
+        """Apply what the hint says was in a segment that is damaged or gone, as far as it is new.
+
+        Rows then point to where nothing can be read, and reads of these sessions say so.
+        """
+        guard = read_guard(
+            self._files, self._directory, self._manifest.directory_id, segment.number
+        )
+        if guard is not None:
+            yield from self._apply_rows(guard.rows, guard.skew, segment)
 
     def _scan_sealed(self, segment: Segment, rows: bytearray) -> Iterator[None]:
         """Scan a segment that must verify to its footer; any defect in it is corruption."""
@@ -364,8 +275,8 @@ class Recovery:
         try:
             scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
             for count, (offset, found) in enumerate(scan):
+                footer_seen = found.type == FrameType.FOOTER
                 if isinstance(found, Frame):
-                    footer_seen = found.type == FrameType.FOOTER
                     sequence = found.sequence
                     self._add_row(rows, segment, offset, found)
                 else:
@@ -378,103 +289,37 @@ class Recovery:
         if not footer_seen:
             self._damage(segment.number, segment.length, None, "the sealed segment has no footer")
 
-    def _load_last(self, header: SegmentHeader) -> Iterator[None]:
-        """The last log segment: sealed if manifest or hint say so, else as a crash left it."""
-        segment = self.result.segments[header.number]
-        if header.number in self._manifest.sealed or self._read_hint(segment) is not None:
-            segment.sealed = True
-            yield from self._load_sealed(header)
-        else:
-            yield from self._recover_last(header)
-
-    # --- the last segment ---------------------------------------------------------------------
-
-    def _recover_last(self, header: SegmentHeader) -> Iterator[None]:
-        segment = self.result.segments[header.number]
+    def _recover_last(self, segment: Segment) -> Iterator[None]:
+        """The last log segment, as a crash left it."""
         rows = bytearray()
-        tail = _Tail(header.base_sequence)
-        fd = self._files.open_write(self._path(header.number))
+        tail = Tail(segment.lowest_sequence - 1)
+        fd = self._files.open_write(self._path(segment.number))
         try:
-            scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum)
+            scan = scan_last(self._files, fd, segment, tail)
             for count, (offset, found) in enumerate(scan):
                 if count % _FRAMES_PER_STEP == 0:
                     yield
                 if isinstance(found, Frame):
                     self._add_row(rows, segment, offset, found)
-                    tail.take(offset, found)
-                elif self._acknowledged_behind(fd, segment, offset, tail.last_sequence):
+                else:
                     self._report(segment, offset, found, rows)
                     self._suspect(fd, segment, offset, found, tail.last_sequence)
-                else:
-                    break
             yield from self._apply_rows(memoryview(rows), 0.0, segment)
-            self._cut(fd, segment, tail.end)
-            for start in range(tail.unproven_from, tail.end, _REWRITE_BYTES):
-                size = min(_REWRITE_BYTES, tail.end - start)
-                write_exactly(self._files, fd, read_exactly(self._files, fd, size, start), start)
-                yield
+            self.result.cut_bytes = cut(self._files, self._directory, fd, segment, tail.end)
+            yield from write_again(self._files, fd, tail)
             self._seal(fd, segment, tail)
         finally:
             self._files.close(fd)
-        segment.sealed = True
-        if not segment.damaged:
+        if segment.sealed and not segment.damaged:
             self._write_hint(segment, bytes(rows))
 
-    def _acknowledged_behind(
-        self, fd: int, segment: Segment, offset: int, last_sequence: int
-    ) -> bool:
-        """Whether a frame behind the defect at `offset` proves that synced data was there.
-
-        Its durable sequence is higher than that of the last good frame before the defect: then
-        something in between had been synced, hence acknowledged.
-        """
-        scan = scan_frames(self._files, fd, segment.length, segment.salt_checksum, offset)
-        return any(
-            isinstance(found, Frame) and found.durable_sequence > last_sequence for _, found in scan
-        )
-
-    def _cut(self, fd: int, segment: Segment, good_end: int) -> None:
-        size = segment.length
-        if good_end < size:
-            tail = read_exactly(self._files, fd, size - good_end, good_end)
-            if tail.strip(b"\0"):
-                self._quarantine(segment.number, good_end, tail)
-            self.result.cut_bytes = size - good_end
-            _log.warning(
-                "%s: cut a torn tail of %d bytes at offset %d",
-                self._path(segment.number),
-                size - good_end,
-                good_end,
-            )
-            self._files.truncate(fd, good_end)
-            self._files.sync(fd)
-        segment.length = good_end
-
-    def _seal(self, fd: int, segment: Segment, tail: _Tail) -> None:
-        """Write the footer, unless it is there, and sync it with what was written again."""
-        if not tail.has_footer:
-            footer = encode_footer(
-                segment.salt_checksum,
-                tail.frames,
-                segment.lowest_sequence,
-                tail.last_sequence,
-                durable_sequence=tail.proven_sequence,
-            )
-            write_exactly(self._files, fd, footer, tail.end)
-            segment.length = tail.end + len(footer)
-        self._files.sync(fd)
-
-    def _quarantine(self, number: int, offset: int, data: bytes) -> None:
-        """Keep bytes that recovery takes out of the log. A full disk must not stop recovery."""
-        directory = f"{self._directory}/{QUARANTINE}"
-        name = quarantine_name(number, offset, len(data))
-        try:
-            self._files.make_directory(directory)
-            replace_file(self._files, directory, name, name + TEMPORARY_SUFFIX, data)
-        except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
-            _log.warning("%s/%s: no space to keep the cut bytes", directory, name)
+    def _seal(self, fd: int, segment: Segment, tail: Tail) -> None:
+        """Seal the last segment. On a full disk that may have to wait: reading needs no footer."""
+        segment.sealed = is_sealed = seal_if_room(self._files, fd, segment, tail)
+        if not is_sealed and self.reserve.release():
+            segment.sealed = seal_if_room(self._files, fd, segment, tail)
+        if not segment.sealed:
+            self.result.unsealed = segment, tail
 
     # --- rows ---------------------------------------------------------------------------------
 
@@ -505,36 +350,25 @@ class Recovery:
     def _report(
         self, segment: Segment, offset: int, found: Corrupt | Torn, rows: bytearray
     ) -> None:
-        """Report a defect. Where the key is intact, let reads of that session meet the damage.
+        """Report a defect. Where the key is known, let reads of that session meet the damage.
 
         Its older versions must not come back: that would be a wrong value. For the same reason a
-        damaged tombstone still is one: all that it says is in its header, which is intact.
+        damaged tombstone still is one, and a renewal too: all that they say is in their header,
+        which is intact.
         """
-        if isinstance(found, Torn):
-            self._damage(segment.number, offset, None, "the frame is cut off")
-            return
         key, sequence = found.key, found.sequence
-        self._damage(segment.number, offset, None if key is None else _text(key), found.reason)
-        if key and sequence is not None and found.type in (FrameType.PUT, FrameType.DELETE):
-            self.result.last_sequence = max(self.result.last_sequence, sequence)
-            length = ROW_IS_DELETE if found.type == FrameType.DELETE else found.length or 0
-            rows += INDEX_ROW.pack(
-                self._fingerprints.of(key),
-                sequence,
-                0.0,
-                NEVER,
-                NEVER,
-                segment.number,
-                offset,
-                length,
-                0,
-            )
+        reason = "the frame is cut off" if isinstance(found, Torn) else found.reason
+        self._damage(segment.number, offset, _text(key) if key else None, reason)
+        if not key or sequence is None or found.type is None:
+            return
+        self.result.last_sequence = max(self.result.last_sequence, sequence)
+        rows += _row_of_damage(self._fingerprints.of(key), sequence, segment.number, offset, found)
 
     def _suspect(
         self, fd: int, segment: Segment, offset: int, found: Corrupt | Torn, sequence: int
     ) -> None:
         """Remember a frame that nobody can tell whose it was, until all others are known."""
-        if segment.kind == SegmentKind.LOG and (isinstance(found, Torn) or found.key is None):
+        if segment.kind == SegmentKind.LOG and found.key is None:
             data = read_exactly(self._files, fd, SUSPECT_BYTES, offset)
             self._suspects.append(Suspect(segment.number, offset, sequence + 1, data))
 
@@ -652,3 +486,21 @@ class Recovery:
 
 def _text(key: bytes) -> str:
     return key.decode("utf-8", "backslashreplace")
+
+
+def _row_of_damage(
+    fingerprint: bytes, sequence: int, number: int, offset: int, found: Corrupt | Torn
+) -> bytes:
+    """Return the index row of a damaged frame whose header is known; b"" for a torn renewal."""
+    times = (0.0, NEVER, NEVER)
+    if found.type == FrameType.DELETE:
+        length = ROW_IS_DELETE
+    elif found.type == FrameType.PUT:
+        length = FRAME_OVERHEAD_BYTES  # at least
+        if isinstance(found, Corrupt) and found.length is not None:
+            length = found.length
+    elif isinstance(found, Corrupt) and found.times is not None:
+        length, times = ROW_IS_TOUCH, found.times
+    else:
+        return b""
+    return INDEX_ROW.pack(fingerprint, sequence, *times, number, offset, length, 0)

@@ -26,8 +26,8 @@ from persistence.disk.directory import (
     open_manifest,
     write_manifest,
 )
-from persistence.disk.filenames import segment_name
-from persistence.disk.files import Files
+from persistence.disk.filenames import MANIFEST, segment_name
+from persistence.disk.files import NO_SPACE, Files
 from persistence.disk.format import (
     DELETE,
     FRAME_HEADER_BYTES,
@@ -37,10 +37,12 @@ from persistence.disk.format import (
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index, Row
 from persistence.disk.journal import Journal
+from persistence.disk.lastlog import Tail, seal_if_room
 from persistence.disk.manifest import Manifest
 from persistence.disk.pressure import Pressure
 from persistence.disk.reader import FrameReader
-from persistence.disk.recovery import Recovered, Recovery
+from persistence.disk.recovery import Recovery
+from persistence.disk.reserve import RESERVE_BYTES, Reserve
 from persistence.disk.segments import Damage, OpenSegments, Pins, Segment
 from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
@@ -97,9 +99,10 @@ class DiskTier:
         manifest: Manifest,
         threads: Threads,
         fingerprints: Fingerprints,
-        recovered: Recovered,
+        recovery: Recovery,
     ) -> None:
-        self.directory = os.fspath(config.path)
+        recovered, reserve = recovery.result, recovery.reserve
+        self.directory = lock.directory
         self._config = config
         self._time = time
         self._files = files
@@ -116,8 +119,11 @@ class DiskTier:
         self._damaged_reads: set[tuple[str, int]] = set()
         self._number_lock = Lock()
         self._last_number = recovered.last_number
+        self._unsealed = recovered.unsealed
         self._next_log_number = recovered.last_number + 1  # at least
-        self._unusable = recovered.unusable
+        if recovered.unsealed is not None:
+            self._next_log_number = recovered.unsealed[0].number
+        self._reserve = reserve
         self._pressure = Pressure(config.segment_bytes)
         self._batch_started = time.now()
         self._refused_bytes = 0  # of the last batch that disk.max_bytes had no room for
@@ -138,7 +144,10 @@ class DiskTier:
             next_number=self.next_number,
             last_sequence=recovered.last_sequence,
             skew=time.skew,
+            reserve=reserve,
         )
+        if recovered.unsealed is not None:
+            self.writer.full = f"{self.directory}: no space left for new writes"
         self.compactor = Compactor(
             Surroundings(
                 files=files,
@@ -158,6 +167,7 @@ class DiskTier:
                 pressure=self._pressure,
                 shipped_sequence=lambda: self.shipped.sequence,
                 before_merging=self._stop_keeping_tombstones,
+                reserve=reserve,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -200,20 +210,26 @@ class DiskTier:
         cls, config: DiskConfig, time: EngineTime, files: Files, cancelled: asyncio.Event
     ) -> DiskTier:
         threads = Threads()
-        directory = os.fspath(config.path)
+        # Absolute from here on, once and for all: files are opened all the time, and the process
+        # may go to another directory meanwhile, where a relative path means another log.
+        directory = _absolute(config.path)
         held: DirectoryLock | None = None
         try:
-            lock, manifest = await threads.write(_lock_and_read, files, directory)
+            lock, manifest, defect = await threads.write(_lock_and_read, files, directory)
             held = lock
             fingerprints = Fingerprints(manifest.fingerprint_key)
-            recovery = Recovery(files, directory, manifest, fingerprints)
+            reserve = Reserve(files, directory, min(RESERVE_BYTES, config.segment_bytes))
+            recovery = Recovery(files, directory, manifest, fingerprints, reserve)
+            if defect is not None:
+                path = f"{directory}/{MANIFEST}"
+                recovery.result.damages.append(Damage(path, 0, None, defect))
             steps = recovery.steps()
             while await threads.write(_some_steps, steps):
                 if cancelled.is_set():
                     raise asyncio.CancelledError  # noqa: TRY301 - cleaned up like any failure
-            tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery.result)
+            tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery)
             # The manifest knows all that recovery sealed; dropped segments are gone.
-            await tier._write_manifest(remove=manifest.dropped)
+            await tier._write_first_manifest(manifest)
             await tier.shipped.load()
         except BaseException as error:
             if held is not None:
@@ -247,6 +263,8 @@ class DiskTier:
         if self.writer.poisoned is not None:
             return
         try:
+            self.writer.may_use_reserve = True
+            await self._seal_unsealed()
             active = await self.threads.write(self.writer.seal)
             self._next_log_number = self._last_number + 1
             if active is not None:
@@ -393,6 +411,9 @@ class DiskTier:
             self.compactor.wake(urgent=True)
             raise DiskFull(self._limit_reached())
         self.writer.check_usable()
+        self.writer.may_use_reserve = not grows
+        if grows and (self.writer.full is not None or self._reserve.is_spent):
+            await self._look_for_space(nbytes)
         if self.holds_back:
             await self._wait_for_compaction()
         self._batch_started = self._time.now()
@@ -401,6 +422,24 @@ class DiskTier:
             if self.writer.has_room(nbytes):
                 return
         await self._rotate()
+
+    async def _look_for_space(self, nbytes: int) -> None:
+        """Refuse updates while the disk is still full, so that they keep no tombstone back.
+
+        Raises:
+            DiskFull: there is no room, or none for the reserve.
+        """
+        refusal = self.writer.full or f"{self.directory}: no space left for new writes"
+        space = await self.threads.write(self._files.space, self.directory)
+        try:
+            if space.free_bytes < nbytes:
+                raise DiskFull(refusal)  # noqa: TRY301 - handled as below
+            await self.threads.write(self.writer.regain_reserve)
+        except DiskFull:
+            self.writer.may_use_reserve = True
+            await self._give_up_active()
+            self.compactor.wake(urgent=True)
+            raise
 
     def _is_over_limit(self, nbytes: int) -> bool:
         limit = self._config.max_bytes
@@ -456,8 +495,24 @@ class DiskTier:
             sealed.segment.rows = bytes(sealed.rows)
             self._run_in_background(self._sealed(sealed))
 
+    async def _seal_unsealed(self) -> None:
+        """Seal what the opening had no room to seal: before the next segment is made.
+
+        Raises:
+            DiskFull: there still is none.
+        """
+        if self._unsealed is None:
+            return
+        segment, tail = self._unsealed
+        path = f"{self.directory}/{segment_name(segment.number)}"
+        if not await self.threads.write(_seal_later, self._files, path, segment, tail):
+            self.writer.full = f"{path}: no space left for new writes; free some space"
+            raise DiskFull(self.writer.full)
+        self._unsealed = None
+
     async def _rotate(self) -> None:
         try:
+            await self._seal_unsealed()
             await self._seal_active()
             segment = await self.threads.write(self.writer.create)
         except DiskFull:
@@ -556,14 +611,26 @@ class DiskTier:
             manifest = Manifest(
                 self._manifest.directory_id,
                 self._manifest.fingerprint_key,
-                frozenset(sealed | self._unusable) - dropped,
+                frozenset(sealed) - dropped,
                 dropped,
                 active.segment.number if active is not None else self._next_log_number,
             )
             if manifest == self._manifest:
                 return
-            await self.threads.read(write_manifest, self._files, self.directory, manifest)
+            await self.threads.read(
+                _write_with_reserve, self._files, self.directory, manifest, self._reserve
+            )
             self._manifest = manifest
+
+    async def _write_first_manifest(self, found: Manifest) -> None:
+        """What recovery sealed, and nothing that it removed. The old one does on a full disk."""
+        try:
+            await self._write_manifest(remove=found.dropped)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            self.writer.full = f"{self.directory}: no space left for new writes"
+            _log.warning("%s: no space for the manifest", self.directory)
 
     async def _publish(self, outputs: list[Segment], inputs: list[Segment]) -> None:
         """The moment of truth of a merge: the manifest names the outputs and drops the inputs."""
@@ -607,15 +674,12 @@ class DiskTier:
         old = list(self.segments.values())
         self.segments.update({item.segment.number: item.segment for item in outputs})
         try:
-            await self._write_manifest(
-                add=frozenset(item.number for item in old) | frozenset(self._unusable)
-            )
+            await self._write_manifest(add=frozenset(item.number for item in old))
         except OSError as error:
             for output in outputs:
                 del self.segments[output.segment.number]
             self.writer.poisoned = f"{self.directory}: manifest: {error.strerror}"
             self.writer.check_usable()
-        self._unusable.clear()
         for item in old:
             item.live_bytes = 0
         try:
@@ -705,15 +769,37 @@ def key_of(frame: memoryview) -> bytes | None:
     return key if len(key) == size else None
 
 
-def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest]:
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.fspath(path))
+
+
+def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest, str | None]:
     make_directory(files, directory)
     check_ours(files, directory)
     lock = DirectoryLock(files, directory)
     try:
-        return lock, open_manifest(files, directory)
+        return lock, *open_manifest(files, directory)
     except BaseException:
         lock.release()
         raise
+
+
+def _write_with_reserve(files: Files, directory: str, manifest: Manifest, reserve: Reserve) -> None:
+    try:
+        write_manifest(files, directory, manifest)
+    except OSError as error:
+        if error.errno not in NO_SPACE or not reserve.release():
+            raise
+        write_manifest(files, directory, manifest)
+
+
+def _seal_later(files: Files, path: str, segment: Segment, tail: Tail) -> bool:
+    fd = files.open_write(path)
+    try:
+        segment.sealed = seal_if_room(files, fd, segment, tail)
+    finally:
+        files.close(fd)
+    return segment.sealed
 
 
 def _some_steps(steps: Iterator[None]) -> bool:

@@ -18,12 +18,13 @@ numbers grow with every frame and are never used twice, not even those of a fail
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import NO_SPACE, Files, write_exactly
@@ -45,9 +46,11 @@ from persistence.disk.format import (
     encode_frame,
     encode_segment_header,
 )
+from persistence.disk.reserve import Reserve
 from persistence.disk.segments import Segment
-from persistence.errors import DiskFull, WriteOutcomeUnknown
+from persistence.errors import DirectoryNotUsable, DiskFull, WriteOutcomeUnknown
 
+_T = TypeVar("_T")
 _pack_row = INDEX_ROW.pack
 _log = logging.getLogger("persistence.disk")
 _ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
@@ -100,13 +103,15 @@ class LogWriter:
         next_number: asked for the number of each new segment.
         last_sequence: the highest sequence number that was ever used.
         skew: wall time minus engine time, seconds (see `clock.EngineTime`).
+        reserve: space for a full disk; None: there is none.
 
     Attributes:
         poisoned: why no more writes are taken until the directory is opened anew.
         full: why the last write or rotation found no space; None again after the next write.
+        may_use_reserve: whether what is written now may use the space that is kept in reserve.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - named, and each is used
         self,
         files: Files,
         directory: str,
@@ -117,6 +122,7 @@ class LogWriter:
         next_number: Callable[[], int],
         last_sequence: int,
         skew: Callable[[], float],
+        reserve: Reserve | None = None,
     ) -> None:
         self._files = files
         self._directory = directory
@@ -125,6 +131,8 @@ class LogWriter:
         self._compression = compression
         self._next_number = next_number
         self._skew = skew
+        self._reserve = reserve
+        self.may_use_reserve = False
         self.sequence = last_sequence
         self.durable_sequence = last_sequence
         self.active: ActiveSegment | None = None
@@ -227,6 +235,35 @@ class LogWriter:
             WriteOutcomeUnknown: the sync failed, or the write did for another reason.
         """
         self.check_usable()
+        try:
+            self._with_reserve(lambda: self._append(chunks, frames, sync=sync))
+        finally:
+            self._pending_rows.clear()
+
+    def _with_reserve(self, work: Callable[[], _T]) -> _T:
+        """Do `work`; once more with the reserve, if the disk is full and that may be used."""
+        try:
+            return work()
+        except DiskFull:
+            if not (self.may_use_reserve and self._reserve and self._reserve.release()):
+                raise
+        return work()
+
+    @property
+    def _is_reserve_spent(self) -> bool:
+        return self._reserve is not None and self._reserve.is_spent
+
+    def regain_reserve(self) -> None:
+        """Make the reserve again if it was used: before that, updates would use it up.
+
+        Raises:
+            DiskFull: there is no room for it.
+        """
+        if self._reserve is not None and self._reserve.is_spent and not self._reserve.make():
+            self.full = self.full or f"{self._directory}: no space left for new writes"
+            raise DiskFull(self.full)
+
+    def _append(self, chunks: list[bytes], frames: int, *, sync: bool) -> None:
         active = self.active
         assert active is not None, "make room first"
         # Nothing is encoded while a batch is being written, so this is the batch's last one.
@@ -237,15 +274,14 @@ class LogWriter:
                 write_exactly(self._files, active.fd, chunk, end)
                 end += len(chunk)
         except OSError as error:
-            self._pending_rows.clear()
             self._cut_back(active, error)
-        self.full = None
+        if not self._is_reserve_spent:
+            self.full = None
         if sync:
             self._sync(active.fd, active.path)
         self.bytes_written += end - active.end
         active.end = active.segment.length = end
         active.rows += self._pending_rows
-        self._pending_rows.clear()
         active.frames += frames
         active.highest_sequence = last_sequence
         if sync:
@@ -320,6 +356,12 @@ class LogWriter:
             DiskFull: there is no room for it; nothing is left behind.
         """
         self.check_usable()
+        segment = self._with_reserve(self._create)
+        if self._reserve is not None and not self.may_use_reserve:
+            self._reserve.make()
+        return segment
+
+    def _create(self) -> Segment:
         number = self._next_number()
         header = SegmentHeader(
             SegmentKind.LOG,
@@ -376,6 +418,7 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
 
     Raises:
         DiskFull: no room, or no inodes.
+        DirectoryNotUsable: too many open files; nothing happened.
         WriteOutcomeUnknown: it may or may not be there after a crash; recovery copes with both.
     """
     fd = -1
@@ -393,6 +436,11 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
             raise DiskFull(
                 f"{path}: no space left for a new segment ({error.strerror}); reads and memory "
                 "go on; free some space, writes then resume by themselves"
+            ) from error
+        if fd < 0 and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DirectoryNotUsable(
+                f"{path}: too many open files: the update did not happen; raise RLIMIT_NOFILE, or "
+                "close some, writes then go on by themselves"
             ) from error
         raise WriteOutcomeUnknown(f"{path}: cannot be created: {error.strerror}") from error
     return fd

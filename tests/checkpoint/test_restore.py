@@ -277,7 +277,7 @@ async def test_killed_while_it_is_installed_a_worker_has_the_old_state_or_the_ne
     path = Path("/live")
     outcomes: set[str] = set()
     config = config_for(path, disk={"segment_bytes": 64 * KIB})
-    for nth in range(1, 60):
+    for nth in range(1, 120):
         files = MemoryFiles()
         store = MemoryStore()
         state = StateManager(config=config, clock=clock, files=files)

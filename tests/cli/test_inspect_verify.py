@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager
+from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager, errors
 from persistence.disk.filenames import parse_segment
+from persistence.disk.format import FOOTER_BYTES
 from tests.cli.command import Command
 
 SESSIONS = 300
@@ -191,3 +193,148 @@ def test_what_is_no_directory_of_the_engine_is_refused(
     command(name, tmp_path / "nothing").assert_refused("nothing does not exist")
     command(name, tmp_path / "file").assert_refused("file is not a directory")
     command(name, tmp_path / "empty").assert_refused("not a directory of this engine")
+
+
+# What verify says and what an opening says
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_in_the_middle(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_to(size: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
+def without_footer(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-FOOTER_BYTES])
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"something else")
+
+
+def overwritten(start: int, size: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[start : start + size or None] = b"\x5a" * size
+        path.write_bytes(bytes(data))
+
+    return damage
+
+
+def one_bit(at: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 4
+        path.write_bytes(bytes(data))
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "missing": Path.unlink,
+    "emptied": emptied,
+    "cut in its header": cut_to(40),
+    "cut behind its header": cut_to(64),
+    "cut in the middle": cut_in_the_middle,
+    "without footer": without_footer,
+    "longer": longer,
+    "a bit of its header": one_bit(20),
+    "a bit of its salt": one_bit(50),
+    "header destroyed": overwritten(0, 64),
+    "beginning destroyed": overwritten(0, 4096),
+    "a bit of a frame header": one_bit(64 + 9),
+    "a bit of a key": one_bit(64 + 112),
+    "a bit of a payload": one_bit(64 + 300),
+    "a frame header destroyed": overwritten(64, 112),
+    "a piece destroyed": overwritten(3000, 2000),
+    "a bit of its footer": one_bit(-2),
+    "footer destroyed": overwritten(-FOOTER_BYTES, FOOTER_BYTES),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
+@pytest.mark.parametrize("hinted", [True, False], ids=["hints", "no hints"])
+def test_verify_and_an_opening_say_the_same(
+    command: Command,
+    directory: Path,
+    tmp_path: Path,
+    *,
+    damage: Callable[[Path], None],
+    which: int,
+    closed: bool,
+    hinted: bool,
+) -> None:
+    if not closed:
+        add_one(directory, copy=tmp_path / "killed")
+        directory = tmp_path / "killed"
+    damage(segments(directory)[which])
+    if not hinted:
+        for hint in directory.glob("*.hint"):
+            hint.unlink()
+    verified = command("verify", directory, "--json")
+    told = {(item["path"], item["offset"]) for item in verified.json["damages"]}
+    assert len(told) == len(verified.json["damages"])
+
+    async def read() -> tuple[set[tuple[str, int]], set[str]]:
+        unreadable = set()
+        async with StateManager(config=config(directory)) as state:
+            for number in range(SESSIONS):
+                try:
+                    await state.get_session(f"s{number}")
+                except errors.CorruptionError as error:
+                    unreadable.add(error.path)
+            return {(item.path, item.offset) for item in state._disk.damages}, unreadable
+
+    found, unreadable = asyncio.run(read())
+    assert unreadable <= {path for path, _ in told}
+    assert found <= told
+    if not hinted:  # with a hint nobody looks at a frame before it is read
+        assert found == told
+    assert verified.code == (1 if told else 0)
+    if closed:
+        assert told, "whatever it is, a clean close leaves no torn tail"
+
+
+@pytest.mark.parametrize("name", ["0000000001.hint", "INDEX", "MANIFEST.bak"])
+@pytest.mark.parametrize("at", [10, 30, 100, -20])
+def test_a_damaged_cache_is_a_warning_and_no_damage(
+    command: Command, directory: Path, name: str, at: int
+) -> None:
+    assert command("verify", directory, "--json").json["warnings"] == []
+    one_bit(at)(directory / name)
+    result = command("verify", directory, "--json")
+    assert result.code == 0
+    assert result.json["damages"] == []
+    [warning] = result.json["warnings"]
+    assert warning["path"] == str(directory / name)
+    assert f"Warning: {directory / name}" in command("verify", directory).out
+
+
+def test_a_damaged_manifest_is_damage_as_long_as_nobody_opened_the_directory(
+    command: Command, directory: Path
+) -> None:
+    one_bit(40)(directory / "MANIFEST")
+    result = command("verify", directory, "--json")
+    assert result.code == 1
+    [damage] = result.json["damages"]
+    assert damage["path"] == str(directory / "MANIFEST")
+    assert "MANIFEST.bak was used" in damage["reason"]
+    add_one(directory)
+    assert command("verify", directory).code == 0
+
+
+def test_a_damaged_footer_is_nobodys_session(command: Command, directory: Path) -> None:
+    one_bit(-2)(segments(directory)[0])
+    result = command("verify", directory, "--json")
+    assert [damage["session_id"] for damage in result.json["damages"]] == [None]

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from persistence.disk.files import Files
+from persistence.disk.files import Files, Space
 
 SECTOR_BYTES: Final = 512
 MUTATING: Final = frozenset(
@@ -436,6 +436,10 @@ class MemoryFiles(Files):
                 self._give_back(len(self._files[path].data))
                 self._name({path: None})
                 self._did(call)
+
+    def space(self, path: str) -> Space:
+        with self._entering(Call("space", path)):
+            return Space(2**40 if self.free_bytes is None else self.free_bytes, 2**20)
 
 
 class _Entered:

@@ -56,12 +56,18 @@ class Switch:
         self.merges_all_once = False
 
     def choose(
-        self, segments: Iterable[Segment], segment_bytes: int, pinned: Container[int] = ()
+        self,
+        segments: Iterable[Segment],
+        segment_bytes: int,
+        pinned: Container[int] = (),
+        room_bytes: int | None = None,
     ) -> list[Segment]:
         if self.merges_all_once:
             self.merges_all_once = False
             return [segment for segment in segments if segment.sealed]
-        return choose_inputs(segments, segment_bytes, pinned) if self.on else []
+        if not self.on:
+            return []
+        return choose_inputs(segments, segment_bytes, pinned, room_bytes)
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +172,23 @@ def test_tombstones_are_merged_with_everything_older() -> None:
     buried = segment_of(2, content=1000, live_bytes=500, tombstone_bytes=500, lowest_sequence=50)
     newer = segment_of(3, content=1000, live_bytes=1000, lowest_sequence=90)
     assert choose_inputs([newer, buried, older], SEGMENT_BYTES) == [older, buried]
+
+
+def test_a_merge_for_tombstones_takes_no_more_segments_than_any_other() -> None:
+    def full(buried: int) -> list[Segment]:
+        return [
+            segment_of(
+                number,
+                content=1000,
+                live_bytes=0 if number > buried else 1000,
+                tombstone_bytes=1000 if number > buried else 0,
+                lowest_sequence=number * 100,
+            )
+            for number in range(1, 30)
+        ]
+
+    assert len(choose_inputs(full(15), SEGMENT_BYTES)) == 16
+    assert len(choose_inputs(full(16), SEGMENT_BYTES)) <= 16
 
 
 def test_tombstones_that_had_to_be_kept_wait_until_that_has_changed() -> None:

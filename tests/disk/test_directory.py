@@ -31,6 +31,7 @@ from tests.disk.memoryfiles import MUTATING, MemoryFiles, fail
 from tests.support import PATH, abandon, config, everything, opened
 
 MANIFEST: Final = f"{PATH}/MANIFEST"
+COPY: Final = f"{PATH}/MANIFEST.bak"
 DATA: Final = {f"s{number}": {"n": number, "x": "x" * 6000} for number in range(30)}
 OPENING: Final = MUTATING | {
     "list_directory",
@@ -148,6 +149,7 @@ async def test_a_second_process_is_refused_until_the_first_has_ended(
 async def test_the_lock_is_given_back_when_opening_fails(files: MemoryFiles) -> None:
     good = files.data(MANIFEST)
     files.set_data(MANIFEST, b"")
+    files.set_data(COPY, b"")
     await refusal(files)
     files.set_data(MANIFEST, good)
     async with opened(files) as state:
@@ -196,6 +198,7 @@ async def test_a_segment_of_another_directory_is_refused(files: MemoryFiles) -> 
 
 async def test_segments_without_a_manifest_are_refused(files: MemoryFiles) -> None:
     files.delete(MANIFEST)
+    files.delete(COPY)
     await assert_refused(files, errors.DirectoryNotUsable, "no MANIFEST")
     files.delete(f"{PATH}/LOCK")
     await assert_refused(files, errors.DirectoryNotUsable, "no MANIFEST")
@@ -234,12 +237,76 @@ async def test_an_empty_directory_and_one_with_half_a_beginning_are_taken() -> N
 # A damaged manifest
 
 
-async def test_any_flipped_bit_in_the_manifest_is_refused(files: MemoryFiles) -> None:
+def damage_manifest(files: MemoryFiles) -> None:
+    files.flip(MANIFEST, 8 * 40)
+
+
+def lose_manifest(files: MemoryFiles) -> None:
+    files.delete(MANIFEST)
+
+
+@pytest.mark.parametrize("hurt", [damage_manifest, lose_manifest])
+@pytest.mark.parametrize("end", ["close", "kill"])
+async def test_the_copy_of_a_damaged_manifest_is_used_and_says_so_once(
+    files: MemoryFiles, hurt: Callable[[MemoryFiles], None], end: str
+) -> None:
+    if end == "kill":
+        files.delete(f"{PATH}/INDEX")
+    good = files.data(MANIFEST)
+    assert files.data(COPY) == good
+    hurt(files)
+    async with opened(files) as state:
+        assert await everything(state) == DATA
+        [damage] = state._disk.damages
+        assert (damage.path, damage.offset) == (MANIFEST, 0)
+        assert "MANIFEST.bak was used" in damage.reason
+        assert files.data(MANIFEST) == files.data(COPY)
+        await abandon(state)
+    async with opened(files.after_kill()) as state:
+        assert await everything(state) == DATA
+        assert state._disk.damages == []
+
+
+async def test_an_old_copy_is_brought_up_to_date_before_anything_is_removed(
+    files: MemoryFiles,
+) -> None:
+    """A crash came between the manifest and its copy."""
+    old = files.data(COPY)
+    async with opened(files) as state:
+        for sid in list(DATA)[:20]:
+            await state.terminate_session(sid)
+        await state.compact()
+        await abandon(state)
+    files = files.after_kill()
+    current = files.data(MANIFEST)
+    assert current != old
+    files.set_data(COPY, old)
+    async with opened(files) as state:
+        names = [str(call) for call in files.calls]
+        if any(name.endswith(".seg") and name.startswith("remove") for name in names):
+            removal = next(n for n, name in enumerate(names) if name.startswith("remove 00"))
+            assert names.index("rename MANIFEST.bak.tmp MANIFEST.bak") < removal
+        assert files.data(COPY) == files.data(MANIFEST)
+        await abandon(state)
+
+
+async def test_a_copy_that_cannot_be_written_is_removed(files: MemoryFiles) -> None:
+    files.faults.append(fail(errno.EIO, "rename", path="MANIFEST.bak", times=None))
+    async with opened(files) as state:
+        await state.create_session(session_id="new")
+    assert COPY not in files.contents()
+    async with opened(files.after_kill()) as state:
+        assert len(await everything(state)) == len(DATA) + 1
+        assert state._disk.damages == []
+
+
+async def test_any_flipped_bit_in_both_manifests_is_refused(files: MemoryFiles) -> None:
     good = files.data(MANIFEST)
     chance = random.Random(1)
     for bit in chance.sample(range(8 * len(good)), 60):
-        files.set_data(MANIFEST, good)
-        files.flip(MANIFEST, bit)
+        for path in (MANIFEST, COPY):
+            files.set_data(path, good)
+            files.flip(path, bit)
         await assert_refused(files, errors.DirectoryNotUsable, "is damaged")
 
 
@@ -297,7 +364,9 @@ def test_a_newer_manifest_is_told_from_a_damaged_one() -> None:
 async def test_a_manifest_that_makes_no_sense_is_refused(
     files: MemoryFiles, change: Callable[[MemoryFiles], bytes]
 ) -> None:
-    files.set_data(MANIFEST, change(files))
+    data = change(files)
+    files.set_data(MANIFEST, data)
+    files.set_data(COPY, data)
     await assert_refused(files, errors.DirectoryNotUsable, "is damaged")
 
 
@@ -374,18 +443,33 @@ async def test_a_closed_directory_opens_on_a_full_disk_and_is_read(files: Memory
             await abandon(state)
 
 
-async def test_a_killed_directory_on_a_full_disk_is_refused_until_there_is_space() -> None:
+@pytest.mark.parametrize("has_reserve", [True, False])
+async def test_a_killed_directory_on_a_full_disk_is_read_and_written_on_when_there_is_space(
+    *, has_reserve: bool
+) -> None:
     files = MemoryFiles()
     async with opened(files) as state:
         await state.create_session(session_id="s", data={"n": 1})
         await abandon(state)
     files = files.after_kill()
-    files.free_bytes = 20  # the last segment has to be sealed
-    error = await refusal(files)
-    assert type(error) is errors.DiskFull
-    files.free_bytes = None
+    if not has_reserve:
+        files.delete(f"{PATH}/RESERVE")
+    for again in range(2):
+        files.free_bytes = 20  # the last segment has to be sealed
+        async with opened(files) as state:
+            assert await everything(state) == {"s": {"n": 1}}
+            assert state._disk.damages == []
+            with pytest.raises(errors.DiskFull):
+                await state.create_session(session_id="t", data={"x": os.urandom(100_000)})
+            assert not (await state.stats()).disk.takes_writes
+            if again:
+                files.free_bytes = None
+                await state.create_session(session_id="t", data={"n": 2})
+                await abandon(state)
+        files = files.after_kill()
     async with opened(files) as state:
-        assert await everything(state) == {"s": {"n": 1}}
+        assert await everything(state) == {"s": {"n": 1}, "t": {"n": 2}}
+        assert state._disk.damages == []
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS])
@@ -452,6 +536,40 @@ async def test_an_opening_that_is_cancelled_at_any_time_leaves_no_lock_behind(
             await abandon(state)
 
 
+# A relative path
+
+
+@pytest.mark.parametrize("has_another", [False, True])
+async def test_a_relative_path_means_the_same_directory_after_a_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_another: bool
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    relative = config(".persistence", segment_bytes=64 * 1024, compression="none")
+    if has_another:
+        monkeypatch.chdir(there)
+        async with opened(Files(), relative) as state:
+            await state.create_session(session_id="theirs", data={"n": 1})
+    before = listing(there / ".persistence") if has_another else {}
+    monkeypatch.chdir(here)
+    async with opened(Files(), relative) as state:
+        monkeypatch.chdir(there)
+        for sid, data in DATA.items():
+            await state.create_session(session_id=sid, data=data)
+            await state.spill_session(sid)
+        await state.terminate_session("s0")
+        await state.compact()
+        assert len(await everything(state)) == len(DATA) - 1
+    if has_another:
+        assert listing(there / ".persistence") == before
+    else:
+        assert list(there.iterdir()) == []
+    monkeypatch.chdir(here)
+    async with opened(Files(), relative) as state:
+        assert await everything(state) == {sid: DATA[sid] for sid in DATA if sid != "s0"}
+
+
 # What it looks like on a real disk
 
 
@@ -488,6 +606,8 @@ async def test_no_session_id_becomes_part_of_a_file_name(tmp_path: Path) -> None
     assert listing(path).keys() == {
         "LOCK",
         "MANIFEST",
+        "MANIFEST.bak",
+        "RESERVE",
         "INDEX",
         "0000000001.seg",
         "0000000001.hint",

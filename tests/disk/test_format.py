@@ -43,7 +43,6 @@ from persistence.disk.format import (
     encode_frame,
     encode_segment_header,
     frame_length,
-    put_payload,
     read_put,
     record_of,
     restamp,
@@ -103,7 +102,7 @@ def encode(frame: Frame, salt_checksum: int = SALT) -> bytes:
 
 def put_of(key: bytes, record: bytes, **fields: Any) -> Frame:
     """Return the put frame of `record`, as the writer makes it."""
-    payload = put_payload(record)
+    payload = record[32:]  # all but the two ids, which are in the header
     flags, stored = compress(payload)
     values: dict[str, Any] = {
         "sequence": 2,
@@ -528,6 +527,8 @@ def tables() -> list[Table]:
             [
                 (filenames.LOCK, "empty; its exclusive lock is the right to write here"),
                 (filenames.MANIFEST, "which directory this is, and which segments belong to it"),
+                (filenames.MANIFEST_COPY, "the same once more, for when the first is damaged"),
+                (filenames.RESERVE, "random bytes: space for a full disk"),
                 (filenames.segment_name(1), "a segment, by its number"),
                 (filenames.hint_name(1), "the hint of that segment"),
                 (filenames.INDEX_SNAPSHOT, "the whole index, written at a clean close"),

@@ -24,9 +24,11 @@ from persistence.disk.format import (
     decode_frame,
     decode_segment_header,
 )
+from persistence.disk.mending import mend_segment_header
 from persistence.disk.segments import Damage
 from tests.disk.history import (
     SEGMENT_PATH,
+    Data,
     History,
     Placed,
     expected_rows,
@@ -40,6 +42,8 @@ from tests.support import abandon, config, everything, opened
 
 OPENED_PREFIXES: Final = 250
 OPENED_FLIPS: Final = 300
+"""Each is opened twice by a real manager."""
+RECOVERED_FLIPS: Final = 1000
 
 
 @pytest.fixture(scope="module")
@@ -178,17 +182,13 @@ async def test_an_opened_prefix_is_written_on(history: History) -> None:
 class Flip(NamedTuple):
     """A flipped bit and what it must lead to.
 
-    `rows` is what is left; `damaged` is the session whose reads must raise, at `offset`.
-    `is_reported` is False where the log ends before the flip afterwards.
+    `damaged` is the session whose reads must raise, if any; every other one has its exact newest
+    value, and what had ended stays ended. The damage is reported at `offset`.
     """
 
     bit: int
-    place: int
-    rows: dict[str, object]
     damaged: str | None
     offset: int
-    is_reported: bool
-    is_exact: bool
 
 
 def place_of(history: History, bit: int) -> int:
@@ -202,50 +202,16 @@ def place_of(history: History, bit: int) -> int:
 def consequences(history: History, bit: int) -> Flip:
     """Say what a flipped bit must lead to, from the frames alone.
 
-    - In the segment's header: no frame can be told from garbage any more. Reported.
-    - In a frame behind which no frame says that it had been synced: it cannot be told from a torn
-      tail, and the log ends before it. It belongs to the last batch, then.
-    - In any other frame: reported. With header and key intact, it is known whose frame it is: reads
-      of that session raise (unless a newer frame of it follows), and an end stays an end. With the
-      key alone intact, reads of that session raise if it has an older version, which must not be
-      shown. Else the session has the version before.
+    One bit never hides whose frame it was, nor does it pass for a torn write: if it is the newest
+    put of a session, reads of that session raise. Nothing else changes.
     """
     place = place_of(history, bit)
-    frames = history.frames
     if place < 0:
-        return Flip(bit, place, {}, None, 0, is_reported=True, is_exact=False)
-    offset, frame = frames[place]
-    last_good = frames[place - 1].frame.sequence if place else history.header.base_sequence
-    if not any(later.frame.durable_sequence > last_good for later in frames[place + 1 :]):
-        left = history.data_of(fold(frames[:place]))
-        return Flip(bit, place, dict(left), None, offset, is_reported=False, is_exact=False)
-    knows_whose = bit // 8 >= offset + FRAME_HEADER_BYTES + len(frame.key)
-    if knows_whose and frame.type == FrameType.DELETE:
-        left = history.data_of(fold(frames))
-        return Flip(bit, place, dict(left), None, offset, is_reported=True, is_exact=True)
-    others = fold(placed for placed in frames if placed.offset != offset)
-    newest = fold(frames).get(frame.key)
-    if knows_whose and newest is not None and newest.offset == offset:
-        others.pop(frame.key, None)  # it may be its first frame
-        damaged = frame.key.decode()
-        left = history.data_of(others)
-        return Flip(bit, place, dict(left), damaged, offset, is_reported=True, is_exact=True)
-    if bit // 8 < offset + FRAME_HEADER_BYTES and older_version_would_show(history, frame):
-        others.pop(frame.key, None)
-        left = history.data_of(others)
-        damaged = frame.key.decode()
-        return Flip(bit, place, dict(left), damaged, offset, is_reported=True, is_exact=True)
-    is_exact = knows_whose or history.data_of(others) == history.data_of(fold(frames))
-    return Flip(bit, place, dict(history.data_of(others)), None, offset, True, is_exact)
-
-
-def older_version_would_show(history: History, lost: Frame) -> bool:
-    """Whether a session has a put in front of this frame, and neither put nor end behind it."""
-    its = [placed.frame for placed in history.frames if placed.frame.key == lost.key]
-    before = any(f.type == FrameType.PUT and f.sequence < lost.sequence for f in its)
-    return before and not any(
-        f.type in (FrameType.PUT, FrameType.DELETE) and f.sequence > lost.sequence for f in its
-    )
+        return Flip(bit, None, 0)
+    offset, frame = history.frames[place]
+    newest = fold(history.frames).get(frame.key)
+    is_newest = newest is not None and newest.offset == offset
+    return Flip(bit, frame.key.decode() if is_newest else None, offset)
 
 
 def test_no_flipped_bit_in_the_segments_header_goes_unnoticed(history: History) -> None:
@@ -253,6 +219,8 @@ def test_no_flipped_bit_in_the_segments_header_goes_unnoticed(history: History) 
     for bit in range(8 * SEGMENT_HEADER_BYTES):
         damaged[bit // 8] ^= 1 << bit % 8
         assert decode_segment_header(bytes(damaged)) is None
+        mended = mend_segment_header(bytes(damaged), 1, history.header.directory_id)
+        assert mended == history.header
         damaged[bit // 8] ^= 1 << bit % 8
 
 
@@ -271,7 +239,7 @@ def test_no_flipped_bit_in_any_frame_goes_unnoticed(history: History) -> None:
                 assert not isinstance(found, Frame)
                 if at >= header_end:
                     assert isinstance(found, Corrupt)
-                    assert (found.key, found.length) == (frame.key, frame.length)
+                    assert known_of(found) == known_of(frame)
                 flips += 1
             log[at] = good
         assert decode_frame(log, offset, salt) == frame
@@ -279,48 +247,79 @@ def test_no_flipped_bit_in_any_frame_goes_unnoticed(history: History) -> None:
     assert log == history.log
 
 
-def test_behind_a_damaged_header_the_scan_goes_on_at_the_next_frame(history: History) -> None:
+def known_of(found: Frame | Corrupt | Torn) -> tuple[object, ...]:
+    length = None if isinstance(found, Torn) else found.length
+    return found.key, length, found.sequence, found.type
+
+
+def test_no_flipped_bit_in_a_header_or_key_hides_whose_frame_it_was(history: History) -> None:
     salt = history.header.salt_checksum
     log = bytearray(history.log)
-    for (offset, frame), following in zip(history.frames, history.frames[1:], strict=False):
+    followed_by = [*history.frames[1:], None]
+    for (offset, frame), following in zip(history.frames, followed_by, strict=True):
+        end = len(log) if following is None else following.end
         for at in range(offset, offset + FRAME_HEADER_BYTES + len(frame.key)):
             good = log[at]
             for mask in (1, 2, 4, 8, 16, 32, 64, 128):
                 log[at] = good ^ mask
-                first, second = scan(log, salt, start=offset, size=following.end)
-                assert first[0] == offset
-                assert not isinstance(first[1], Frame)
-                assert second == following
+                (place, found), *behind = scan(log, salt, start=offset, size=end)
+                assert place == offset
+                assert not isinstance(found, Frame)
+                assert known_of(found) == known_of(frame)
+                assert behind == ([] if following is None else [following])
             log[at] = good
 
 
-async def test_no_flipped_bit_gives_a_wrong_value(history: History) -> None:
-    chance = random.Random(4)
-    last_offset = history.frames[-1].offset
-    bits = [chance.randrange(8 * len(history.log)) for _ in range(OPENED_FLIPS - 60)]
-    bits += [chance.randrange(8 * SEGMENT_HEADER_BYTES) for _ in range(10)]
-    bits += [chance.randrange(8 * last_offset, 8 * len(history.log)) for _ in range(10)]
+def bits_worth_opening(history: History, count: int, seed: int) -> list[int]:
+    """Return a sample of all bits, with more of where damage is told from a torn tail, and ends."""
+    chance = random.Random(seed)
+    end = 8 * len(history.log)
+    bits = [chance.randrange(end) for _ in range(count - count // 5)]
+    for _ in range(count // 25):
+        bits.append(chance.randrange(8 * SEGMENT_HEADER_BYTES))
+        bits.append(chance.randrange(8 * history.frames[-1].offset, end))
+        bits.append(chance.randrange(8 * history.frames[-4].offset, end))
     for kind in (FrameType.DELETE, FrameType.TOUCH):
         of_kind = [placed for placed in history.frames if placed.frame.type == kind]
-        for placed in chance.choices(of_kind, k=20):
-            bits.append(8 * placed.offset + chance.randrange(8 * placed.frame.length))
+        bits += [
+            8 * placed.offset + chance.randrange(8 * placed.frame.length)
+            for placed in chance.choices(of_kind, k=count // 25)
+        ]
+    return bits
+
+
+async def test_no_flipped_bit_gives_a_wrong_value(history: History) -> None:
+    expected = history.data_of(fold(history.frames))
     seen = set()
-    for bit in bits:
+    for bit in bits_worth_opening(history, OPENED_FLIPS, seed=4):
         flip = consequences(history, bit)
-        seen.add((flip.is_reported, flip.damaged is not None, flip.is_exact))
+        seen.add((flip.offset == 0, flip.damaged is not None))
         damaged = bytearray(history.log)
         damaged[bit // 8] ^= 1 << bit % 8
-        await check_flip(history, bytes(damaged), flip)
-    # Of each kind there were some: what the test allows, it has seen.
-    assert seen == {
-        (True, True, True),
-        (True, False, True),
-        (True, False, False),
-        (False, False, False),
-    }
+        await check_flip(history, bytes(damaged), flip, expected)
+    assert seen == {(True, False), (False, True), (False, False)}, "of each kind there were some"
 
 
-async def check_flip(history: History, log: bytes, flip: Flip) -> None:
+def test_no_flipped_bit_leads_recovery_to_another_frame(history: History) -> None:
+    keys = [sid.encode() for sid in history.session_ids]
+    expected = expected_rows(fold(history.frames))
+    for bit in bits_worth_opening(history, RECOVERED_FLIPS, seed=5):
+        flip = consequences(history, bit)
+        damaged = bytearray(history.log)
+        damaged[bit // 8] ^= 1 << bit % 8
+        recovered = recover(history.disk_with(bytes(damaged)))
+        assert recovered.cut_bytes == 0
+        assert [damage.offset for damage in recovered.damages] == [flip.offset]
+        rows = rows_by_key(recovered, history.manifest, keys)
+        assert rows.keys() == expected.keys()
+        for key, row in rows.items():
+            if key.decode() == flip.damaged:
+                assert row[3:] == expected[key][3:], "the place of the damaged frame, no other"
+            else:
+                assert row == expected[key]
+
+
+async def check_flip(history: History, log: bytes, flip: Flip, expected: dict[str, Data]) -> None:
     files = history.disk_with(log)
     for _ in range(2):  # what was found the first time is found the second time
         async with opened(files, config(), clock=clock_at_the_end(history)) as state:
@@ -334,14 +333,13 @@ async def check_flip(history: History, log: bytes, flip: Flip) -> None:
                     continue
                 session = await state.get_session(sid)
                 found = None if session is None else session.data
-                assert found == flip.rows.get(sid), (flip.bit, sid)
+                assert found == expected.get(sid), (flip.bit, sid)
             reported = [(damage.path, damage.offset) for damage in damages_of(state)]
-            assert reported == [(SEGMENT_PATH, flip.offset)] * flip.is_reported
+            assert reported == [(SEGMENT_PATH, flip.offset)], flip.bit
             await abandon(state)
         files = files.after_kill()
-        if flip.is_reported:
-            end = len(history.log)
-            assert files.data(SEGMENT_PATH)[:end] == log, "damaged bytes stay as they are"
+        end = len(history.log)
+        assert files.data(SEGMENT_PATH)[:end] == log, "damaged bytes stay as they are"
 
 
 def damages_of(state: object) -> list[Damage]:

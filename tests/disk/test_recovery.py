@@ -89,7 +89,8 @@ class Scene:
         data: the sessions that must be there.
         damages: (path, offset, session id) of the defects that must be reported.
         unreadable: sessions whose reads must raise, and where.
-        is_exact: False: what was lost may have been newer versions, and ends, of other sessions.
+        is_exact: False: a listing passes over the unreadable ones, whose ids nobody can read.
+        may_be_older: what was lost may have been newer versions, and ends, of other sessions.
         clock: the time.
     """
 
@@ -98,6 +99,7 @@ class Scene:
     damages: list[tuple[str, int, str | None]] = field(default_factory=list)
     unreadable: dict[str, tuple[str, int]] = field(default_factory=dict)
     is_exact: bool = True
+    may_be_older: bool = False
     clock: ManualClock = field(default_factory=ManualClock)
 
     def loses(self, session_ids: set[str]) -> None:
@@ -303,18 +305,68 @@ def a_damaged_tombstone() -> Scene:
     return made
 
 
+def lead_to(made: Scene, number: int, start: int = 0) -> None:
+    """Let reads of the sessions whose newest put is in that segment from `start` on raise."""
+    newest = {
+        f.frame.key: (n, f)
+        for n in (1, 2, 3)
+        for f in frames_of(segments().files, n)
+        if f.frame.type != FrameType.TOUCH
+    }
+    for key, (n, placed) in newest.items():
+        if (n, placed.frame.type) == (number, FrameType.PUT) and placed.offset >= start:
+            made.unreadable[key.decode()] = (path_of(number), placed.offset)
+    made.loses(set(made.unreadable))
+    made.is_exact = False
+    assert made.unreadable
+
+
 @scene
 def a_sealed_segment_without_its_end() -> Scene:
     made = segments()
-    made.is_exact = False
+    made.files.delete(hint_of(2))
+    made.may_be_older = True
     *_, before, last, footer = frames_of(made.files, 2)
     assert footer.frame.type == FrameType.FOOTER
-    made.files.set_data(path_of(2), made.files.data(path_of(2))[: last.offset + 40])
+    end = last.offset + 40
+    made.files.set_data(path_of(2), made.files.data(path_of(2))[:end])
     assert last.frame.type == FrameType.PUT
     made.loses({last.frame.key.decode()} & not_written_again(made, last))
     # The frame that is cut off, and the missing footer.
-    end = last.offset + 40
     made.damages = [(path_of(2), before.end, None), (path_of(2), end, None)]
+    return made
+
+
+@scene
+def a_sealed_segment_that_was_cut_in_a_payload() -> Scene:
+    made = segments()
+    made.files.delete(hint_of(2))
+    *_, last, _ = frames_of(made.files, 2)
+    sid = last.frame.key.decode()
+    end = last.end - 40
+    made.files.set_data(path_of(2), made.files.data(path_of(2))[:end])
+    made.unreadable = {sid: (path_of(2), last.offset)}
+    made.loses({sid})
+    made.damages = [(path_of(2), last.offset, sid), (path_of(2), end, None)]
+    return made
+
+
+@scene
+def half_of_a_sealed_segment_with_its_hint() -> Scene:
+    made = segments()
+    middle = frames_of(made.files, 2)[8]
+    made.files.set_data(path_of(2), made.files.data(path_of(2))[: middle.offset])
+    lead_to(made, 2, middle.offset)
+    made.damages = [(path_of(2), middle.offset, None)]
+    return made
+
+
+@scene
+def an_emptied_sealed_segment_with_its_hint() -> Scene:
+    made = segments()
+    made.files.set_data(path_of(2), b"")
+    lead_to(made, 2)
+    made.damages = [(path_of(2), 0, None)]
     return made
 
 
@@ -325,39 +377,101 @@ def not_written_again(made: Scene, placed: Placed) -> set[str]:
 
 
 @scene
-def a_missing_sealed_segment() -> Scene:
+def a_missing_sealed_segment_with_its_hint() -> Scene:
+    made = segments()
+    lead_to(made, 1)
+    made.files.delete(path_of(1))
+    made.damages = [(path_of(1), 0, None)]
+    return made
+
+
+@scene
+def a_missing_sealed_segment_without_hint() -> Scene:
     made = segments()
     made.is_exact = False
+    made.may_be_older = True
     gone = {placed.frame.key.decode() for placed in frames_of(made.files, 1)}
     kept = {f.frame.key.decode() for n in (2, 3) for f in frames_of(made.files, n)}
     made.files.delete(path_of(1))
+    made.files.delete(hint_of(1))
     made.loses(gone - kept)
     made.damages = [(path_of(1), 0, None)]
     return made
 
 
 @scene
-def a_sealed_segment_with_a_damaged_header() -> Scene:
+def a_missing_segment_that_no_manifest_named_yet() -> Scene:
     made = segments()
-    made.is_exact = False
-    gone = {placed.frame.key.decode() for placed in frames_of(made.files, 1)}
-    kept = {f.frame.key.decode() for n in (2, 3) for f in frames_of(made.files, n)}
-    made.files.flip(path_of(1), 100)
-    made.loses(gone - kept)
-    made.damages = [(path_of(1), 0, None)]
-    return made
-
-
-@scene
-def a_last_segment_with_a_damaged_header() -> Scene:
-    made = segments()
-    made.is_exact = False
-    data = made.data
-    newest = {f.frame.key.decode(): n for n in (1, 2, 3) for f in frames_of(made.files, n)}
-    # What only the last segment holds is gone; what it holds the newest version of is older now.
-    made.files.flip(path_of(3), 200)
-    made.data = {sid: value for sid, value in data.items() if newest[sid] != 3}
+    recover(made.files)  # seals the last one
+    made.files.delete(path_of(3))
+    lead_to(made, 3)
     made.damages = [(path_of(3), 0, None)]
+    return made
+
+
+@scene
+def a_sealed_segment_with_a_flipped_bit_in_its_header() -> Scene:
+    made = segments()
+    made.files.flip(path_of(1), 400)
+    made.damages = [(path_of(1), 0, None)]
+    return made
+
+
+@scene
+def a_sealed_segment_with_a_destroyed_header_and_its_hint() -> Scene:
+    made = segments()
+    destroy(made.files, 1, 0, SEGMENT_HEADER_BYTES)
+    made.damages = [(path_of(1), 0, None)]
+    return made
+
+
+@scene
+def a_sealed_segment_with_a_destroyed_header_without_hint() -> Scene:
+    made = a_sealed_segment_with_a_destroyed_header_and_its_hint()
+    made.files.delete(hint_of(1))
+    return made
+
+
+@scene
+def a_sealed_segment_with_a_destroyed_beginning_and_its_hint() -> Scene:
+    made = segments()
+    first = next(
+        f for f in frames_of(made.files, 2) if {f.frame.key.decode()} & not_written_again(made, f)
+    )
+    destroy(made.files, 2, 0, first.end - 1)
+    sid = first.frame.key.decode()
+    before = [f for f in frames_of(segments().files, 2) if f.offset < first.offset]
+    assert all(not not_written_again(segments(), f) for f in before)
+    made.unreadable = {sid: (path_of(2), first.offset)}
+    made.loses({sid})
+    made.is_exact = False
+    made.damages = [(path_of(2), 0, None)]
+    return made
+
+
+@scene
+def a_last_segment_with_a_flipped_bit_in_its_header() -> Scene:
+    made = segments()
+    made.files.flip(path_of(3), 200)
+    made.damages = [(path_of(3), 0, None)]
+    return made
+
+
+@scene
+def a_last_segment_with_a_destroyed_header() -> Scene:
+    made = segments()
+    destroy(made.files, 3, 0, SEGMENT_HEADER_BYTES)
+    made.damages = [(path_of(3), 0, None)]
+    return made
+
+
+@scene
+def a_damaged_footer() -> Scene:
+    made = segments()
+    footer = frames_of(made.files, 1)[-1]
+    made.files.flip(path_of(1), 8 * footer.end - 9)
+    made.files.delete(hint_of(1))
+    made.damages = [(path_of(1), footer.offset, None)]
     return made
 
 
@@ -456,6 +570,10 @@ async def check(made: Scene, files: MemoryFiles) -> MemoryFiles:
             session = await state.get_session(sid)
             assert session is not None
             assert session.data == data
+        if not made.may_be_older:
+            for sid in {f"s{number}" for number in range(50)} - set(made.unreadable):
+                session = await state.get_session(sid)
+                assert (session is not None) == (sid in made.data), "what has ended stays ended"
         if made.is_exact:
             assert known == made.data.keys() | made.unreadable.keys()
         await abandon(state)
@@ -524,9 +642,9 @@ async def test_after_recovery_the_directory_is_written_on(build: Callable[[], Sc
     async with opened(made.files, configuration, clock=ManualClock(made.clock.wall())) as state:
         numbers = [
             placed.frame.sequence
-            for number in state._disk.segments
-            for placed in frames_of(made.files, number)
-            if placed.frame.type != FrameType.FOOTER
+            for number in (1, 2, 3)
+            for placed in frames_of(segments().files, number)
+            if made.data and placed.frame.type != FrameType.FOOTER
         ]
         await state.create_session(session_id="new", data={"n": 1})
         row = state._disk.index.get(state._disk.fingerprint(b"new"))
@@ -615,8 +733,9 @@ def test_nothing_damaged_is_changed() -> None:
     for build in (
         a_damaged_payload_in_a_sealed_segment_without_hint,
         a_sealed_segment_without_its_end,
-        a_sealed_segment_with_a_damaged_header,
-        a_last_segment_with_a_damaged_header,
+        a_sealed_segment_with_a_flipped_bit_in_its_header,
+        a_sealed_segment_with_a_destroyed_header_without_hint,
+        a_sealed_segment_with_a_destroyed_beginning_and_its_hint,
         a_sealed_last_segment_that_was_cut,
     ):
         made = build()
@@ -641,7 +760,7 @@ def test_a_destroyed_header_of_a_frame_costs_that_frame_only() -> None:
     # The only frame of its session, so nobody can tell whose it was.
     placed = next(f for f in frames_of(made.files, 3) if len(frames_for(made.files, f)) == 1)
     whole = recover(made.files.after_kill())
-    made.files.flip(path_of(3), 8 * (placed.offset + 9))
+    destroy(made.files, 3, placed.offset, FRAME_HEADER_BYTES)
     recovered = recover(made.files)
     assert found_damages(recovered.damages) == [(path_of(3), placed.offset, None)]
     rows = [
@@ -756,7 +875,7 @@ def test_a_hint_is_used_instead_of_reading_the_segment() -> None:
     assert {path for path in read if path.endswith(".seg")} == {path_of(3)}
 
 
-def test_a_hint_of_an_older_segment_with_the_same_number_and_length_is_not_believed() -> None:
+def test_a_hint_of_a_segment_with_another_salt_is_only_believed_to_say_what_was_there() -> None:
     made = segments()
     data = made.files.data(path_of(1))
     header = header_of(made.files, 1)
@@ -769,7 +888,7 @@ def test_a_hint_of_an_older_segment_with_the_same_number_and_length_is_not_belie
     recovered = recover(made.files)
     assert made.files.data(hint_of(1)) == stale
     assert {damage.path for damage in recovered.damages} == {path_of(1)}
-    assert all(row.segment != 1 for s in range(1024) for row in recovered.index.rows_of_shard(s))
+    assert recovered.segments[1].damaged, "so reads of what the hint names raise"
 
 
 def test_absent_hints_are_written_again() -> None:

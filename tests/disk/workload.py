@@ -6,7 +6,7 @@ import random
 from typing import Any, Final
 
 from persistence import ManualClock, StateManager
-from persistence.errors import DiskFull, WriteOutcomeUnknown
+from persistence.errors import DirectoryNotUsable, DiskFull, WriteOutcomeUnknown
 from tests.disk.memoryfiles import Killed
 
 Data = dict[str, Any]
@@ -29,7 +29,7 @@ class Workload:
         possible: by id, what else a session may hold after a crash, because a call that would
             have made it so did not return, or failed.
         is_over: whether the engine takes no more writes.
-        refused: how many writes found the disk full.
+        refused: how many writes found the disk full, or no file to open.
     """
 
     def __init__(self, seed: int, *, sessions: int = 12, value_bytes: int = 3000) -> None:
@@ -68,7 +68,7 @@ class Workload:
             return
         try:
             await self._write(state, sid, before, value, is_partial=kind < 0.5)
-        except DiskFull:
+        except (DiskFull, DirectoryNotUsable):
             self.refused += 1
             self.possible.setdefault(sid, []).append(value)  # a power loss may bring it back
         except _GONE:
