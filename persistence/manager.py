@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from threading import get_ident
 from types import TracebackType
@@ -25,37 +25,27 @@ from persistence.arguments import (
     refused,
 )
 from persistence.checkpoint.catalogue import CheckpointInfo
-from persistence.checkpoint.create import OnProgress, Plan
-from persistence.checkpoint.keeper import Keeper, Schedule
-from persistence.checkpoint.opening import open_store
+from persistence.checkpoint.create import OnProgress
 from persistence.checkpoint.restore import RestoredInfo, StagedRestore
-from persistence.clock import Clock, EngineTime, SystemClock
-from persistence.commit import Commit, CommitQueue, committed
+from persistence.clock import Clock, SystemClock
+from persistence.commit import Commit, committed
 from persistence.config import RedisConfig, StateConfig
-from persistence.disk.filenames import CONFLICTS, OUTBOX
 from persistence.disk.files import Files
 from persistence.disk.format import Frame
-from persistence.disk.tier import DiskTier
 from persistence.errors import (
     ConfigError,
-    ConflictError,
     DiskFull,
     InvalidArgument,
     ManagerClosed,
     PersistenceError,
-    RemoteUnavailable,
     SessionExists,
     SessionLimitReached,
     SessionNotFound,
 )
 from persistence.expiry import life_of
 from persistence.ids import CommitIds, check_session_id, new_session_id
-from persistence.listing import Listing
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
-from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER, RENEWS
-from persistence.remote.redis import RedisTier
-from persistence.residency import Residency
 from persistence.session import (
     MAX_REQUESTS,
     USER_ID,
@@ -64,18 +54,15 @@ from persistence.session import (
     SessionMetadata,
     check_metadata,
 )
-from persistence.sharing.conflicts import Conflicts
-from persistence.sharing.local import Local
-from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.stats import Latencies, Stats
+from persistence.tiers import Tiers
 from persistence.updates import Change, Edit, Updates
 
 _log = logging.getLogger("persistence")
 
 _EDITS_SHARE: Final = 0.5  # of what is left of a shutdown's time
-_REMOTE_SHARE: Final = 0.5
 _LIMIT_CLEANUP_SECONDS: Final = 1.0  # at the limit, look for expired sessions this often
 _open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
 
@@ -119,7 +106,7 @@ class StateManager:
             redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
             self.config = self.config.model_copy(update={"redis": redis})
         self._clock: Clock = clock or SystemClock()
-        self._files = files
+        self._tiers = Tiers(self.config, self._clock, files, self._check_open)
         self._misses = 0
         self._rss_bytes = 0
         self._memory_reader = MemoryReader()
@@ -164,30 +151,8 @@ class StateManager:
         """
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
-        self._time = EngineTime(self._clock)
-        await self._check_redis()
-        self._disk = await DiskTier.open(self.config.disk, self._time, self._files)
-        self._store = open_store(
-            self.config.checkpoint,
-            self.config.redis,
-            self._disk.directory,
-            self._disk.threads,
-            self._files,
-        )
-        disk, threads = self._disk, self._disk.threads
-        synced = self.config.disk.fsync == "always"
-        self._outbox = Outbox(disk.journal(OUTBOX), threads, sync=synced)
-        self._conflicts = Conflicts(disk.journal(CONFLICTS), threads)
-        self._keeper = self._make_keeper()
-        self._assemble()
-        try:
-            if self._sharing is not None:
-                await self._outbox.open()
-                await self._conflicts.open()
-                await self._sharing.open()
-        except BaseException:
-            await self._close_tiers()
-            raise
+        await self._tiers.open()
+        self._take_tiers()
         self._start_background()
         self._keeper.start()
         self._loop = asyncio.get_running_loop()
@@ -196,65 +161,13 @@ class StateManager:
         self._let_in()
         _open_managers.add(self)
 
-    async def _check_redis(self) -> None:
-        """See that a Redis which is there for checkpoints only can be used for them."""
-        redis = self.config.redis
-        if redis.url is None or self._shares_sessions:
-            return
-        tier = RedisTier(redis, self._clock)
-        try:
-            await tier.open()
-        except RemoteUnavailable as error:
-            if redis.on_outage == "fail":
-                raise
-            _log.warning("starting without Redis: %s", error)
-        finally:
-            await tier.close()
-
-    def _assemble(self) -> None:
-        """Put the tiers together above the log, which may have sessions; nobody is let in yet."""
-        config = self.config
-        ttl_seconds = config.session.ttl_seconds
-        default_life = life_of(ttl_seconds, config.session.auto_renew, ttl_seconds)
-        self._memory = MemoryTier(
-            config.memory.max_bytes,
-            self._clock,
-            self._time,
-            default_life if default_life > 0 else NEVER,
-        )
-        self._residency = Residency(
-            config.memory, self._memory, self._disk, self._clock, self._time
-        )
-        self._commits = CommitQueue(
-            self._disk,
-            config.disk,
-            self._clock,
-            acknowledged=self._acknowledged,
-            failed=self._failed,
-        )
-        self._residency.attach(self._commits)
-        self._listing = Listing(
-            self._memory,
-            self._disk,
-            self._residency,
-            self._commits,
-            self._clock,
-            self._time,
-            self._check_open,
-        )
-        self._sharing = self._make_sharing() if self._shares_sessions else None
-        self._updates = Updates(
-            config.session,
-            self._time,
-            self._memory,
-            self._residency,
-            self._commits,
-            self._check_open,
-            self._sharing,
-        )
-        if self._sharing is not None:
-            self._commits.share(self._sharing.decide)
-        self._commits.start()
+    def _take_tiers(self) -> None:
+        """Work with the tiers as they are now."""
+        tiers = self._tiers
+        self._time, self._disk, self._keeper = tiers.time, tiers.disk, tiers.keeper
+        self._memory, self._residency = tiers.memory, tiers.residency
+        self._commits, self._updates = tiers.commits, tiers.updates
+        self._listing, self._sharing = tiers.listing, tiers.sharing
 
     def _let_in(self) -> None:
         """Open the short ways to sessions that are here."""
@@ -267,60 +180,6 @@ class StateManager:
     def _keep_out(self) -> None:
         """Close the short ways: who comes now waits in `_ready`."""
         self._resident = self._restore_now = _not_here
-
-    @property
-    def _shares_sessions(self) -> bool:
-        redis = self.config.redis
-        return redis.url is not None and redis.write != "checkpoint"
-
-    def _make_keeper(self) -> Keeper:
-        config = self.config
-        at_shutdown = config.shutdown.checkpoint and self._store.is_apart
-        schedule = Schedule(
-            config.checkpoint.interval_seconds,
-            config.checkpoint.min_pause_seconds,
-            config.shutdown.grace_seconds if at_shutdown else 0.0,
-        )
-        plan = Plan(
-            compress=config.checkpoint.compression == "lz4",
-            keep=config.checkpoint.keep,
-            namespace=config.redis.namespace,
-        )
-        return Keeper(self._disk, self._store.store, plan, schedule, self._clock, self._settle)
-
-    async def _settle(self) -> None:
-        """Bring into the log what is only in memory."""
-        await self._residency.log_unlogged()
-        await self._residency.record_renewals()
-        await self._commits.flush()
-
-    def _make_sharing(self) -> Sharing:
-        """Return this worker's side of the shared tier."""
-        sharing = Sharing(
-            RedisTier(self.config.redis, self._clock),
-            self.config.redis,
-            self._outbox,
-            self._conflicts,
-            Local(
-                self._residency,
-                self._commits,
-                self._clock,
-                self._time,
-                partial(self._listing.ids, ""),
-            ),
-        )
-        self._residency.confirm_end = sharing.confirm_end
-        return sharing
-
-    def _acknowledged(self, commits: Sequence[Commit]) -> None:
-        self._residency.acknowledged(commits)
-        if self._sharing is not None:
-            self._sharing.acknowledged(commits)
-
-    def _failed(self, commit: Commit) -> None:
-        self._residency.failed(commit)
-        if self._sharing is not None:
-            self._sharing.failed(commit)
 
     def _start_background(self) -> None:
         every: list[tuple[str, Callable[[], Awaitable[None]]]] = [("renewals", self._sweep)]
@@ -368,31 +227,10 @@ class StateManager:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._grace.spend(self._updates.locks.all_free(), "running edits", _EDITS_SHARE)
-        await self._keeper.stop()
         try:
-            await self._residency.log_unlogged()
-            await self._residency.record_renewals()
-            if self._sharing is not None:
-                await self._grace.spend(self._sharing.deliver(), "the shared tier", _REMOTE_SHARE)
-            if self._keeper.at_shutdown:
-                await self._grace.spend(self._keeper.create("shutdown"), "the last checkpoint")
+            await self._tiers.finish(self._grace)
         finally:
-            await self._close_tiers()
-
-    async def _close_tiers(self) -> None:
-        """Close whatever has been opened, in order; the log is sealed in any case."""
-        try:
-            await self._store.close()
-            if self._sharing is not None:
-                await self._sharing.close()
-            await self._commits.close()
-            await self._residency.close()
-            if self._sharing is not None:
-                await self._outbox.close()
-                await self._conflicts.close()
-        finally:
-            await self._disk.close()
-            self._memory.clear()
+            await self._tiers.close()
 
     def _refuse(self, session_id: object = None) -> Any:
         raise ManagerClosed(self._why_closed)
@@ -872,9 +710,7 @@ class StateManager:
             WriteOutcomeUnknown: a sync failed.
         """
         await self._ready()
-        await self._residency.log_unlogged()
-        await self._residency.record_renewals()
-        await self._commits.flush()
+        await self._tiers.settle()
 
     async def compact(self) -> None:
         """Compact until there is nothing left that pays; it also happens by itself.
@@ -992,29 +828,12 @@ class StateManager:
         gate = self._gate = asyncio.Event()
         self._keep_out()
         try:
-            before = []
-            if self._sharing is not None:
-                before = [session_id async for session_id in self._listing.ids("")]
-                await self._sharing.close()
-            await self._commits.close(
-                ConflictError(
-                    "the sessions were restored from a checkpoint meanwhile; nothing was written: "
-                    "try again"
-                )
-            )
-            await self._residency.close()
-            await staged.install()
+            await self._tiers.exchange(staged)
         finally:
-            self._memory.clear()
-            self._assemble()
-            try:
-                if self._sharing is not None:
-                    await self._sharing.open()
-                    await self._sharing.impose(before)
-            finally:
-                self._let_in()
-                self._gate = None
-                gate.set()
+            self._take_tiers()
+            self._let_in()
+            self._gate = None
+            gate.set()
 
     # --- background ---------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ Imports point one way, from the bottom up::
                 residency
                     sharing
                         updates | listing
-                            manager
-                                persistence/__init__.py             (the public names)
-                                    sync, worker, cli, web
+                            tiers
+                                manager
+                                    persistence/__init__.py         (the public names)
+                                        sync, worker, cli, web
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("residency", "stats"), 3),
     "sharing": 4,
     **dict.fromkeys(("updates", "listing"), 5),
-    "manager": 6,
-    "": 7,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 8),
+    "tiers": 6,
+    "manager": 7,
+    "": 8,
+    **dict.fromkeys(("sync", "worker", "cli", "web"), 9),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 8)
+OPEN_FLOORS = (0, 9)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli")

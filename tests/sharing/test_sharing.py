@@ -234,7 +234,7 @@ async def test_a_worker_that_hears_nothing_of_the_others_starts_all_the_same_or_
 
 async def test_an_update_elsewhere_while_ours_is_being_logged_is_seen_here(pair: Pair) -> None:
     a, b = pair
-    files = a._files
+    files = a._tiers._files
     assert isinstance(files, ScriptedFiles)
     sid = await a.create_session(data={"n": 0})
     assert await value(b, sid) == 0

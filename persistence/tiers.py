@@ -1,0 +1,278 @@
+"""Puts the tiers together over one log, and takes them apart again.
+
+Built bottom-up: the log, then what is in memory above it, then this worker's side of the shared
+tier, then checkpoints. A restore exchanges everything above the log: operations that still hold
+the tiers before it find their commit queue closed, and fail without a trace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Final
+
+from persistence.checkpoint.create import Plan
+from persistence.checkpoint.keeper import Keeper, Schedule
+from persistence.checkpoint.opening import open_store
+from persistence.checkpoint.restore import StagedRestore
+from persistence.clock import Clock, EngineTime
+from persistence.commit import Commit, CommitQueue
+from persistence.config import StateConfig
+from persistence.disk.filenames import CONFLICTS, OUTBOX
+from persistence.disk.files import Files
+from persistence.disk.tier import DiskTier
+from persistence.errors import ConflictError, RemoteUnavailable
+from persistence.expiry import life_of
+from persistence.listing import Listing
+from persistence.memory.tier import MemoryTier
+from persistence.record import NEVER
+from persistence.remote.redis import RedisTier
+from persistence.residency import Residency
+from persistence.sharing.conflicts import Conflicts
+from persistence.sharing.local import Local
+from persistence.sharing.outbox import Outbox
+from persistence.sharing.sharing import Sharing
+from persistence.shutdown import Grace
+from persistence.updates import Updates
+
+_log = logging.getLogger("persistence")
+
+_REMOTE_SHARE: Final = 0.5  # of what is left of a shutdown's time
+
+
+class Tiers:
+    """Everything below the manager. `open` it, and `close` it in the end.
+
+    Args:
+        config: the configuration.
+        clock: time.
+        files: system calls on files; None: the system's.
+        check_open: raises ManagerClosed once the manager is closed.
+
+    Attributes:
+        time: the engine's time base.
+        disk, memory, residency, commits, listing, updates: see these modules.
+        sharing: None: there is no shared tier for sessions.
+        keeper: makes checkpoints.
+    """
+
+    time: EngineTime
+    disk: DiskTier
+    memory: MemoryTier
+    residency: Residency
+    commits: CommitQueue
+    listing: Listing
+    updates: Updates
+    keeper: Keeper
+    sharing: Sharing | None = None
+
+    def __init__(
+        self,
+        config: StateConfig,
+        clock: Clock,
+        files: Files | None,
+        check_open: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._files = files
+        self._check_open = check_open
+
+    @property
+    def shares_sessions(self) -> bool:
+        """Whether sessions are shared, and not only checkpoints kept in Redis."""
+        redis = self._config.redis
+        return redis.url is not None and redis.write != "checkpoint"
+
+    # --- opening and closing ------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the log and everything above it; on failure leave nothing open.
+
+        Raises:
+            See `StateManager.open`.
+        """
+        config = self._config
+        self.time = EngineTime(self._clock)
+        await self._check_redis()
+        async with AsyncExitStack() as undo:
+            self.disk = await DiskTier.open(config.disk, self.time, self._files)
+            undo.push_async_callback(self.disk.close)
+            threads = self.disk.threads
+            self._store = open_store(
+                config.checkpoint, config.redis, self.disk.directory, threads, self._files
+            )
+            synced = config.disk.fsync == "always"
+            self._outbox = Outbox(self.disk.journal(OUTBOX), threads, sync=synced)
+            self._conflicts = Conflicts(self.disk.journal(CONFLICTS), threads)
+            self.keeper = self._make_keeper()
+            self._assemble()
+            undo.pop_all()
+            undo.push_async_callback(self.close)
+            if self.sharing is not None:
+                await self._outbox.open()
+                await self._conflicts.open()
+                await self.sharing.open()
+            undo.pop_all()
+
+    async def _check_redis(self) -> None:
+        """See that a Redis which is there for checkpoints only can be used for them."""
+        redis = self._config.redis
+        if redis.url is None or self.shares_sessions:
+            return
+        tier = RedisTier(redis, self._clock)
+        try:
+            await tier.open()
+        except RemoteUnavailable as error:
+            if redis.on_outage == "fail":
+                raise
+            _log.warning("starting without Redis: %s", error)
+        finally:
+            await tier.close()
+
+    async def settle(self) -> None:
+        """Bring into the log what is only in memory, and sync it."""
+        await self.residency.log_unlogged()
+        await self.residency.record_renewals()
+        await self.commits.flush()
+
+    async def finish(self, grace: Grace) -> None:
+        """Bring to the shared tier and to the last checkpoint what there is time for."""
+        await self.keeper.stop()
+        await self.residency.log_unlogged()
+        await self.residency.record_renewals()
+        if self.sharing is not None:
+            await grace.spend(self.sharing.deliver(), "the shared tier", _REMOTE_SHARE)
+        if self.keeper.at_shutdown:
+            await grace.spend(self.keeper.create("shutdown"), "the last checkpoint")
+
+    async def close(self) -> None:
+        """Close everything, in order; the log is sealed in any case."""
+        try:
+            await self._store.close()
+            if self.sharing is not None:
+                await self.sharing.close()
+            await self.commits.close()
+            await self.residency.close()
+            if self.sharing is not None:
+                await self._outbox.close()
+                await self._conflicts.close()
+        finally:
+            await self.disk.close()
+            self.memory.clear()
+
+    # --- putting together ---------------------------------------------------------------------
+
+    def _assemble(self) -> None:
+        """Put the tiers together above the log, which may have sessions."""
+        config = self._config
+        ttl_seconds = config.session.ttl_seconds
+        default_life = life_of(ttl_seconds, config.session.auto_renew, ttl_seconds)
+        self.memory = MemoryTier(
+            config.memory.max_bytes,
+            self._clock,
+            self.time,
+            default_life if default_life > 0 else NEVER,
+        )
+        self.residency = Residency(config.memory, self.memory, self.disk, self._clock, self.time)
+        self.commits = CommitQueue(
+            self.disk,
+            config.disk,
+            self._clock,
+            acknowledged=self._acknowledged,
+            failed=self._failed,
+        )
+        self.residency.attach(self.commits)
+        self.listing = Listing(
+            self.memory,
+            self.disk,
+            self.residency,
+            self.commits,
+            self._clock,
+            self.time,
+            self._check_open,
+        )
+        self.sharing = self._make_sharing() if self.shares_sessions else None
+        self.updates = Updates(
+            config.session,
+            self.time,
+            self.memory,
+            self.residency,
+            self.commits,
+            self._check_open,
+            self.sharing,
+        )
+        if self.sharing is not None:
+            self.commits.share(self.sharing.decide)
+        self.commits.start()
+
+    def _make_sharing(self) -> Sharing:
+        """Return this worker's side of the shared tier."""
+        local = Local(
+            self.residency,
+            self.commits,
+            self._clock,
+            self.time,
+            partial(self.listing.ids, ""),
+        )
+        redis = self._config.redis
+        sharing = Sharing(
+            RedisTier(redis, self._clock), redis, self._outbox, self._conflicts, local
+        )
+        self.residency.confirm_end = sharing.confirm_end
+        return sharing
+
+    def _make_keeper(self) -> Keeper:
+        config = self._config
+        at_shutdown = config.shutdown.checkpoint and self._store.is_apart
+        schedule = Schedule(
+            config.checkpoint.interval_seconds,
+            config.checkpoint.min_pause_seconds,
+            config.shutdown.grace_seconds if at_shutdown else 0.0,
+        )
+        plan = Plan(
+            compress=config.checkpoint.compression == "lz4",
+            keep=config.checkpoint.keep,
+            namespace=config.redis.namespace,
+        )
+        return Keeper(self.disk, self._store.store, plan, schedule, self._clock, self.settle)
+
+    def _acknowledged(self, commits: Sequence[Commit]) -> None:
+        self.residency.acknowledged(commits)
+        if self.sharing is not None:
+            self.sharing.acknowledged(commits)
+
+    def _failed(self, commit: Commit) -> None:
+        self.residency.failed(commit)
+        if self.sharing is not None:
+            self.sharing.failed(commit)
+
+    # --- a restored state ---------------------------------------------------------------------
+
+    async def exchange(self, staged: StagedRestore) -> None:
+        """Put a restored state in place of all sessions. Nobody may be let in meanwhile.
+
+        The tiers above the log are others afterwards, also when this fails; then with the
+        sessions that there were.
+        """
+        before: list[str] = []
+        try:
+            if self.sharing is not None:
+                before = [session_id async for session_id in self.listing.ids("")]
+                await self.sharing.close()
+            await self.commits.close(
+                ConflictError(
+                    "the sessions were restored from a checkpoint meanwhile; nothing was written: "
+                    "try again"
+                )
+            )
+            await self.residency.close()
+            await staged.install()
+        finally:
+            self.memory.clear()
+            self._assemble()
+        if self.sharing is not None:
+            await self.sharing.open()
+            await self.sharing.impose(before)
