@@ -32,6 +32,8 @@ from tests.engine import (
     residency_of,
 )
 
+pytestmark = pytest.mark.alone
+
 LONGEST_LAG_SECONDS = 0.25
 SYNC_SECONDS = 0.5
 

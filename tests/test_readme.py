@@ -22,7 +22,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = {"sh", "bash", "shell"}
 FIRST_COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/persistence demo",
-    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest -q",
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && "
+    ".venv/bin/pytest -q -n 2 -m 'not alone' && .venv/bin/pytest -q -m alone",
 ]
 PLANNED = {
     "CheckpointDamaged",

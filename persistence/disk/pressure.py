@@ -6,7 +6,8 @@ behind for as long as they come. So from `soft_bytes` of dead space on each batc
 proportion to what it cost and to how far things are, and at `hard_bytes` until a merge has ended.
 On the way there compaction's own rate limit fades.
 
-Bound: live bytes + `hard_bytes` + tombstones + one batch, and beside that what a merge is writing.
+Bound: live bytes + `hard_bytes` + tombstones + headers and footers of the segments + one batch, and
+beside that what a merge is writing.
 It holds as long as compaction can work, which a damaged segment or a failing disk may prevent:
 commits never wait for a compaction that has nothing to do.
 """

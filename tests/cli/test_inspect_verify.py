@@ -289,12 +289,13 @@ def test_verify_and_an_opening_say_the_same(
     async def read() -> tuple[set[tuple[str, int]], set[str]]:
         unreadable = set()
         async with StateManager(config=config(directory)) as state:
+            found = {(item.path, item.offset) for item in state._disk.damages}
             for number in range(SESSIONS):
                 try:
                     await state.get_session(f"s{number}")
                 except errors.CorruptionError as error:
                     unreadable.add(error.path)
-            return {(item.path, item.offset) for item in state._disk.damages}, unreadable
+            return found, unreadable
 
     found, unreadable = asyncio.run(read())
     assert unreadable <= {path for path, _ in told}

@@ -188,7 +188,7 @@ def test_resuming_with_another_sharing_is_refused(
         ("http://localhost", "redis.url"),
         ("redis://host:port", "redis.url"),
         ("redis://127.0.0.1:{port}/99", "no such database"),
-        ("redis+cluster://127.0.0.1:{port}", "cluster"),
+        ("redis+cluster://127.0.0.1:{port}", "no Redis Cluster"),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 2])
