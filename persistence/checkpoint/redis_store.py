@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, Final
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
@@ -156,7 +156,7 @@ class RedisStore:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except (RedisError, OSError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:
             raise RemoteUnavailable(
                 f"checkpoints in Redis under {self._prefix!a}: {type(error).__name__}: {error}; "
                 "what was published before is as it was"
