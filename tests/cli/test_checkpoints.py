@@ -353,6 +353,7 @@ def test_a_server_that_does_not_answer_is_one_line(
         result = command("checkpoints", *words, *place)
         result.assert_refused()
         assert "secret" not in result.err
+        assert "password" not in result.err
     assert not (tmp_path / "new").exists()
 
 
