@@ -2,8 +2,8 @@
 
 An order is ``{"directory": …, "url": …, "namespace": …, "seconds": …}``. A child is forked; it
 opens the directory, changes sessions and makes one checkpoint after the other; `seconds` after it
-began with the first one it gets SIGKILL. The parent answers with a JSON object a line: ``made``, the ids of the
-checkpoints that the child saw made, and ``code``, how it ended.
+began with the first one it gets SIGKILL. The parent answers with a JSON object a line: ``made``,
+the ids of the checkpoints that the child saw made, and ``code``, how it ended.
 
 Each session's value is the number of a round, the same in all of them at a checkpoint: round `n` is
 complete before a checkpoint with the reason ``n`` is made.
