@@ -143,7 +143,8 @@ class Catalogue:
 def not_found(checkpoint_id: str) -> CheckpointNotFound:
     """Return the error for an id that no checkpoint has."""
     return CheckpointNotFound(
-        f"there is no checkpoint {printable(checkpoint_id)}; see list_checkpoints()"
+        f"there is no checkpoint {printable(checkpoint_id)}; list_checkpoints() and "
+        "'persistence checkpoints list' tell which there are"
     )
 
 

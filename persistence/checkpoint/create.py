@@ -60,7 +60,10 @@ _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two runs that are read t
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long work on a checkpoint is. Bytes of the log, before compression.
+    """How far a long work on a checkpoint is.
+
+    In bytes: of the log, before compression, when one is made; as stored when one is restored. It
+    begins anew when a damaged one is passed over.
 
     Attributes:
         done_bytes: how much is done.

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 
 from persistence.checkpoint.directory_store import DirectoryStore, beside
 from persistence.checkpoint.redis_store import RedisStore
@@ -101,7 +101,15 @@ def clients_of(target: Target, timeout_seconds: float) -> tuple[Any, list[Any]]:
     if target.kind == "sentinel":
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             list(target.addresses),
-            sentinel_kwargs={**target.sentinel_credentials, **tls},
+            # Asked once each: whoever asks for the primary repeats that.
+            sentinel_kwargs={
+                **options,
+                "username": None,
+                "password": None,
+                **target.sentinel_credentials,
+                "retry": Retry(NoBackoff(), 0),
+                **tls,
+            },
             **options,
             **tls,
         )

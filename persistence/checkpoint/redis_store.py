@@ -22,7 +22,8 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, Final
 
-from redis.exceptions import RedisError
+from redis.asyncio.sentinel import MasterNotFoundError
+from redis.exceptions import RedisClusterException, RedisError
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
@@ -156,11 +157,17 @@ class RedisStore:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except (RedisError, OSError) as error:
-            raise RemoteUnavailable(
-                f"checkpoints in Redis under {self._prefix!a}: {type(error).__name__}: {error}; "
-                "what was published before is as it was"
-            ) from error
+        except MasterNotFoundError:
+            # Its message describes the clients, in some versions with their passwords.
+            raise self._unavailable("no sentinel answers and knows a primary") from None
+        except (RedisError, RedisClusterException, OSError) as error:
+            raise self._unavailable(f"{type(error).__name__}: {error}") from error
+
+    def _unavailable(self, reason: str) -> RemoteUnavailable:
+        return RemoteUnavailable(
+            f"checkpoints in Redis under {self._prefix!a}: {reason}; "
+            "what was published before is as it was"
+        )
 
 
 def _text(key: bytes | str) -> str:

@@ -84,6 +84,32 @@ class RestoredInfo:
     unnamed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Which checkpoints may be restored.
+
+    Attributes:
+        catalogue: what there is.
+        ids: the one that is wanted, and those that are taken if it is damaged, in this order.
+        fall_back: whether there may be any of those.
+    """
+
+    catalogue: Catalogue
+    ids: list[str]
+    fall_back: bool
+
+    @staticmethod
+    async def find(store: CheckpointStore, wanted: str, *, fall_back: bool) -> Candidates:
+        """Look for `wanted`.
+
+        Raises:
+            CheckpointNotFound: there is none of that id.
+        """
+        catalogue = await Catalogue.load(store)
+        ids = catalogue.newest_first(wanted)
+        return Candidates(catalogue, ids if fall_back else ids[:1], fall_back)
+
+
 class Restorer:
     """Fetches, verifies and stages one checkpoint of a store."""
 
@@ -104,16 +130,15 @@ class Restorer:
         self._on_progress = on_progress
 
     async def stage(
-        self, wanted: str, staging: Staging, new_ids: NewIds, skew: float, *, fall_back: bool
+        self, candidates: Candidates, staging: Staging, new_ids: NewIds, skew: float
     ) -> RestoredInfo:
-        """Stage the checkpoint `wanted`, or one before it when it is damaged.
+        """Stage the first of the candidates that is intact.
 
         Raises:
-            CheckpointNotFound: there is none of that id.
-            CheckpointDamaged: it is damaged, and so are all before it.
+            CheckpointDamaged: none is.
         """
         try:
-            manifest, state, places, skipped = await self._verified(wanted, fall_back=fall_back)
+            manifest, state, places, skipped = await self._verified(candidates)
             for ref, place in zip(manifest.chunks, places, strict=True):
                 await self._stage_chunk(ref, place, state, staging, new_ids, skew)
             await staging.finish()
@@ -138,13 +163,12 @@ class Restorer:
     # --- fetching and verifying ---------------------------------------------------------------
 
     async def _verified(
-        self, wanted: str, *, fall_back: bool
+        self, candidates: Candidates
     ) -> tuple[Manifest, State, list[int], list[tuple[str, str]]]:
         """Return the first of the candidates that is intact, fetched into the spool."""
-        catalogue = await Catalogue.load(self._store)
-        candidates = catalogue.newest_first(wanted)
+        catalogue = candidates.catalogue
         skipped: list[tuple[str, str]] = []
-        for candidate in candidates if fall_back else candidates[:1]:
+        for candidate in candidates.ids:
             if candidate in catalogue.newer:
                 raise CheckpointDamaged(
                     f"checkpoint {candidate} cannot be read: {catalogue.newer[candidate]}; "
@@ -163,7 +187,8 @@ class Restorer:
             _log.error("checkpoint %s is damaged, trying the one before: %s", candidate, reason)
         raise CheckpointDamaged(
             f"checkpoint {skipped[0][0]} is damaged ({skipped[0][1]}), and so "
-            f"{'are all before it' if fall_back else 'it is not restored'}; nothing was changed"
+            f"{'are all before it' if candidates.fall_back else 'it is not restored'}; "
+            "nothing was changed"
         )
 
     async def _fetch(self, manifest: Manifest) -> tuple[State, list[int]]:
@@ -265,6 +290,8 @@ async def restore_into(
         DiskFull: there is no space.
         RemoteUnavailable: the store does not answer.
     """
+    # First of all: without a checkpoint no directory is made.
+    candidates = await Candidates.find(store, wanted, fall_back=fall_back)
     files = files or Files()
     threads = Threads()
     try:
@@ -290,8 +317,7 @@ async def restore_into(
                 ),
                 lambda staging: install_fresh(files, directory, manifest, staging),
                 threads,
-                wanted,
-                fall_back=fall_back,
+                candidates,
             )
         finally:
             lock.release()
@@ -306,12 +332,10 @@ async def _restore_fresh(
     staging: Staging,
     put_in_place: Callable[[Staging], None],
     threads: Threads,
-    wanted: str,
-    *,
-    fall_back: bool,
+    candidates: Candidates,
 ) -> RestoredInfo:
     try:
-        restored = await restorer.stage(wanted, staging, same_ids, 0.0, fall_back=fall_back)
+        restored = await restorer.stage(candidates, staging, same_ids, 0.0)
         await undisturbed(threads.read(put_in_place, staging))
     except BaseException:
         with suppress(OSError):  # the first error is the one to report; the next opening tidies
@@ -333,7 +357,8 @@ def _lock_fresh(files: Files, directory: str) -> tuple[DirectoryLock, DirectoryM
         ):
             raise DirectoryNotUsable(  # noqa: TRY301 - the lock is given back like for any failure
                 f"{directory} holds a log already; nothing was changed; restore into a new "
-                "directory, or with restore_checkpoint() of the worker that uses this one"
+                "directory, or into this one with restore_checkpoint() of the worker that uses it "
+                "or 'persistence checkpoints restore --live'"
             )
     except BaseException:
         lock.release()
@@ -411,6 +436,7 @@ async def stage_restore(  # noqa: PLR0913 - each a thing of its own
     Raises:
         CheckpointNotFound, CheckpointDamaged, DiskFull, RemoteUnavailable: as `restore_into`.
     """
+    candidates = await Candidates.find(store, wanted, fall_back=fall_back)
     staging = staging_for(tier, segment_bytes)
     restorer = Restorer(
         store,
@@ -421,7 +447,7 @@ async def stage_restore(  # noqa: PLR0913 - each a thing of its own
         on_progress,
     )
     try:
-        info = await restorer.stage(wanted, staging, new_ids, skew, fall_back=fall_back)
+        info = await restorer.stage(candidates, staging, new_ids, skew)
     except BaseException as error:
         with suppress(OSError):
             await staging.abandon()

@@ -1,4 +1,4 @@
-"""The command line: ``persistence replay | demo | inspect | verify | export | import``.
+"""The command line: ``persistence replay | demo | inspect | verify | export | import | …``.
 
 Each command is a small module of its own behind `persistence.cli.app`; what it does is in modules
 that know nothing of options and terminals.

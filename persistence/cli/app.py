@@ -14,7 +14,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from persistence.cli import demo, export, import_, inspect, replay, screen, verify
+from persistence.cli import checkpoints, demo, export, import_, inspect, replay, screen, verify
 from persistence.cli.failure import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from persistence.cli.running import exit_code_of_signal, interruptible
 from persistence.errors import PersistenceError
@@ -39,6 +39,7 @@ for name, module, summary in (
     ("import", import_, "Read sessions from JSON Lines."),
 ):
     app.command(name, short_help=summary)(module.command)
+app.add_typer(checkpoints.commands, name="checkpoints")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -151,5 +152,4 @@ def _message(error: Exception) -> str:
 def _complain(message: str) -> None:
     """Print one line, whatever names from outside `message` may contain."""
     message = "; ".join(message.splitlines())
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    screen.note(f"{_PROGRAM}: {line}")
+    screen.note(f"{_PROGRAM}: {screen.escaped(message)}")

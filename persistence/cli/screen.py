@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +34,11 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """Print a line on stderr."""
     typer.echo(text, err=True)
+
+
+def escaped(text: str) -> str:
+    """Return `text` with whatever a terminal would obey, or a line would end at, escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -70,6 +75,26 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     _console().print(table)
 
 
+def print_columns(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], right: Container[str] = ()
+) -> None:
+    """Print a table with a line for each row, however long, so that it can be cut and searched.
+
+    Args:
+        headers: of the columns.
+        rows: as many cells each; they are escaped.
+        right: headers of the columns that are aligned to the right.
+    """
+    lines = [list(headers), *([escaped(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if header in right else cell.ljust(width)
+            for header, width, cell in zip(headers, widths, line, strict=True)
+        ]
+        say("  ".join(cells).rstrip())
+
+
 @contextmanager
 def status_line(is_quiet: bool) -> Iterator[Callable[[str], None] | None]:
     """Yield a function that shows a changing line on stderr; None where nobody would see it.
@@ -103,8 +128,26 @@ def _plain_status() -> Callable[[str], None]:
 @contextmanager
 def progress_bar(label: str, total: int, is_quiet: bool) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances a bar on stderr, shown on a terminal only."""
+    with progress_of(label, is_quiet) as show:
+        done = 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            show(done, total)
+
+        show(0, total)
+        yield advance
+
+
+@contextmanager
+def progress_of(label: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told how many bytes of how many are done.
+
+    A bar on stderr shows it, on a terminal only. It may go back, and the total may change.
+    """
     if is_quiet or not _is_seen():
-        yield lambda _: None
+        yield lambda _done, _total: None
         return
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
@@ -121,5 +164,5 @@ def progress_bar(label: str, total: int, is_quiet: bool) -> Iterator[Callable[[i
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda amount: progress.advance(task, amount)
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

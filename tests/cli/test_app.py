@@ -16,7 +16,7 @@ from persistence.cli import main
 from tests.cli.command import Command
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["replay", "demo", "inspect", "verify", "export", "import"]
+COMMANDS = ["replay", "demo", "inspect", "verify", "export", "import", "checkpoints"]
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])

@@ -1,0 +1,116 @@
+"""Where checkpoints are, as the command line says it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from persistence import StateConfig
+from persistence.checkpoint.opening import open_store
+from persistence.checkpoint.stores import CheckpointStore
+from persistence.cli.failure import CommandError
+from persistence.disk.threads import Threads
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL_OR_DIR",
+        help="Where the checkpoints are: the URL of a Redis, or a directory. Others can see a "
+        "password that stands here; in --config or PERSISTENCE_REDIS__URL they cannot.",
+    ),
+]
+NamespaceOption = Annotated[
+    str | None, typer.Option(help="In Redis, with --store: the workers' redis.namespace.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A worker's configuration, instead of --store."),
+]
+_KEEP_ALL: Final = 2**63 - 1
+
+
+def config_of(
+    store: str | None, namespace: str | None, config: Path | None, directory: Path | None = None
+) -> StateConfig:
+    """Return the configuration for work on checkpoints: nothing in it happens by itself.
+
+    Without `store` and `config` it is that of the environment.
+
+    Args:
+        store: a URL of Redis, or a directory.
+        namespace: of the keys in Redis.
+        config: a file.
+        directory: of the worker, where the command has one; its neighbour is the default.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        CommandError: it does not say where checkpoints are, or says it twice, or nothing is there.
+    """
+    if store is not None and config is not None:
+        raise CommandError("--store and --config both say where the checkpoints are: give one")
+    is_url = store is not None and "://" in store
+    if namespace is not None and not is_url:
+        raise CommandError("--namespace needs --store with the URL of a Redis")
+    if store is None:
+        return _of_worker(config, directory)
+    if is_url:
+        redis = {"url": store} if namespace is None else {"url": store, "namespace": namespace}
+        sections: dict[str, Any] = {"redis": redis, "checkpoint": {"store": "redis"}}
+    else:
+        # A bare name is a directory, also where the configuration would read a word of its own.
+        sections = {"checkpoint": {"store": str(Path(store).absolute())}}
+        if directory is None and not Path(store).is_dir():
+            raise CommandError(f"{store} is not a directory with checkpoints: there is none")
+    # What a worker keeps is not known here: nothing of it is dropped.
+    sections["checkpoint"]["keep"] = _KEEP_ALL
+    # Sessions go to no Redis from here, only checkpoints.
+    sections.setdefault("redis", {})["write"] = "checkpoint"
+    return _at(StateConfig.model_validate(sections), directory)
+
+
+def _of_worker(file: Path | None, directory: Path | None) -> StateConfig:
+    config = StateConfig.load(file)
+    says_where = config.checkpoint.store != "auto" or config.redis.url is not None
+    if file is None and directory is None and not says_where:
+        raise CommandError("say where the checkpoints are: --store URL_OR_DIR or --config FILE")
+    return _at(config, directory)
+
+
+def _at(config: StateConfig, directory: Path | None) -> StateConfig:
+    """Let a worker with this configuration be at `directory`, and do nothing by itself."""
+    path = config.disk.path if directory is None else str(directory)
+    return config.model_copy(
+        update={
+            "session": config.session.model_copy(update={"cleanup_interval_seconds": 0}),
+            "disk": config.disk.model_copy(update={"path": path}),
+            "redis": config.redis.model_copy(update={"on_outage": "fail"}),
+            "checkpoint": config.checkpoint.model_copy(update={"interval_seconds": 0}),
+            "shutdown": config.shutdown.model_copy(update={"checkpoint": False}),
+        }
+    )
+
+
+def without_sharing(config: StateConfig) -> StateConfig:
+    """Return `config` with Redis for checkpoints only, or not at all where they are elsewhere."""
+    update: dict[str, Any] = {"write": "checkpoint"}
+    if config.checkpoint.store not in ("auto", "redis"):
+        update["url"] = None
+    return config.model_copy(update={"redis": config.redis.model_copy(update=update)})
+
+
+@asynccontextmanager
+async def opened_store(config: StateConfig) -> AsyncIterator[CheckpointStore]:
+    """Open the store of checkpoints, without a worker."""
+    threads = Threads()
+    try:
+        opened = open_store(config.checkpoint, config.redis, config.disk.path, threads)
+        try:
+            yield opened.store
+        finally:
+            await opened.close()
+    finally:
+        threads.close()
