@@ -25,8 +25,6 @@ FIRST_COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest -q",
 ]
 PLANNED = {
-    "CheckpointDamaged",
-    "CheckpointNotFound",
     "RequestLimitReached",
     "TokenInvalid",
 }
