@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from persistence import StateConfig, Stats, errors
+from persistence.checkpoint.keeper import CheckpointStats
 from persistence.disk.tier import DiskStats
+from persistence.stats import SharingStats
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,8 +45,10 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_every_number_of_stats_is_explained() -> None:
     listed = re.findall(r"`([\w.]+)`", table("Numbers", column=0))
-    numbers = [item.name for item in fields(Stats) if item.name != "disk"]
-    numbers += [f"disk.{item.name}" for item in fields(DiskStats)]
+    parts = {"disk": DiskStats, "checkpoints": CheckpointStats, "sharing": SharingStats}
+    numbers = [item.name for item in fields(Stats) if item.name not in parts]
+    for name, part in parts.items():
+        numbers += [f"{name}.{item.name}" for item in fields(part)]
     assert sorted(listed) == sorted(numbers)
 
 

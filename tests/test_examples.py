@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.redis_servers import RedisServer
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PATIENCE_SECONDS = 30
@@ -24,6 +26,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start an example; what still runs at the end is killed."""
     environ = {name: text for name, text in os.environ.items() if "PERSISTENCE_" not in name}
     environ["PYTHONPATH"] = str(ROOT)
+    environ.pop("REDIS_URL", None)
     running: list[subprocess.Popen[str]] = []
 
     def start(name: str, *words: str) -> subprocess.Popen[str]:
@@ -41,7 +44,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def test_every_example_is_run_here() -> None:
-    tested = {"quickstart.py", "worker.py"}
+    tested = {"quickstart.py", "shared_worker.py", "worker.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -91,3 +94,44 @@ def _visit(port: int, name: str) -> str:
         lines.write(f"{name}\n")
         lines.flush()
         return lines.readline()
+
+
+def test_a_worker_counts_alone_where_there_is_no_redis(start: Start) -> None:
+    process = start("shared_worker.py", "one")
+    assert _numbers(process, 2) == [1, 2]
+    process.kill()
+    process.wait(PATIENCE_SECONDS)
+
+    process = start("shared_worker.py", "one")
+    assert _numbers(process, 1)[0] in (3, 4)  # one may have been counted and not printed
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0
+    assert output.endswith("closed\n")
+
+
+def test_workers_count_in_one_session_and_a_new_one_goes_on(
+    start: Start, own_server: RedisServer
+) -> None:
+    one, two = [start("shared_worker.py", name, own_server.url) for name in ("one", "two")]
+    counted = []
+    for process in (one, two):
+        counted += _numbers(process, 3)
+    for process in (one, two):
+        process.send_signal(signal.SIGTERM)
+    for process in (one, two):
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0
+        assert output.endswith("closed\n")
+        counted += [int(line.split()[-1]) for line in output.splitlines()[:-1]]
+    assert len(counted) == len(set(counted))
+
+    three = start("shared_worker.py", "three", own_server.url)
+    [first] = _numbers(three, 1)
+    assert first > max(counted)
+
+
+def _numbers(process: subprocess.Popen[str], count: int) -> list[int]:
+    """Return the next numbers that a worker prints."""
+    assert process.stdout is not None
+    return [int(process.stdout.readline().split()[-1]) for _ in range(count)]

@@ -26,8 +26,6 @@ FIRST_COMMANDS = [
     ".venv/bin/pytest -q -n 2 -m 'not alone' && .venv/bin/pytest -q -m alone",
 ]
 PLANNED = {
-    "CheckpointDamaged",
-    "CheckpointNotFound",
     "RequestLimitReached",
     "TokenInvalid",
 }

@@ -534,6 +534,15 @@ def tables() -> list[Table]:
                 (filenames.INDEX_SNAPSHOT, "the whole index, written at a clean close"),
                 (filenames.SHIPPED, "which checkpoint is the newest of this directory"),
                 (
+                    filenames.OUTBOX,
+                    "a journal: the sessions whose newest version Redis has not seen",
+                ),
+                (filenames.CONFLICTS, "a journal: versions that Redis refused"),
+                (
+                    filenames.temporary_name(filenames.STAGED),
+                    "a checkpoint that is being restored",
+                ),
+                (
                     filenames.temporary_name(filenames.MANIFEST),
                     "a file being written, before it is renamed into place",
                 ),
