@@ -78,6 +78,7 @@ class _Worker:
         self._state = state
         self._signals = 0
         self._told = asyncio.Event()
+        self._told_again = asyncio.Event()
         self._hurrying: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -98,7 +99,13 @@ class _Worker:
                 working.cancel()
                 grace_seconds = self._state.config.shutdown.grace_seconds
                 self._state.start_grace()
-                await asyncio.wait((working,), timeout=_MAIN_SHARE * grace_seconds)
+                again = asyncio.create_task(self._told_again.wait())
+                await asyncio.wait(
+                    (working, again),
+                    timeout=_MAIN_SHARE * grace_seconds,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                again.cancel()
                 if not working.done():
                     _log.warning("the worker's coroutine goes on although it was cancelled")
         finally:
@@ -133,5 +140,6 @@ class _Worker:
             _log.info("%s: shutting down", signal.Signals(number).name)
             self._told.set()
         elif self._hurrying is None:
+            self._told_again.set()
             _log.warning("%s again: shutting down at once", signal.Signals(number).name)
             self._hurrying = asyncio.create_task(self._state.close(grace_seconds=0))

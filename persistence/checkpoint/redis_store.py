@@ -27,11 +27,11 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
-from persistence.errors import ConfigError, RemoteUnavailable
+from persistence.errors import RemoteUnavailable
+from persistence.remote.keys import Keys
 
 _RESERVED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
 _KEYS_PER_PIPELINE: Final = 500
-_FORBIDDEN: Final = frozenset("{}*?[]\\^")
 
 
 class RedisStore:
@@ -40,23 +40,15 @@ class RedisStore:
     Args:
         client: an asyncio client of redis-py (also a Cluster's) that returns bytes; the caller
             closes it.
-        namespace: what all keys start with; several workers may share it.
-
-    Raises:
-        ConfigError: the namespace has a character that means something in a key or a pattern.
+        namespace: what all keys start with, percent-encoded as those of the shared tier; several
+            workers may share it.
     """
 
     def __init__(self, client: Any, namespace: str) -> None:
-        bad = [char for char in namespace if char in _FORBIDDEN or not char.isprintable()]
-        if not namespace or bad or any(map(str.isspace, namespace)):
-            raise ConfigError(
-                f"redis.namespace = {namespace!a}: must not be empty, nor have spaces or any of "
-                f"{''.join(sorted(_FORBIDDEN))}"
-            )
         self._client = client
-        self._prefix = namespace
-        self._manifests = f"{namespace}:checkpoints"
-        self._started = f"{namespace}:checkpoints:started"
+        prefix = self._prefix = Keys(namespace).prefix.decode()
+        self._manifests = f"{prefix}:checkpoints"
+        self._started = f"{prefix}:checkpoints:started"
         self._reserved: dict[str, int] = {}
 
     @property

@@ -72,6 +72,7 @@ class Sharing:
         self._accepts_outages = config.on_outage == "local"
         self._is_listening = False
         self._connected = asyncio.Event()
+        self._has_subscribed = False
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[None] | None = None
@@ -129,9 +130,13 @@ class Sharing:
             _log.warning("starting without the shared tier: %s", error)
             self._probe()
         else:
-            await self._remote.subscribe(self)
+            await self._subscribe()
             await self._wait_until_listening()
         self._delivery.start()
+
+    async def _subscribe(self) -> None:
+        await self._remote.subscribe(self)
+        self._has_subscribed = True  # from now on it reconnects by itself
 
     async def _wait_until_listening(self) -> None:
         """Wait for the subscription, or for the time in which it should have come about.
@@ -253,13 +258,12 @@ class Sharing:
 
     async def _probe_until_up(self) -> None:
         """Ask until there is an answer; the first one makes the shared tier usable again."""
-        subscribed = self._is_listening or self.copies.generation > 0
         while True:
             await asyncio.sleep(_PROBE_SECONDS)
             try:
-                if not subscribed:
+                if not self._has_subscribed:
                     await self._remote.open()
-                    await self._remote.subscribe(self)
+                    await self._subscribe()
                     return  # `connected` does the rest
                 await self._remote.ping()
             except PersistenceError:
@@ -397,7 +401,10 @@ class Sharing:
         await self._adopt(session_id, key, found)
 
     async def _adopt(self, session_id: str, key: bytes, found: RemoteSession) -> None:
-        if mine_is_newer(self._residency.resident(session_id), found):
+        mine = await self._residency.peek(session_id, key)
+        if session_id in self._commits.tails or session_id in self.outbox:
+            return  # this worker went ahead meanwhile
+        if mine_is_newer(mine, found):
             # It failed over to an older copy: everything acknowledged was there before.
             record = found.record
             branch = Branch(rec.commit_of(record), rec.version_of(record))

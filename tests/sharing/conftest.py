@@ -31,6 +31,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
         path: Path | None = None,
         session: dict[str, Any] | None = None,
         memory: dict[str, Any] | None = None,
+        checkpoint: dict[str, Any] | None = None,
         **redis: Any,
     ) -> StateManager:
         sections: dict[str, dict[str, Any]] = {
@@ -38,6 +39,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
             "session": session or {},
             "shutdown": {"checkpoint": False},  # it would wait for servers that hang
             "memory": memory or {},
+            "checkpoint": checkpoint or {},
         }
         directory = path or tmp_path / f"worker {next(numbers)}"
         config = config_for(directory, **sections)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,18 +184,37 @@ async def test_a_server_that_went_back_in_time_gets_what_it_lost(
     """As after a failover to a replica that was behind."""
     a, b = await worker(own_server.url), await worker(own_server.url)
     await until_up(a, b)
-    updated, read = [await a.create_session(data={"n": 0}) for _ in range(2)]
-    [old_updated, old_read] = [dump(own_server, sid) for sid in (updated, read)]
-    for sid in (updated, read):
+    updated, read, cold = [await a.create_session(data={"n": 0}) for _ in range(3)]
+    before = [dump(own_server, sid) for sid in (updated, read, cold)]
+    for sid in (updated, read, cold):
         for _ in range(3):
             await a.update_session(sid, add_one)
-    restore(own_server, *old_updated)
-    restore(own_server, *old_read)
+    await a.spill_session(cold)
+    for key, content in before:
+        restore(own_server, key, content)
+    assert (await a.get_session(cold, fresh=True))["n"] == 3  # type: ignore[index]
     assert (await a.update_session(updated, add_one))["n"] == 4
     assert (await a.get_session(read, fresh=True))["n"] == 3  # type: ignore[index]
     await until_delivered(a)
     assert (await b.get_session(updated, fresh=True))["n"] == 4  # type: ignore[index]
     assert (await b.get_session(read, fresh=True))["n"] == 3  # type: ignore[index]
+    assert (await b.get_session(cold, fresh=True))["n"] == 3  # type: ignore[index]
+
+
+async def test_a_worker_that_restored_a_checkpoint_during_an_outage_comes_back(
+    worker: Worker, own_server: RedisServer, tmp_path: Path
+) -> None:
+    a = await worker(own_server.url, checkpoint={"store": str(tmp_path / "checkpoints")})
+    await until_up(a)
+    sid = await a.create_session(data={"n": 0})
+    await a.create_checkpoint()
+    own_server.kill()
+    await until_down(a)
+    await a.restore_checkpoint("latest")
+    own_server.start()
+    await until_up(a)
+    await until_delivered(a)
+    assert await value(a, sid) == 0
 
 
 def dump(server: RedisServer, session_id: str) -> tuple[bytes, bytes]:
