@@ -646,7 +646,11 @@ class StateManager:
     # --- listing ------------------------------------------------------------------------------
 
     async def get_active_sessions(self, *, namespace: bool = False) -> list[str]:
-        """Return the ids of this worker's live sessions, in no order."""
+        """Return the ids of this worker's live sessions, in no order; see `iter_sessions`.
+
+        Args:
+            namespace: those of all workers instead, as the shared tier has them.
+        """
         return [session_id async for session_id in self.iter_sessions(namespace=namespace)]
 
     async def iter_sessions(
@@ -657,14 +661,26 @@ class StateManager:
         A session that is alive all the while is yielded exactly once, whatever is written
         meanwhile. Renews nothing.
 
+        Args:
+            prefix: what ids have to start with.
+            namespace: ask the shared tier for the sessions of all workers instead. Takes memory
+                for every id.
+
         Raises:
             ConfigError: `namespace` asks for the shared tier, which is not configured.
+            RemoteUnavailable: it does not answer.
         """
-        if namespace:
-            raise ConfigError("namespace=True asks the shared tier, but redis.url is not set")
         await self._ready()
         check_text("prefix", prefix)
-        async for session_id in self._listing.ids(prefix):
+        if namespace and self._sharing is None:
+            raise ConfigError(
+                "namespace=True asks the shared tier, but redis.url is not set or redis.write is "
+                "'checkpoint'"
+            )
+        ids = self._listing.ids(prefix)
+        if namespace and self._sharing is not None:
+            ids = self._sharing.ids(prefix)
+        async for session_id in ids:
             yield session_id
 
     async def find_sessions(self, *, user_id: str) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -307,6 +307,19 @@ class Sharing:
                 self.copies.forget(commit.session_id)
 
     # --- reading ------------------------------------------------------------------------------
+
+    async def ids(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the ids of the sessions of all workers that start with `prefix`, each once.
+
+        Raises:
+            RemoteUnavailable: the shared tier does not answer.
+        """
+        seen: set[str] = set()
+        async for page in self._remote.scan(prefix):
+            for session_id in page:
+                if session_id not in seen:
+                    seen.add(session_id)
+                    yield session_id
 
     def is_current(self, session_id: str) -> bool:
         """Whether a local copy may be served without asking."""

@@ -322,3 +322,15 @@ async def test_a_session_that_another_worker_renewed_does_not_expire_here(
     await until(renewed_for_two_ttls)
     assert await value(b, sid) == 0
     assert await b.has_session(sid)
+
+
+async def test_the_sessions_of_all_workers_can_be_listed(worker: Worker, deployment: Group) -> None:
+    a, b = await worker(deployment.url), await worker(deployment.url)
+    await until_up(a, b)
+    for number in range(30):
+        await (a, b)[number % 2].create_session(session_id=f"{'ab'[number % 2]} {number}")
+    await a.terminate_session("a 0")
+    assert len(await a.get_active_sessions()) == 14
+    assert len(await a.get_active_sessions(namespace=True)) == 29
+    found = [sid async for sid in a.iter_sessions("b ", namespace=True)]
+    assert sorted(found) == sorted(f"b {number}" for number in range(1, 30, 2))
