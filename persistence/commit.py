@@ -502,11 +502,25 @@ class CommitQueue:
         return chunks
 
     async def _finish(
-        self, batch: list[Commit], writing: asyncio.Future[None], started: float
+        self,
+        batch: list[Commit],
+        writing: asyncio.Future[None],
+        started: float,
+        *,
+        is_first: bool = True,
     ) -> list[Commit]:
         """Wait for the writer thread; return the commits that are now to be acknowledged."""
         try:
             await writing
+        except DiskFull as error:
+            # Ends of sessions free space, so they are worth another try when a merge, which may
+            # have taken what was left, has ended.
+            frees = not any(commit.kind == PUT for commit in batch)
+            if frees and is_first and await self._disk.merge_has_ended():
+                repeated = await self._start(batch)
+                return [] if repeated is None else await self._finish(*repeated, is_first=False)
+            self._fail(batch, error)
+            return []
         except PersistenceError as error:
             self._fail(batch, error)
             return []

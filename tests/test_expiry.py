@@ -630,8 +630,8 @@ async def test_expired_sessions_are_cleaned_up_in_the_background(start: Start) -
     state = await start(clock=SystemClock(), session={"cleanup_interval_seconds": 0.02})
     for number in range(20):
         await state.create_session(session_id=str(number), ttl_seconds=0.02)
-    await eventually(lambda: len(disk_of(state).index) == 0)
-    assert (await state.stats()).expired == 20
+    await eventually(lambda: residency_of(state).expired == 20)
+    assert len(disk_of(state).index) == 0
 
 
 # Old sessions, by last access

@@ -279,7 +279,8 @@ class Compactor:
         around = self._around
         if not around.reserve.is_spent:
             return None
-        return (await around.threads.read(around.files.space, around.directory)).free_bytes
+        space = await around.threads.read(around.files.space, around.directory)
+        return space.free_bytes // 2  # the rest is for tombstones, which free more
 
     async def _abandon(self, outputs: list[Output]) -> None:
         for output in outputs:

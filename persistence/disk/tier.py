@@ -460,6 +460,13 @@ class DiskTier:
             return self._limit_reached()
         return self.writer.full
 
+    async def merge_has_ended(self) -> bool:
+        """Wait for a merge that is under way; False: there is none, so nothing has changed."""
+        if self.compactor.is_idle:
+            return False
+        await self.compactor.merged()
+        return True
+
     @property
     def holds_back(self) -> bool:
         """Whether a batch has to wait before it is written, for compaction to keep up."""

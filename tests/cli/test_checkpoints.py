@@ -377,7 +377,7 @@ def test_a_wrong_password_is_one_line_without_it(
         (["list"], "--store"),
         (["list", "--store", "no such directory"], "no such directory"),
         (["list", "--store", "http://127.0.0.1"], "redis.url"),
-        (["list", "--store", "redis://127.0.0.1", "--namespace", "a*"], "namespace"),
+        (["list", "--store", "redis://127.0.0.1", "--namespace", "a b"], "namespace"),
         (["list", "--store", "/tmp", "--namespace", "a"], "--namespace"),
         (["list", "--store", "/tmp", "--config", "x.toml"], "--config"),
         (["list", "--config", "no such file"], "no such file"),
