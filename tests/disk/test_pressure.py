@@ -84,12 +84,15 @@ def most_bytes(state: StateManager) -> float:
     return frames + stats.segments * (SEGMENT_HEADER_BYTES + FOOTER_BYTES) + SLACK_BYTES
 
 
+@pytest.mark.alone
 async def test_the_log_stays_within_its_bound_while_updates_never_pause() -> None:
     counts: dict[str, int] = {}
     async with opened(MemoryFiles(), small()) as state, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(update(state, f"s{n}", counts)) for n in range(4)]
         while not all(task.done() for task in running):
-            assert state._disk.total_bytes <= most_bytes(state)
+            # While a merge runs its inputs are there beside its outputs.
+            more = SEGMENT_BYTES if state._disk.compactor.paused.locked() else 0
+            assert state._disk.total_bytes <= most_bytes(state) + more
             await asyncio.sleep(0)
     assert state._disk.compactor.stats.merges > 3
 
