@@ -259,15 +259,15 @@ class Tiers:
         """
         before: list[str] = []
         try:
-            if self.sharing is not None:
-                before = [session_id async for session_id in self.listing.ids("")]
-                await self.sharing.close()
             await self.commits.close(
                 ConflictError(
                     "the sessions were restored from a checkpoint meanwhile; nothing was written: "
                     "try again"
                 )
             )
+            if self.sharing is not None:  # only now: what was in flight counts too
+                before = [session_id async for session_id in self.listing.ids("")]
+                await self.sharing.close()
             await self.residency.close()
             await staged.install()
         finally:

@@ -218,8 +218,15 @@ class Agreement:
             self._copies.forget(commit.session_id)
         results = await self._remote.commit([request for _, request in asked])
         behind: dict[str, bytes] = {}
+        # Only the first put of a session can tell that the tier went back: behind a refused one
+        # every later version number is far from what is stored.
+        decided: set[str] = set()
         for (commit, request), result in zip(asked, results, strict=True):
-            base = self._restored_base(commit, result)
+            base = None
+            if commit.session_id not in decided:
+                base = self._restored_base(commit, result)
+            if commit.kind == PUT:
+                decided.add(commit.session_id)
             if base is not None:
                 behind.setdefault(commit.session_id, base)
             if commit.session_id in behind and commit.kind == PUT:

@@ -24,7 +24,7 @@ class Copies:
     def __init__(self) -> None:
         self._valid: list[set[str]] = [set() for _ in range(_SHARDS)]
         self._stale: set[str] = set()
-        self._filling: dict[str, set[bytes]] = {}
+        self._filling: dict[str, list[bytes]] = {}
         self.generation = 0
 
     def is_valid(self, session_id: str) -> bool:
@@ -54,7 +54,7 @@ class Copies:
         self._stale.add(session_id)
         seen = self._filling.get(session_id)
         if seen is not None:
-            seen.add(commit)
+            seen.append(commit)
 
     def reset(self) -> None:
         """Announcements may have been missed: every local copy has to be compared again."""
@@ -72,8 +72,8 @@ class Copies:
     def begin_fill(self, session_id: str) -> None:
         """A question about a session is about to be sent to the shared tier."""
         assert session_id not in self._filling, "one fill of a session at a time"
-        self._filling[session_id] = set()
+        self._filling[session_id] = []
 
-    def end_fill(self, session_id: str) -> set[bytes]:
-        """Return the commits that were announced since `begin_fill`."""
+    def end_fill(self, session_id: str) -> list[bytes]:
+        """Return the commits that were announced since `begin_fill`, in order."""
         return self._filling.pop(session_id)

@@ -209,9 +209,19 @@ class Delivery:
             delivered = Branch(rec.commit_of(record), rec.version_of(record))
         await self._outbox.advance(session_id, delivered, self._newest_of(session_id))
 
-    def _newest_of(self, session_id: str) -> Callable[[], bytes]:
-        """Return how to ask for the newest commit here; `NO_ID`: there is no such session."""
-        return lambda: self._residency.commit_of(session_id) or NO_ID
+    def _newest_of(self, session_id: str) -> Callable[[], bytes | None]:
+        """Return how to ask for the newest commit here.
+
+        `NO_ID`: there is no such session. None: that cannot be told without waiting for the disk.
+        """
+
+        def newest() -> bytes | None:
+            found = self._residency.commit_of(session_id)
+            if found is None:
+                return NO_ID
+            return None if found == NO_ID else found
+
+        return newest
 
     async def _keep_conflict(
         self, session_id: str, record: bytes | None, branch: Branch, stored: Stored | None

@@ -268,6 +268,9 @@ class Sharing:
                 await self._remote.ping()
             except PersistenceError:
                 continue
+            except Exception:  # noqa: BLE001 - logged; nobody else would ask again
+                _log.exception("probing the shared tier failed")
+                continue
             if self._is_listening:
                 self._up()
             return
@@ -378,7 +381,7 @@ class Sharing:
                 announced = self.copies.end_fill(session_id)
             if generation != self.copies.generation:
                 continue  # it disconnected meanwhile: what came may be out of date
-            if not announced or _commit_id(found, mine) in announced:
+            if not announced or _commit_id(found, mine) == announced[-1]:
                 break
         if session_id in self._commits.tails or session_id in self.outbox:
             return  # this worker went ahead meanwhile

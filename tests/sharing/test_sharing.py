@@ -334,3 +334,17 @@ async def test_the_sessions_of_all_workers_can_be_listed(worker: Worker, deploym
     assert len(await a.get_active_sessions(namespace=True)) == 29
     found = [sid async for sid in a.iter_sessions("b ", namespace=True)]
     assert sorted(found) == sorted(f"b {number}" for number in range(1, 30, 2))
+
+
+async def test_however_many_are_pipelined_none_is_accepted_behind_a_refused_one(pair: Pair) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0, "by": "a"})
+    assert await value(b, sid) == 0
+    for _ in range(5):
+        await a.get_session(sid, fresh=True)
+        await b.update_session(sid, add_one)
+        sharing_of(a).copies.validate(sid)  # as before the announcement
+        await asyncio.gather(*(a.update_session(sid, add_one) for _ in range(6)))
+    session = await b.get_session(sid, fresh=True)
+    assert session is not None
+    assert (session["n"], session.version) == (35, 36)
