@@ -37,6 +37,7 @@ from persistence.errors import (
     DiskFull,
     InvalidArgument,
     ManagerClosed,
+    Overtaken,
     PersistenceError,
     SessionExists,
     SessionLimitReached,
@@ -49,6 +50,7 @@ from persistence.record import NEVER, RENEWS
 from persistence.session import (
     MAX_REQUESTS,
     USER_ID,
+    Changes,
     Session,
     SessionDraft,
     SessionMetadata,
@@ -496,8 +498,10 @@ class StateManager:
         await self._ready()
         packed = rec.pack_value(value, rec.check_field_name(field))
 
-        def change(record: bytes) -> dict[str, bytes | memoryview]:
-            return {**rec.packed_fields(record), field: packed}
+        def change(record: bytes) -> Changes:
+            if field in rec.field_names(record):
+                return Changes({field: packed})
+            return Changes({}, {**rec.packed_fields(record), field: packed})
 
         return await self._updates.apply(session_id, Change(change))
 
@@ -518,7 +522,18 @@ class StateManager:
         self._check_open()
         if self._gate is not None:
             await self._ready()
-        return await self._updates.by_function(session_id, function)
+        updates = self._updates
+        made = updates.made_now(session_id, function)
+        if not isinstance(made, Commit):
+            if made is None:
+                return await updates.by_function(session_id, function)
+            return await updates.unchanged(session_id, check_session_id(session_id), made)
+        assert made.done is not None, "submitted to be waited for"
+        try:
+            await made.done
+        except Overtaken:
+            return await updates.by_function(session_id, function)
+        return updates.view(made)
 
     async def replace_session(
         self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
@@ -532,7 +547,9 @@ class StateManager:
         await self._ready()
         fields = _packed_fields(data)
         ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
-        return await self._updates.apply(session_id, Change(lambda _: fields, ttl_seconds=ttl))
+        return await self._updates.apply(
+            session_id, Change(lambda _: Changes({}, fields), ttl_seconds=ttl)
+        )
 
     async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
@@ -551,11 +568,11 @@ class StateManager:
         def change_meta(record: bytes) -> bytes:
             return rec.pack_meta({**rec.meta_of(record), **changes})
 
-        def fields(record: bytes) -> dict[str, bytes | memoryview] | None:
+        def no_data(record: bytes) -> Changes | None:
             is_same = change_meta(record) == rec.packed_meta(record)
-            return None if is_same else rec.packed_fields(record)
+            return None if is_same else Changes({})
 
-        return await self._updates.apply(session_id, Change(fields, change_meta))
+        return await self._updates.apply(session_id, Change(no_data, change_meta))
 
     async def set_ttl(self, session_id: str, ttl_seconds: float) -> bool:
         """Set a session's TTL, from now on; the data and the version stay as they are.
@@ -571,7 +588,7 @@ class StateManager:
         ttl = check_ttl(ttl_seconds)
         try:
             await self._updates.apply(
-                session_id, Change(rec.packed_fields, ttl_seconds=ttl, same_version=True)
+                session_id, Change(lambda _: Changes({}), ttl_seconds=ttl, same_version=True)
             )
         except SessionNotFound:
             return False

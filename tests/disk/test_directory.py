@@ -20,7 +20,7 @@ from crc32c import crc32c
 from persistence import ManualClock, StateManager, errors
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import Files
-from persistence.disk.format import FORMAT_VERSION, SEGMENT_HEADER_BYTES, NewerFormat
+from persistence.disk.format import FORMAT_VERSION, SEGMENT_HEADER_BYTES, OtherFormat
 from persistence.disk.manifest import (
     MalformedManifest,
     Manifest,
@@ -170,10 +170,16 @@ def manifest_with(files: MemoryFiles, **changes: Any) -> bytes:
     return stamped(json.dumps(kept).encode())
 
 
-async def test_a_manifest_of_a_newer_version_is_refused(files: MemoryFiles) -> None:
-    newer = FORMAT_VERSION + 1
-    files.set_data(MANIFEST, manifest_with(files, format_version=newer, new_things=[1]))
-    await assert_refused(files, errors.DirectoryNotUsable, f"format version {newer}")
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [(FORMAT_VERSION + 1, "use a newer version"), (FORMAT_VERSION - 1, "export with")],
+)
+async def test_a_manifest_of_another_version_is_refused(
+    files: MemoryFiles, version: int, advice: str
+) -> None:
+    files.set_data(MANIFEST, manifest_with(files, format_version=version, new_things=[1]))
+    words = f"format version {version}; this library reads {FORMAT_VERSION}: {advice}"
+    await assert_refused(files, errors.DirectoryNotUsable, words)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -331,7 +337,7 @@ def test_a_manifest_comes_back() -> None:
 
 def test_a_newer_manifest_is_told_from_a_damaged_one() -> None:
     body = json.dumps({"what": "persistence directory", "format_version": 99}).encode()
-    with pytest.raises(NewerFormat):
+    with pytest.raises(OtherFormat):
         decode_manifest(stamped(body))
 
 
