@@ -258,16 +258,14 @@ class Tiers:
         sessions that there were.
         """
         before: list[str] = []
+        why = ConflictError(
+            "the sessions were restored from a checkpoint meanwhile; nothing was written: try again"
+        )
         try:
-            await self.commits.close(
-                ConflictError(
-                    "the sessions were restored from a checkpoint meanwhile; nothing was written: "
-                    "try again"
-                )
-            )
+            await self.commits.close(why)
             if self.sharing is not None:  # only now: what was in flight counts too
                 before = [session_id async for session_id in self.listing.ids("")]
-                await self.sharing.close()
+                await self.sharing.close(why)
             await self.residency.close()
             await staged.install()
         finally:

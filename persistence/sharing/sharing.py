@@ -13,22 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, Final
 
-from persistence import record as rec
 from persistence.commit import Commit
 from persistence.config import RedisConfig
 from persistence.disk.format import DELETE
-from persistence.errors import PersistenceError, RemoteUnavailable
+from persistence.errors import ManagerClosed, PersistenceError, RemoteUnavailable
 from persistence.record import ID_BYTES, NO_ID
-from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
+from persistence.remote.contract import Announcement, RemoteSession, RemoteTier
 from persistence.sharing.agreement import Agreement, Decision, unavailable
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.copies import Copies
 from persistence.sharing.delivery import Delivery
+from persistence.sharing.fills import Fills
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
 from persistence.stats import SharingStats
@@ -62,7 +61,6 @@ class Sharing:
         self.copies = Copies()
         self.outbox = outbox
         self.conflicts = conflicts
-        self.refreshed = 0
         self._remote = remote
         self._config = config
         self._residency = local.residency
@@ -73,7 +71,6 @@ class Sharing:
         self._is_listening = False
         self._connected = asyncio.Event()
         self._has_subscribed = False
-        self._fills: dict[str, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[None] | None = None
         self._closing = False
@@ -94,6 +91,7 @@ class Sharing:
             local,
             flush_interval_seconds=config.flush_interval_seconds,
         )
+        self._fills = Fills(remote, self.copies, outbox, local, self._delivery.wake)
 
     def stats(self) -> SharingStats:
         """Return numbers about the shared tier."""
@@ -101,7 +99,7 @@ class Sharing:
             is_up=self.is_up,
             undelivered=len(self.outbox),
             delivered=self._delivery.delivered,
-            refreshed=self.refreshed,
+            refreshed=self._fills.refreshed,
             conflicts=self.conflicts.count,
         )
 
@@ -184,15 +182,20 @@ class Sharing:
             )
         self._delivery.wake()
 
-    async def close(self) -> None:
-        """Disconnect. What was not delivered is in the outbox."""
+    async def close(self, why: PersistenceError | None = None) -> None:
+        """Disconnect. What was not delivered is in the outbox.
+
+        Args:
+            why: what whoever waits for an answer is told; None: the manager is closed.
+        """
         self._closing = True
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
-        for task in (*self._fills.values(), *self._changes):
+        for task in self._changes:
             task.cancel()
-        await asyncio.gather(*self._fills.values(), *self._changes, return_exceptions=True)
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self._fills.close(why or ManagerClosed("the manager is closed"))
         await self._delivery.close()
         await self._remote.close()
 
@@ -210,7 +213,7 @@ class Sharing:
             self.copies.announced(session_id, item.commit)
             if item.ended:
                 # It is absent everywhere from now on, also in lists, so do not wait for a reader.
-                self._in_background(self.refresh(session_id))
+                self._in_background(self._fills.refresh(session_id))
 
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
@@ -340,6 +343,7 @@ class Sharing:
             fresh: ask even if the local copy counts as current.
 
         Raises:
+            ManagerClosed, ConflictError: see `close`.
             RemoteUnavailable: it cannot be asked, and ``on_outage`` is ``"fail"``.
         """
         if not fresh and self.is_current(session_id) and self._residency.has_copy(session_id):
@@ -349,107 +353,11 @@ class Sharing:
                 return
             raise unavailable("the shared tier")
         try:
-            await self.refresh(session_id)
+            await self._fills.refresh(session_id)
         except RemoteUnavailable:
             self._suspect()
             if not self._accepts_outages:
                 raise
-
-    async def refresh(self, session_id: str) -> None:
-        """Compare a session with the shared tier and take over what is newer there."""
-        task = self._fills.get(session_id)
-        if task is None:
-            task = asyncio.create_task(self._fill(session_id), name="persistence-fill")
-            self._fills[session_id] = task
-            task.add_done_callback(partial(self._filled, session_id))
-        await asyncio.shield(task)
-
-    def _filled(self, session_id: str, task: asyncio.Task[None]) -> None:
-        del self._fills[session_id]
-        if not task.cancelled():
-            task.exception()  # whoever waits is told; nobody may
-
-    async def _fill(self, session_id: str) -> None:
-        key = session_id.encode()
-        while True:
-            generation = self.copies.generation
-            mine = await self._residency.peek(session_id, key)
-            self.copies.begin_fill(session_id)
-            try:
-                found = await self._ask(session_id, mine)
-            finally:
-                announced = self.copies.end_fill(session_id)
-            if generation != self.copies.generation:
-                continue  # it disconnected meanwhile: what came may be out of date
-            if not announced or _commit_id(found, mine) == announced[-1]:
-                break
-        if session_id in self._commits.tails or session_id in self.outbox:
-            return  # this worker went ahead meanwhile
-        self.copies.forget(session_id)  # what is announced from here on is newer than `found`
-        await self._take_over(session_id, key, found)
-
-    async def _ask(
-        self, session_id: str, mine: bytes | None
-    ) -> RemoteSession | Stored | bytes | None:
-        """Return what the shared tier has; the local record itself if it is the same version."""
-        if mine is not None and not self.copies.is_stale(session_id):
-            [stored] = await self._remote.stored([session_id])
-            if stored is None or not stored.lives:
-                return stored
-            if stored.commit == rec.commit_of(mine):
-                return mine
-        return await self._remote.load(session_id)
-
-    async def _take_over(
-        self, session_id: str, key: bytes, found: RemoteSession | Stored | bytes | None
-    ) -> None:
-        """Let the local state follow what the shared tier has."""
-        if isinstance(found, bytes):
-            if self._residency.commit_of(session_id) == rec.commit_of(found):
-                self.copies.validate(session_id)
-            return
-        if found is None:
-            await self._missing_there(session_id, key)
-            return
-        if isinstance(found, Stored):
-            await self._ended_there(session_id, key, found)
-            return
-        await self._adopt(session_id, key, found)
-
-    async def _adopt(self, session_id: str, key: bytes, found: RemoteSession) -> None:
-        mine = await self._residency.peek(session_id, key)
-        if session_id in self._commits.tails or session_id in self.outbox:
-            return  # this worker went ahead meanwhile
-        if mine_is_newer(mine, found):
-            # It failed over to an older copy: everything acknowledged was there before.
-            record = found.record
-            branch = Branch(rec.commit_of(record), rec.version_of(record))
-            await self.outbox.add({session_id: branch})
-            self._delivery.wake()
-            return
-        generation = self.copies.generation
-        await self._residency.adopt(session_id, *self._residency.times_of_remote(found))
-        self.refreshed += 1
-        if generation == self.copies.generation and not self.copies.is_stale(session_id):
-            self.copies.validate(session_id)
-
-    async def _ended_there(self, session_id: str, key: bytes, tombstone: Stored) -> None:
-        """Another worker terminated it."""
-        self.copies.forget(session_id)
-        if self._residency.has_copy(session_id):
-            commit = self._residency.submit_delete(session_id, key, local=True)
-            assert commit.done is not None, "submitted to be waited for"
-            await commit.done
-
-    async def _missing_there(self, session_id: str, key: bytes) -> None:
-        """The shared tier has nothing, not even a tombstone.
-
-        So nobody terminated it: it expired there while a renewal was on its way, or the tier lost
-        it. What lives here goes there again.
-        """
-        if self._residency.is_acknowledged(session_id, key):
-            await self.outbox.add({session_id: Branch(NO_ID, 0)})
-            self._delivery.wake()
 
     async def confirm_end(self, session_id: str, key: bytes) -> bool:
         """Whether a session that expired here is over in the shared tier too.
@@ -464,26 +372,8 @@ class Sharing:
             return True
         now = self._time.now()
         if isinstance(found, RemoteSession) and found.deadline - self._time.skew() > now:
-            if session_id not in self._commits.tails:
-                await self._adopt(session_id, key, found)
+            mine = await self._residency.peek(session_id, key)
+            if session_id not in self._commits.tails and session_id not in self.outbox:
+                await self._fills.adopt(session_id, mine, found)
             return False
         return True
-
-
-def mine_is_newer(mine: bytes | None, found: RemoteSession) -> bool:
-    """Whether the local record is a later version of the same incarnation.
-
-    Only what the shared tier has, or what is in the outbox, is ever acknowledged: so if it is in
-    no outbox, the shared tier had it and lost it.
-    """
-    if mine is None or rec.incarnation_of(mine) != rec.incarnation_of(found.record):
-        return False
-    return rec.version_of(mine) > rec.version_of(found.record)
-
-
-def _commit_id(found: RemoteSession | Stored | bytes | None, mine: bytes | None) -> bytes | None:
-    if found is None:
-        return None
-    if isinstance(found, bytes):
-        return rec.commit_of(found)
-    return found.commit if isinstance(found, Stored) else rec.commit_of(found.record)
