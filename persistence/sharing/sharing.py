@@ -68,7 +68,6 @@ class Sharing:
         self._time = local.time
         self._all_ids = local.all_ids
         self._accepts_outages = config.on_outage == "local"
-        self._is_listening = False
         self._connected = asyncio.Event()
         self._has_subscribed = False
         self._changes: set[asyncio.Task[None]] = set()
@@ -105,7 +104,7 @@ class Sharing:
 
     @property
     def is_up(self) -> bool:
-        """Whether the shared tier answers and announcements arrive."""
+        """Whether the shared tier answers, and announcements have arrived since it does."""
         return self.agreement.is_up
 
     # --- opening and closing ------------------------------------------------------------------
@@ -126,7 +125,7 @@ class Sharing:
             if not self._accepts_outages:
                 raise
             _log.warning("starting without the shared tier: %s", error)
-            self._probe()
+            self._probe(_PROBE_SECONDS)
         else:
             await self._subscribe()
             await self._wait_until_listening()
@@ -162,7 +161,7 @@ class Sharing:
         Args:
             before: the sessions that were here: those that are gone are ended there as well.
         """
-        self.copies.reset()
+        self.copies.reset(is_listening=self.copies.is_listening)
         everything = dict.fromkeys(before)
         everything.update(dict.fromkeys([each async for each in self._all_ids()]))
         rest = iter(everything)
@@ -218,8 +217,7 @@ class Sharing:
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
         epoch = blake2b(epoch, digest_size=ID_BYTES).digest()  # on Cluster it is longer
-        self.copies.reset()
-        self._is_listening = True
+        self.copies.reset(is_listening=True)
         self._connected.set()
         if epoch != self.outbox.epoch:
             if self.outbox.epoch != NO_ID:
@@ -228,10 +226,13 @@ class Sharing:
         self._up()
 
     def disconnected(self) -> None:
-        """Announcements may be missing."""
-        self._is_listening = False
-        self.copies.reset()
-        self._down()
+        """Announcements may be missing: from now on every read asks.
+
+        That alone is no outage. Updates that were made here, without asking, while others still
+        reach the shared tier, would be conflicts.
+        """
+        self.copies.reset(is_listening=False)
+        self._probe(0.0)
 
     def _up(self) -> None:
         if not self.agreement.is_up:
@@ -247,11 +248,13 @@ class Sharing:
     def _suspect(self) -> None:
         """A request was not answered: do not ask again before a probe was."""
         self._down()
-        self._probe()
+        self._probe(_PROBE_SECONDS)
 
-    def _probe(self) -> None:
+    def _probe(self, pause_seconds: float) -> None:
         if self._probing is None and not self._closing:
-            self._probing = asyncio.create_task(self._probe_until_up(), name="persistence-probe")
+            self._probing = asyncio.create_task(
+                self._probe_until_up(pause_seconds), name="persistence-probe"
+            )
             self._probing.add_done_callback(self._probed)
 
     def _probed(self, task: asyncio.Task[None]) -> None:
@@ -259,10 +262,15 @@ class Sharing:
         if not task.cancelled() and task.exception() is not None:
             _log.error("probing the shared tier stopped", exc_info=task.exception())
 
-    async def _probe_until_up(self) -> None:
-        """Ask until there is an answer; the first one makes the shared tier usable again."""
+    async def _probe_until_up(self, pause_seconds: float) -> None:
+        """Ask until there is an answer; the first one makes the shared tier usable again.
+
+        Args:
+            pause_seconds: before the first question.
+        """
         while True:
-            await asyncio.sleep(_PROBE_SECONDS)
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = _PROBE_SECONDS
             try:
                 if not self._has_subscribed:
                     await self._remote.open()
@@ -270,11 +278,13 @@ class Sharing:
                     return  # `connected` does the rest
                 await self._remote.ping()
             except PersistenceError:
+                self._down()
                 continue
             except Exception:  # noqa: BLE001 - logged; nobody else would ask again
                 _log.exception("probing the shared tier failed")
+                self._down()
                 continue
-            if self._is_listening:
+            if self.copies.is_listening:
                 self._up()
             return
 

@@ -32,7 +32,8 @@ async def until_up(*states: StateManager) -> None:
     """Wait until workers are connected and listening."""
 
     async def all_up() -> bool:
-        return all(sharing_of(state).is_up for state in states)
+        sides = [sharing_of(state) for state in states]
+        return all(side.is_up and side.copies.is_listening for side in sides)
 
     await until(all_up)
 

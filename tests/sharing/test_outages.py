@@ -128,6 +128,35 @@ async def test_of_two_branches_the_first_wins_and_the_other_is_kept_as_a_conflic
     assert sharing_of(again).conflicts.count == 1
 
 
+@pytest.mark.parametrize("on_outage", ["local", "fail"])
+async def test_a_worker_that_has_become_deaf_asks_and_goes_on_with_the_others(
+    worker: Worker, own_server: RedisServer, proxy: Proxy, on_outage: str
+) -> None:
+    """No message gets through, everything else does: that is no outage, and makes no conflict."""
+    a, b = await worker(own_server.url), await worker(proxy.url, on_outage=on_outage)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    proxy.drops_reply = lambda data: b"message" in data
+
+    async def deaf() -> bool:
+        return not sharing_of(b).copies.is_listening
+
+    await until(deaf)
+    for count in range(1, 20, 2):
+        await a.update_session(sid, add_one)
+        assert await value(b, sid) == count
+        assert (await b.update_session(sid, add_one))["n"] == count + 1
+        assert await value(b, sid) == count + 1
+    await a.terminate_session(sid)
+    assert await b.get_session(sid) is None
+    assert sharing_of(b).is_up
+    assert not sharing_of(b).copies.is_listening
+    assert sharing_of(b).conflicts.count == 0
+    proxy.drops_reply = lambda _: False
+    await until_up(b)
+
+
 async def closed(state: StateManager) -> StateManager:
     await state.close()
     return state
