@@ -38,6 +38,7 @@ from persistence.errors import (
     DiskFull,
     InvalidArgument,
     ManagerClosed,
+    Overtaken,
     PersistenceError,
     SessionExists,
     SessionLimitReached,
@@ -612,8 +613,14 @@ class StateManager:
         Raises:
             DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
         """
-        await self._ready()
-        key = check_session_id(session_id)
+        while True:
+            await self._ready()
+            try:
+                return await self._terminate_once(session_id, check_session_id(session_id))
+            except Overtaken:
+                continue  # it has ended and begun anew elsewhere: end that
+
+    async def _terminate_once(self, session_id: str, key: bytes) -> bool:
         await self._bring_here(session_id)
         while not self._residency.is_alive(session_id, key):
             if session_id not in self._commits.tails:

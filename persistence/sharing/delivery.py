@@ -160,20 +160,39 @@ class Delivery:
             asked: list[tuple[str, Request, bytes | None]] = []
             for session_id in session_ids:
                 branch = self._outbox.branches.get(session_id)
-                if branch is not None:
-                    record = await self._residency.peek(session_id, session_id.encode())
-                    asked.append((session_id, self._request(session_id, record, branch), record))
+                if branch is None:
+                    continue
+                record = await self._residency.peek(session_id, session_id.encode())
+                request = self._request(session_id, record, branch)
+                if request is None:
+                    await self._advance(session_id, None)
+                else:
+                    asked.append((session_id, request, record))
             results = await self._remote.commit([request for _, request, _ in asked])
             for (session_id, request, record), result in zip(asked, results, strict=True):
                 await self._delivered(session_id, request, record, result)
         finally:
             delivering.difference_update(session_ids)
 
-    def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request:
+    def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request | None:
+        """Return what delivers a branch; None: the tier has nothing to learn of it."""
         if record is None:
-            return Delete(session_id, self._commit_ids.next(), base=branch.base)
+            return self._end(session_id, branch)
         accessed, deadline, cap = self._residency.wall_times(session_id)
         return Put(session_id, record, branch.base, accessed, deadline, cap)
+
+    def _end(self, session_id: str, branch: Branch) -> Request | None:
+        """Return what delivers the end of a session.
+
+        If the tier never had it, another worker's session may live there under the same id.
+        """
+        commit = self._commit_ids.next()
+        if branch.base != NO_ID:
+            return Delete(session_id, commit, base=branch.base)
+        ended = self._outbox.ended.get(session_id)
+        if not ended:
+            return None  # its time was over before it got there
+        return Delete(session_id, commit, NO_ID if NO_ID in ended else ended[-1])
 
     async def _delivered(
         self, session_id: str, request: Request, record: bytes | None, result: CommitResult
@@ -200,7 +219,19 @@ class Delivery:
             await self._outbox.advance(session_id, base, lambda: None)
             self._wake.set()  # again, on what the tier has now
             return
+        if record is None and branch.base == NO_ID:
+            await self._end_again(session_id, result.stored)
+            return
         await self._keep_conflict(session_id, record, branch, result.stored)
+
+    async def _end_again(self, session_id: str, stored: Stored | None) -> None:
+        """Another incarnation lives there than the one that was asked to end."""
+        ended = self._outbox.ended.get(session_id, ())
+        if stored is None or stored.incarnation not in ended:
+            await self._advance(session_id, None)  # it is somebody else's, and was never ours
+            return
+        await self._outbox.advance(session_id, Branch(stored.commit, stored.version), lambda: None)
+        self._wake.set()
 
     async def _advance(self, session_id: str, record: bytes | None) -> None:
         self.delivered += 1

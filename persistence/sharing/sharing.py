@@ -166,18 +166,21 @@ class Sharing:
         everything.update(dict.fromkeys([each async for each in self._all_ids()]))
         rest = iter(everything)
         while some := list(islice(rest, _IMPOSED_AT_ONCE)):
+            unseen: list[str] = []
             try:
                 found = await self._remote.stored(some)
             except RemoteUnavailable as error:
                 _log.warning("restored while the shared tier is away: %s", error)
                 found = [None] * len(some)
+                unseen = some
             await self.outbox.begin_anew(
                 {
                     session_id: Branch(stored.commit, stored.version)
                     if stored is not None and stored.lives
                     else Branch(NO_ID, 0)
                     for session_id, stored in zip(some, found, strict=True)
-                }
+                },
+                unseen,
             )
         self._delivery.wake()
 
@@ -369,10 +372,16 @@ class Sharing:
             if not self._accepts_outages:
                 raise
 
-    async def confirm_end(self, session_id: str, key: bytes) -> bool:
-        """Whether a session that expired here is over in the shared tier too.
+    async def confirm_end(self, session_id: str, key: bytes, idle_since: float) -> bool:
+        """Whether a session that is over here is over in the shared tier too.
 
         Another worker may have renewed it; then it goes on with the newer times.
+
+        Args:
+            session_id: which one.
+            key: its id as UTF-8.
+            idle_since: it is over if nobody has accessed it since then, engine seconds; it is in
+                any case when its deadline is past.
         """
         if not self.agreement.is_up or session_id in self.outbox:
             return True
@@ -381,7 +390,12 @@ class Sharing:
         except PersistenceError:
             return True
         now = self._time.now()
-        if isinstance(found, RemoteSession) and found.deadline - self._time.skew() > now:
+        skew = self._time.skew()
+        if (
+            isinstance(found, RemoteSession)
+            and found.deadline - skew > now
+            and found.accessed - skew >= idle_since
+        ):
             mine = await self._residency.peek(session_id, key)
             if session_id not in self._commits.tails and session_id not in self.outbox:
                 await self._fills.adopt(session_id, mine, found)

@@ -110,3 +110,22 @@ async def test_a_session_updated_without_a_pause_is_delivered_too(
     await asyncio.gather(*counting)
     await until_delivered(a)
     assert sharing_of(a).conflicts.count == 0
+
+
+async def test_an_end_of_what_only_one_worker_had_ends_nobody_elses_session(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    b = await worker(own_server.url, write="behind", flush_interval_seconds=0.05)
+    await until_up(a, b)
+    await a.create_session(session_id="one", data={"n": 1})
+    await a.terminate_session("one")
+    await b.create_session(session_id="one", data={"n": 2})
+    await until_delivered(b)
+    sharing_of(a)._delivery.wake()
+    await until_delivered(a)
+    session = await b.get_session("one", fresh=True)
+    assert session is not None
+    assert session["n"] == 2
+    assert await value(a, "one") == 2
+    assert sharing_of(a).conflicts.count == 0

@@ -348,3 +348,42 @@ async def test_however_many_are_pipelined_none_is_accepted_behind_a_refused_one(
     session = await b.get_session(sid, fresh=True)
     assert session is not None
     assert (session["n"], session.version) == (35, 36)
+
+
+async def test_terminating_an_id_that_has_begun_anew_elsewhere_ends_what_it_is_now(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    await a.create_session(session_id="one", data={"n": 1})
+    assert await value(b, "one") == 1
+    monkeypatch.setattr(sharing_of(a), "announced", lambda _: None)  # they are still on their way
+    await b.terminate_session("one")
+    await b.create_session(session_id="one", data={"n": 2})
+    assert await a.terminate_session("one") is True
+    assert await a.get_session("one", fresh=True) is None
+    assert await b.get_session("one", fresh=True) is None
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_session_that_is_idle_here_and_used_elsewhere_is_not_old(
+    pair: Pair, *, cold: bool
+) -> None:
+    a, b = pair
+    used, old = [await a.create_session(data={"n": 0}) for _ in range(2)]
+    assert await value(b, used) == 0
+    if cold:
+        await a.spill_session(used)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+
+    async def used_for_a_while() -> bool:
+        await b.update_session(used, add_one)
+        return loop.time() > begun + 1.6
+
+    await until(used_for_a_while)
+    count = await value(b, used)
+    assert await a.cleanup_old_sessions(1.5) == 1
+    assert await value(a, used) == count
+    assert await value(b, used) == count
+    assert await a.get_active_sessions() == [used]
+    assert await b.get_session(old, fresh=True) is None
