@@ -1,6 +1,7 @@
 """Runs workers that are told to stop: one order a line on stdin, their reports on stdout.
 
-An order is ``{"directory": …, "url": …, "kind": …, "seconds": …, "signals": […]}``. A child is
+An order is ``{"directory": …, "url": …, "kind": …, "seconds": …, "signals": […]}``, and where its
+checkpoints go, "store". A child is
 forked and runs `persistence.worker.run`; after `seconds` from the moment at which it is open it
 gets the signals, one after the other. `seconds` null: none; negative: while it is opening.
 
@@ -96,6 +97,7 @@ def work(order: dict[str, Any]) -> None:
             "disk": {"path": order["directory"], "segment_bytes": "256KiB"},
             "redis": {"timeout_seconds": 1},
             "shutdown": {"grace_seconds": order.get("grace_seconds", 10)},
+            "checkpoint": {"store": order.get("store", "auto")},
         }
     )
     worker.run(KINDS[order["kind"]], config, url=order["url"])
