@@ -132,7 +132,7 @@ async def test_what_the_coroutine_raises_is_raised_after_closing(
 async def test_a_signal_ends_a_worker_with_exit_code_0_and_nothing_is_lost(
     nursery: Nursery, tmp_path: Path, name: str
 ) -> None:
-    end = nursery.run(tmp_path, "busy", signals=[name])
+    end = nursery.run(tmp_path, "busy", after="done", signals=[name])
     assert end.code == 0
     found = await contents(tmp_path)
     assert end.counts

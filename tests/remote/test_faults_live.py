@@ -388,11 +388,12 @@ async def test_damage_in_a_session_is_never_returned_as_data(
 async def test_when_all_connections_are_busy_calls_wait_and_not_for_ever(
     open_tier: Open, proxy: Proxy
 ) -> None:
-    tier = await open_tier(proxy.url, max_connections=2, timeout_seconds=0.3)
-    await tier.commit([create("a", new_record({}))])
-    found = await asyncio.gather(*(tier.load("a") for _ in range(50)))
+    patient = await open_tier(proxy.url, max_connections=2, timeout_seconds=20)
+    await patient.commit([create("a", new_record({}))])
+    found = await asyncio.gather(*(patient.load("a") for _ in range(50)))
     assert all(isinstance(session, RemoteSession) for session in found)
     assert proxy.connections <= 3
+    tier = await open_tier(proxy.url, max_connections=2, timeout_seconds=0.3)
     proxy.hold()
     started = time.monotonic()
     failed = await asyncio.gather(*(tier.load("a") for _ in range(6)), return_exceptions=True)
