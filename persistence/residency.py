@@ -393,24 +393,28 @@ class Residency:
         leaving = self._leaving.get(session_id) if record is None else None
         return record if leaving is None else leaving.record
 
-    def record_now(self, session_id: str, key: bytes) -> bytes | None:
-        """Return the acknowledged record of a session if that needs no waiting for the disk."""
+    def _readable(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the acknowledged record of a session, if it is intact and at hand."""
         record = self.resident(session_id)
-        if record is None:
-            row = self.disk.index.get(self.disk.fingerprint(key))
-            record = None if row is None else self.disk.read_now(row, key)
-        return record
+        row = None if record is not None else self.disk.index.get(self.disk.fingerprint(key))
+        if row is None:
+            return record
+        try:
+            return self.disk.read_now(row, key)
+        except CorruptionError:
+            return None
 
     def commit_of(self, session_id: str) -> bytes | None:
         """Return the id of the newest commit of a session, in flight or acknowledged.
 
-        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk.
+        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk,
+        or because of damage.
         """
         tail = self._commits.tails.get(session_id)
         if tail is not None:
             return tail.ids[ID_BYTES:_IDS_BYTES]
         key = session_id.encode()
-        record = self.record_now(session_id, key)
+        record = self._readable(session_id, key)
         if record is not None:
             return record[ID_BYTES:_IDS_BYTES]
         return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
@@ -496,7 +500,7 @@ class Residency:
         tail = self._commits.tails.get(session_id)
         record = tail.record if tail is not None else self.resident(session_id)
         if tail is None and record is None and not local and self.confirm_end is not None:
-            record = self._readable(session_id, key)
+            record = self._readable(session_id, key)  # so that no other incarnation is ended
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
             ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
@@ -517,13 +521,6 @@ class Residency:
         commit.local = local
         self._commits.submit(commit, wait=wait)
         return commit
-
-    def _readable(self, session_id: str, key: bytes) -> bytes | None:
-        """Return the record of a cold session, so that no other incarnation is ended for it."""
-        try:
-            return self.record_now(session_id, key)
-        except CorruptionError:
-            return None  # it may end all the same
 
     # --- the budget and spilling --------------------------------------------------------------
 

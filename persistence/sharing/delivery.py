@@ -16,7 +16,7 @@ from typing import Final
 
 from persistence import record as rec
 from persistence.commit import Commit, committed
-from persistence.errors import PersistenceError, RemoteDamaged
+from persistence.errors import CorruptionError, PersistenceError, RemoteDamaged
 from persistence.ids import CommitIds
 from persistence.record import NO_ID
 from persistence.remote.contract import (
@@ -162,7 +162,11 @@ class Delivery:
                 branch = self._outbox.branches.get(session_id)
                 if branch is None:
                     continue
-                record = await self._residency.peek(session_id, session_id.encode())
+                try:
+                    record = await self._residency.peek(session_id, session_id.encode())
+                except CorruptionError as error:  # it must not hold up the others
+                    _log.warning("a session cannot be delivered: %s", error)
+                    continue
                 request = self._request(session_id, record, branch)
                 if request is None:
                     await self._advance(session_id, None)
@@ -170,7 +174,10 @@ class Delivery:
                     asked.append((session_id, request, record))
             results = await self._remote.commit([request for _, request, _ in asked])
             for (session_id, request, record), result in zip(asked, results, strict=True):
-                await self._delivered(session_id, request, record, result)
+                try:
+                    await self._delivered(session_id, request, record, result)
+                except RemoteDamaged as error:  # the same
+                    _log.warning("a session cannot be delivered: %s", error)
         finally:
             delivering.difference_update(session_ids)
 
@@ -288,14 +295,22 @@ class Delivery:
     async def _refill(self, epoch: bytes) -> None:
         """Bring every local session to the tier, which may have got some from other workers."""
         some: list[str] = []
+        in_flight: list[str] = []
         async for session_id in self._all_ids():
-            if session_id in self._outbox or session_id in self._commits.tails:
+            if session_id in self._outbox:
+                continue
+            if session_id in self._commits.tails:
+                in_flight.append(session_id)
                 continue
             some.append(session_id)
             if len(some) == _PER_ROUND:
                 await self._seed(some)
                 some = []
         await self._seed(some)
+        # Not every commit in flight goes to the tier: one may only bring a session to the log.
+        for session_id in in_flight:
+            await self._commits.decided(session_id)
+            await self._seed([] if session_id in self._outbox else [session_id])
         if not self._agreement.is_up:
             return  # again when it is back
         await self._outbox.set_epoch(epoch)
@@ -305,7 +320,11 @@ class Delivery:
     async def _seed(self, session_ids: list[str]) -> None:
         asked: list[tuple[bytes, Put]] = []
         for session_id in session_ids:
-            record = await self._residency.peek(session_id, session_id.encode())
+            try:
+                record = await self._residency.peek(session_id, session_id.encode())
+            except CorruptionError as error:
+                _log.warning("a session cannot be brought back: %s", error)
+                continue
             if record is not None:
                 accessed, deadline, cap = self._residency.wall_times(session_id)
                 asked.append((record, Put(session_id, record, NO_ID, accessed, deadline, cap)))
@@ -319,6 +338,8 @@ class Delivery:
                     stored.version < rec.version_of(record)
                 ):
                     again.append(put._replace(base=stored.commit))
+            elif isinstance(result.error, RemoteDamaged):
+                _log.warning("a session cannot be brought back: %s", result.error)
             elif result.outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
                 self._agreement.went_away()
                 return

@@ -23,6 +23,7 @@ from persistence.remote.contract import RemoteSession, RemoteTier, Stored
 from persistence.sharing.copies import Copies
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
+from persistence.sharing.questions import Questions
 
 
 class _Fill:
@@ -61,7 +62,7 @@ class Fills:
         wake_delivery: Callable[[], None],
     ) -> None:
         self.refreshed = 0
-        self._remote = remote
+        self._questions = Questions(remote)
         self._copies = copies
         self._outbox = outbox
         self._residency = local.residency
@@ -132,6 +133,7 @@ class Fills:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._questions.close()
 
     # --- one comparison -----------------------------------------------------------------------
 
@@ -190,12 +192,12 @@ class Fills:
     ) -> RemoteSession | Stored | bytes | None:
         """Return what the shared tier has; the local record itself if it is the same version."""
         if mine is not None and not self._copies.is_stale(session_id):
-            [stored] = await self._remote.stored([session_id])
+            stored = await self._questions.stored(session_id)
             if stored is None or not stored.lives:
                 return stored
             if stored.commit == rec.commit_of(mine):
                 return mine
-        return await self._remote.load(session_id)
+        return await self._questions.load(session_id)
 
     async def _follow(
         self,
@@ -213,6 +215,11 @@ class Fills:
             await self._ended_there(session_id, key)
         else:
             await self.adopt(session_id, mine, found)
+
+    async def look(self, session_id: str) -> RemoteSession | Stored | None:
+        """Return what the shared tier has; see `Questions.load`. Nothing here follows."""
+        self._check_open()
+        return await self._questions.load(session_id)
 
     async def adopt(self, session_id: str, mine: bytes | None, found: RemoteSession) -> None:
         """Take over a version that the shared tier has; nothing here is newer, or it lost that.

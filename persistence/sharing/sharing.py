@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from persistence.commit import Commit
 from persistence.config import RedisConfig
@@ -36,6 +36,7 @@ _log = logging.getLogger("persistence.sharing")
 
 _PROBE_SECONDS: Final = 0.5
 _IMPOSED_AT_ONCE: Final = 1000
+_ENDS_AT_ONCE: Final = 64
 _LISTENING_TIMEOUTS: Final = 2  # one to subscribe, one for the first heartbeat to come back
 
 
@@ -70,7 +71,8 @@ class Sharing:
         self._accepts_outages = config.on_outage == "local"
         self._connected = asyncio.Event()
         self._has_subscribed = False
-        self._changes: set[asyncio.Task[None]] = set()
+        self._ended: dict[str, None] = {}
+        self._ending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
         self._closing = False
         self.agreement = Agreement(
@@ -194,9 +196,9 @@ class Sharing:
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
-        for task in self._changes:
-            task.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
         await self._fills.close(why or ManagerClosed("the manager is closed"))
         await self._delivery.close()
         await self._remote.close()
@@ -215,7 +217,8 @@ class Sharing:
             self.copies.announced(session_id, item.commit)
             if item.ended:
                 # It is absent everywhere from now on, also in lists, so do not wait for a reader.
-                self._in_background(self._fills.refresh(session_id))
+                self._ended[session_id] = None
+        self._start_following()
 
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
@@ -291,15 +294,32 @@ class Sharing:
                 self._up()
             return
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="persistence-refresh")
-        self._changes.add(task)
-        task.add_done_callback(self._changed)
+    def _start_following(self) -> None:
+        if self._ended and self._ending is None and not self._closing:
+            self._ending = asyncio.create_task(self._follow_ends(), name="persistence-ends")
+            self._ending.add_done_callback(self._followed)
 
-    def _changed(self, task: asyncio.Task[None]) -> None:
-        self._changes.discard(task)
+    async def _follow_ends(self) -> None:
+        """Look at sessions that ended elsewhere; a few at a time, so that readers get a turn."""
+        while self._ended:
+            some = list(islice(self._ended, _ENDS_AT_ONCE))
+            for session_id in some:
+                del self._ended[session_id]
+            looked = (self._fills.refresh(session_id) for session_id in some)
+            errors = await asyncio.gather(*looked, return_exceptions=True)
+            for session_id, error in zip(some, errors, strict=True):
+                if isinstance(error, RemoteUnavailable):
+                    self._ended[session_id] = None
+                elif isinstance(error, PersistenceError):
+                    _log.warning("after an announcement: %s", error)
+            if any(isinstance(error, RemoteUnavailable) for error in errors):
+                await asyncio.sleep(_PROBE_SECONDS)
+
+    def _followed(self, task: asyncio.Task[None]) -> None:
+        self._ending = None
         if not task.cancelled() and task.exception() is not None:
-            _log.warning("after an announcement: %s", task.exception())
+            _log.error("following announcements stopped", exc_info=task.exception())
+        self._start_following()  # some may have come since its last look
 
     # --- the commit queue's calls -------------------------------------------------------------
 
@@ -386,7 +406,7 @@ class Sharing:
         if not self.agreement.is_up or session_id in self.outbox:
             return True
         try:
-            found = await self._remote.load(session_id)
+            found = await self._fills.look(session_id)
         except PersistenceError:
             return True
         now = self._time.now()

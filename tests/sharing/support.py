@@ -78,9 +78,9 @@ class HeldReplies:
     def __init__(self, state: StateManager, monkeypatch: pytest.MonkeyPatch) -> None:
         self._arrived = asyncio.Event()
         self._go_on = asyncio.Event()
-        remote = sharing_of(state)._remote
+        questions = sharing_of(state)._fills._questions
         for name in ("load", "stored"):
-            monkeypatch.setattr(remote, name, self._later(getattr(remote, name)))
+            monkeypatch.setattr(questions, name, self._later(getattr(questions, name)))
 
     def _later(self, ask: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def asked(*arguments: Any) -> Any:

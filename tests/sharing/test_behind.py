@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
+from persistence import StateManager
+from persistence.disk.filenames import segment_name
+from tests.engine import directory_of, disk_of
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import add_one, sharing_of, until, until_delivered, until_up, value
@@ -129,3 +133,35 @@ async def test_an_end_of_what_only_one_worker_had_ends_nobody_elses_session(
     assert session["n"] == 2
     assert await value(a, "one") == 2
     assert sharing_of(a).conflicts.count == 0
+
+
+async def test_a_damaged_session_does_not_hold_up_the_delivery_of_the_others(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    b = await worker(own_server.url)
+    await until_up(a, b)
+    for sid in ("damaged", "intact"):
+        await a.create_session(session_id=sid, data={"n": 7})
+    await a.spill_session("damaged")
+    damage(a, "damaged")
+    sharing_of(a)._delivery.wake()
+
+    async def arrived() -> bool:
+        return bool(await value(b, "intact") == 7)
+
+    await until(arrived)
+    assert await value(b, "damaged") is None
+    assert list(sharing_of(a).outbox.branches) == ["damaged"]  # told, and tried again
+
+
+def damage(state: StateManager, session_id: str) -> None:
+    """Flip a bit of what is in the log of a session."""
+    disk = disk_of(state)
+    row = disk.index.get(disk.fingerprint(session_id.encode()))
+    assert row is not None
+    with (directory_of(state) / segment_name(row.segment)).open("r+b") as log:
+        log.seek(row.offset + row.length - 8)
+        byte = log.read(1)[0]
+        log.seek(-1, os.SEEK_CUR)
+        log.write(bytes([byte ^ 1]))

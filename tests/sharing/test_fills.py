@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from persistence import Session, StateManager
-from persistence.errors import ConflictError, ManagerClosed
-from persistence.remote.contract import Announcement
+from persistence.errors import (
+    ConflictError,
+    ManagerClosed,
+    PersistenceError,
+    RemoteDamaged,
+    RemoteUnavailable,
+)
+from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
+from persistence.sharing.questions import Questions
 from tests.engine import ScriptedFiles
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
@@ -90,15 +98,15 @@ async def test_readers_who_come_while_a_question_is_under_way_share_the_next_one
     before = asyncio.create_task(a.get_session(sid))
     await replies.arrived()
     asked = 0
-    remote = sharing_of(a)._remote
-    stored = remote.stored
+    questions = sharing_of(a)._fills._questions
+    stored = questions.stored
 
-    async def counted(ids: Sequence[str]) -> object:
+    async def counted(session_id: str) -> Stored | None:
         nonlocal asked
         asked += 1
-        return await stored(ids)
+        return await stored(session_id)
 
-    monkeypatch.setattr(remote, "stored", counted)
+    monkeypatch.setattr(questions, "stored", counted)
     readers = [await start_fresh_read(a, sid) for _ in range(50)]
     replies.release()
     assert None not in await asyncio.gather(*readers, before)
@@ -180,3 +188,60 @@ async def test_who_waits_for_an_answer_while_a_checkpoint_is_restored_gets_one_a
         assert session["n"] == 7
     with pytest.raises(ConflictError):
         await updating
+
+
+async def test_thousands_who_ask_share_round_trips_and_each_gets_its_own_answer(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    """With one connection and a short timeout, they could not all ask for themselves."""
+    a, b = await worker(shared_server.url), await worker(shared_server.url, max_connections=1)
+    await until_up(a, b)
+    ids = [f"s{number}" for number in range(3000)]
+    await asyncio.gather(
+        *(a.create_session(session_id=sid, data={"n": n}) for n, sid in enumerate(ids))
+    )
+    sessions = await asyncio.gather(*(b.get_session(sid) for sid in [*ids, "missing"]))
+    assert [None if each is None else each["n"] for each in sessions] == [*range(3000), None]
+    sessions = await asyncio.gather(*(b.get_session(sid, fresh=True) for sid in ids))
+    assert [None if each is None else each["n"] for each in sessions] == [*range(3000)]
+    assert sharing_of(b).is_up
+
+
+class OneRefused:
+    """A shared tier that has nothing, has damage in one session, and then goes away."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.is_there = True
+
+    async def stored(self, ids: Sequence[str]) -> list[Stored | None]:
+        self.asked.append(list(ids))
+        await asyncio.sleep(0)
+        if not self.is_there:
+            raise RemoteUnavailable("gone")
+        return [None] * len(ids)
+
+    async def load_many(
+        self, ids: Sequence[str]
+    ) -> list[RemoteSession | Stored | PersistenceError | None]:
+        return [RemoteDamaged(sid, "damage", sid) if sid == "bad" else None for sid in ids]
+
+
+async def test_questions_that_come_together_go_together_and_fail_alone() -> None:
+    tier = OneRefused()
+    questions = Questions(cast("RemoteTier", tier))
+    assert await asyncio.gather(*map(questions.stored, "abc")) == [None] * 3
+    assert tier.asked == [["a", "b", "c"]]
+    outcomes = await asyncio.gather(
+        *map(questions.load, ["good", "bad", "other"]), return_exceptions=True
+    )
+    assert [type(each) for each in outcomes] == [type(None), RemoteDamaged, type(None)]
+    tier.is_there = False
+    outcomes = await asyncio.gather(*map(questions.stored, "de"), return_exceptions=True)
+    assert [type(each) for each in outcomes] == [RemoteUnavailable] * 2
+    assert outcomes[0] is not outcomes[1]
+    waiting = asyncio.create_task(questions.stored("f"))
+    await asyncio.sleep(0)
+    await questions.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

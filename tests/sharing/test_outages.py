@@ -318,3 +318,31 @@ async def test_a_foreign_key_fails_only_its_own_session(
         await a.update_session(sid, add_one)
     assert own_server.ask("GET", key) == b"something else"
     assert (await a.update_session(other, add_one))["n"] == 1
+
+
+async def test_a_foreign_key_does_not_keep_a_server_that_forgot_from_being_filled_again(
+    worker: Worker, own_server: RedisServer, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = await worker(proxy.url), await worker(own_server.url)
+    await until_up(a, b)
+    for sid in ("mine", "other"):
+        await a.create_session(session_id=sid, data={"n": 5})
+    key, _ = dump(own_server, "mine")
+    proxy.refuse()
+    proxy.cut()
+    await until_down(a)
+    own_server.restart_empty()
+    own_server.ask("SET", key, "something else")
+    before = sharing_of(a).outbox.epoch
+    caplog.clear()
+    await proxy.start()
+    await until_up(a, b)
+
+    async def filled() -> bool:
+        return sharing_of(a).outbox.epoch != before
+
+    await until(filled)
+    assert await value(b, "other") == 5
+    assert own_server.ask("GET", key) == b"something else"
+    assert sharing_of(a).is_up
+    assert "away" not in caplog.text
