@@ -224,10 +224,10 @@ async def test_a_worker_that_hears_nothing_of_the_others_starts_all_the_same_or_
 ) -> None:
     """A server that answers everything but subscribers."""
     proxy.drops_reply = lambda data: b"subscribe" in data
-    a = await worker(proxy.url, timeout_seconds=0.2)
+    a = await worker(proxy.url, timeout_seconds=1.0)
     assert not sharing_of(a).is_up
     with pytest.raises(RemoteUnavailable, match="announcements"):
-        await worker(proxy.url, timeout_seconds=0.2, on_outage="fail")
+        await worker(proxy.url, timeout_seconds=1.0, on_outage="fail")
     proxy.drops_reply = lambda _: False
     await until_up(a)
 
