@@ -268,9 +268,16 @@ class Tiers:
                 await self.sharing.close(why)
             await self.residency.close()
             await staged.install()
-        finally:
-            self.memory.clear()
-            self._assemble()
+        except BaseException:
+            await self._exchanged()
+            raise
+        await self._exchanged()
         if self.sharing is not None:
-            await self.sharing.open()
             await self.sharing.impose(before)
+
+    async def _exchanged(self) -> None:
+        """Work with what is in the log now."""
+        self.memory.clear()
+        self._assemble()
+        if self.sharing is not None:
+            await self.sharing.open(again=True)

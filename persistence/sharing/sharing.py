@@ -111,10 +111,13 @@ class Sharing:
 
     # --- opening and closing ------------------------------------------------------------------
 
-    async def open(self) -> None:
+    async def open(self, *, again: bool = False) -> None:
         """Connect, and start listening and delivering. It listens when this returns.
 
         With ``on_outage = "local"`` a shared tier that is away is no reason not to start.
+
+        Args:
+            again: this worker was connected before, so whatever fails now is an outage.
 
         Raises:
             ConfigError: it can never work like this.
@@ -123,14 +126,15 @@ class Sharing:
         """
         try:
             await self._remote.open()
-        except RemoteUnavailable as error:
-            if not self._accepts_outages:
-                raise
-            _log.warning("starting without the shared tier: %s", error)
-            self._probe(_PROBE_SECONDS)
-        else:
             await self._subscribe()
             await self._wait_until_listening()
+        except PersistenceError as error:
+            may_be_away = self._accepts_outages and isinstance(error, RemoteUnavailable)
+            if not may_be_away and not again:
+                raise
+            _log.warning("starting without the shared tier: %s", error)
+            if not self._has_subscribed:  # else the subscription connects by itself
+                self._probe(_PROBE_SECONDS)
         self._delivery.start()
 
     async def _subscribe(self) -> None:
@@ -142,15 +146,17 @@ class Sharing:
 
         Work that began before that would be done as in an outage: on local copies that other
         workers, or this one before it was killed, may have left behind.
+
+        Raises:
+            RemoteUnavailable: it did not come about.
         """
         try:
             async with asyncio.timeout(_LISTENING_TIMEOUTS * self._config.timeout_seconds):
                 await self._connected.wait()
         except TimeoutError:
-            problem = "announcements of other workers' commits do not arrive"
-            if not self._accepts_outages:
-                raise RemoteUnavailable(f"opening the shared tier: {problem}") from None
-            _log.warning("starting without the shared tier: %s", problem)
+            raise RemoteUnavailable(
+                "opening the shared tier: announcements of other workers' commits do not arrive"
+            ) from None
 
     async def deliver(self) -> None:
         """Deliver what the shared tier has not seen and takes now; to be followed by `close`."""

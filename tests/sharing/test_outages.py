@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from persistence import StateManager
-from persistence.errors import PersistenceError, RemoteUnavailable
+from persistence.checkpoint.restore import StagedRestore
+from persistence.errors import DiskFull, PersistenceError, RemoteUnavailable
 from tests.redis_servers import Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import (
@@ -346,3 +347,45 @@ async def test_a_foreign_key_does_not_keep_a_server_that_forgot_from_being_fille
     assert own_server.ask("GET", key) == b"something else"
     assert sharing_of(a).is_up
     assert "away" not in caplog.text
+
+
+async def test_a_worker_that_must_not_go_alone_comes_back_after_a_restore_during_an_outage(
+    worker: Worker, own_server: RedisServer, tmp_path: Path
+) -> None:
+    store = {"store": str(tmp_path / "checkpoints")}
+    a = await worker(own_server.url, checkpoint=store, on_outage="fail")
+    sid = await a.create_session(data={"n": 0})
+    await a.create_checkpoint()
+    own_server.kill()
+    await until_down(a)
+    await a.restore_checkpoint("latest")
+    own_server.start()
+    await until_up(a)
+    await until_delivered(a)
+    assert await value(a, sid) == 0
+    assert (await a.update_session(sid, add_one))["n"] == 1
+
+
+async def test_a_worker_whose_restore_failed_goes_on_sharing(
+    worker: Worker, shared_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await worker(shared_server.url, checkpoint={"store": str(tmp_path / "checkpoints")})
+    b = await worker(shared_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    await a.create_checkpoint()
+    await a.update_session(sid, add_one)
+
+    async def install(_: StagedRestore) -> None:
+        raise DiskFull("no space for the restored state")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedRestore, "install", install)
+        with pytest.raises(DiskFull):
+            await a.restore_checkpoint("latest")
+    await until_up(a)
+    assert (await b.update_session(sid, add_one))["n"] == 2
+    assert (await a.get_session(sid, fresh=True))["n"] == 2  # type: ignore[index]
+    assert (await a.update_session(sid, add_one))["n"] == 3
+    assert (await b.get_session(sid, fresh=True))["n"] == 3  # type: ignore[index]
+    assert len(sharing_of(a).outbox) == 0
