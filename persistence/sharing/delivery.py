@@ -37,7 +37,7 @@ from persistence.sharing.outbox import Branch, Outbox
 _log = logging.getLogger("persistence.sharing")
 
 _PER_ROUND: Final = 256
-_RETRY_SECONDS: Final = 1.0
+_ENDS_KEPT: Final = 50_000
 
 
 class Delivery:
@@ -50,6 +50,7 @@ class Delivery:
         conflicts: where refused branches are kept.
         local: this worker's own side.
         flush_interval_seconds: how long a branch may wait.
+        tombstone_seconds: for how long an end is remembered.
     """
 
     def __init__(
@@ -61,8 +62,13 @@ class Delivery:
         local: Local,
         *,
         flush_interval_seconds: float,
+        tombstone_seconds: float,
     ) -> None:
         self.delivered = 0
+        self._tombstone_seconds = tombstone_seconds
+        # The incarnations that this worker ended lately, the latest last, and until when that is
+        # remembered. A tier that loses its content loses its tombstones with it.
+        self._ends: dict[str, tuple[bytes, float]] = {}
         self._remote = remote
         self._agreement = agreement
         self._outbox = outbox
@@ -90,6 +96,13 @@ class Delivery:
         """Bring every local session to a tier whose content is new to this worker."""
         self._refill_epoch = epoch
         self._wake.set()
+
+    def ended(self, session_id: str, incarnation: bytes) -> None:
+        """This worker ended a session; that is acknowledged."""
+        self._ends.pop(session_id, None)
+        self._ends[session_id] = incarnation, self._wall() + self._tombstone_seconds
+        if len(self._ends) > _ENDS_KEPT:
+            del self._ends[next(iter(self._ends))]
 
     async def end(self) -> None:
         """Deliver what the tier takes now, and end."""
@@ -195,7 +208,9 @@ class Delivery:
         """
         commit = self._commit_ids.next()
         if branch.base != NO_ID:
-            return Delete(session_id, commit, base=branch.base)
+            # With the incarnation, the tombstone holds also where the tier has lost the session.
+            incarnation, _ = self._ends.get(session_id, (NO_ID, 0.0))
+            return Delete(session_id, commit, incarnation, branch.base)
         ended = self._outbox.ended.get(session_id)
         if not ended:
             return None  # its time was over before it got there
@@ -294,6 +309,7 @@ class Delivery:
 
     async def _refill(self, epoch: bytes) -> None:
         """Bring every local session to the tier, which may have got some from other workers."""
+        await self._seed_ends()
         some: list[str] = []
         in_flight: list[str] = []
         async for session_id in self._all_ids():
@@ -316,6 +332,19 @@ class Delivery:
         await self._outbox.set_epoch(epoch)
         if self._refill_epoch == epoch:
             self._refill_epoch = None
+
+    async def _seed_ends(self) -> None:
+        """Bring the tombstones: another worker may have missed an end, and bring the session."""
+        now = self._wall()
+        ends = [(sid, each) for sid, (each, until) in self._ends.items() if until > now]
+        for start in range(0, len(ends), _PER_ROUND):
+            some = ends[start : start + _PER_ROUND]
+            asked = [Delete(sid, self._commit_ids.next(), each) for sid, each in some]
+            for result in await self._remote.commit(asked):
+                refused = result.outcome in (Outcome.REFUSED, Outcome.UNKNOWN)
+                if refused and not isinstance(result.error, RemoteDamaged):
+                    self._agreement.went_away()
+                    return
 
     async def _seed(self, session_ids: list[str]) -> None:
         asked: list[tuple[bytes, Put]] = []

@@ -91,6 +91,7 @@ class Sharing:
             conflicts,
             local,
             flush_interval_seconds=config.flush_interval_seconds,
+            tombstone_seconds=config.tombstone_seconds,
         )
         self._fills = Fills(remote, self.copies, outbox, local, self._delivery.wake)
 
@@ -350,6 +351,9 @@ class Sharing:
             # A version counts as valid since the shared tier took it, if nothing came after it.
             if commit.kind == DELETE:
                 self.copies.forget(commit.session_id)
+                incarnation = commit.ids[:ID_BYTES]
+                if not commit.local and incarnation != NO_ID:
+                    self._delivery.ended(commit.session_id, incarnation)
 
     # --- reading ------------------------------------------------------------------------------
 

@@ -389,3 +389,37 @@ async def test_a_worker_whose_restore_failed_goes_on_sharing(
     assert (await a.update_session(sid, add_one))["n"] == 3
     assert (await b.get_session(sid, fresh=True))["n"] == 3  # type: ignore[index]
     assert len(sharing_of(a).outbox) == 0
+
+
+@pytest.mark.parametrize("ended", ["before the server died", "during the outage"])
+async def test_an_end_that_another_worker_missed_holds_on_a_server_that_forgot_it(
+    worker: Worker, own_server: RedisServer, proxy: Proxy, ended: str
+) -> None:
+    a, b = await worker(own_server.url), await worker(proxy.url)
+    await until_up(a, b)
+    sid, other = [await a.create_session(data={"n": 0}) for _ in range(2)]
+    for each in (sid, other):
+        assert await value(b, each) == 0
+    proxy.refuse()
+    proxy.cut()
+    await until_down(b)
+    if ended == "during the outage":
+        own_server.kill()
+        await until_down(a)
+        await a.terminate_session(sid)
+    else:
+        await a.terminate_session(sid)
+        own_server.kill()
+        await until_down(a)
+    own_server.start()
+    await proxy.start()
+    await until_up(a, b)
+
+    async def filled() -> bool:
+        sides = [sharing_of(state) for state in (a, b)]
+        return all(each._delivery._refill_epoch is None and not len(each.outbox) for each in sides)
+
+    await until(filled)
+    assert await b.get_session(sid, fresh=True) is None
+    assert await a.get_session(sid, fresh=True) is None
+    assert await value(a, other) == await value(b, other) == 0
