@@ -34,7 +34,9 @@ async def test_updates_arrive_coalesced_within_the_interval(
 async def test_what_was_not_delivered_at_a_kill_is_delivered_by_the_next_worker(
     worker: Worker, own_server: RedisServer
 ) -> None:
-    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    a = await worker(
+        own_server.url, write="behind", flush_interval_seconds=1000.0, timeout_seconds=1
+    )
     await until_up(a)
     kept = await a.create_session(data={"n": 0})
     await a.update_session(kept, add_one)

@@ -70,7 +70,7 @@ async def test_a_worker_that_hangs_on_a_server_goes_on_alone_within_the_timeout(
 async def test_what_the_server_has_not_seen_survives_a_restart_of_the_worker(
     worker: Worker, own_server: RedisServer
 ) -> None:
-    a = await worker(own_server.url)
+    a = await worker(own_server.url, timeout_seconds=1)
     await until_up(a)
     kept, ended = [await a.create_session(data={"n": 0}) for _ in range(2)]
     own_server.hang()
