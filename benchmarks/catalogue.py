@@ -12,6 +12,7 @@ mixed           95 % reads, 5 % updates, Zipf-popular sessions, data 10 × the m
 memory          what a resident session costs: RSS growth, and a full garbage collection
 open            open a directory of many cold sessions, after all that may have happened to it
 through         `update` with every commit agreed with a Redis server first
+visible         from an update's call to its sight by another worker, told by Redis, one at a time
 checkpoint      a full checkpoint of all sessions to a Redis server
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
@@ -34,6 +35,7 @@ from benchmarks.engine.opening import HINTS, INDEX_SNAPSHOT, Build, Opening
 from benchmarks.engine.shared import THROUGH, FullCheckpoint, ThroughUpdate
 from benchmarks.engine.spill import Spill
 from benchmarks.engine.update import ConcurrentUpdate, LoneUpdate
+from benchmarks.engine.visible import SeenElsewhere
 from benchmarks.peers import bare, idle, live, lmdb, redis, zict
 from benchmarks.sizes import MIB, Sizes
 
@@ -158,6 +160,10 @@ def _through(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _visible(sizes: Sizes) -> list[Contender]:
+    return [SeenElsewhere(sizes.seen_updates)]
+
+
 def _checkpoint(sizes: Sizes) -> list[Contender]:
     return [
         FullCheckpoint(sizes.checkpointed_sessions),
@@ -214,6 +220,7 @@ WORKLOADS = (
         repetitions=lambda sizes: sizes.fresh_repetitions,
     ),
     Workload("through", (RATE,), _through, (_at_least(0.5, redis.PIPELINED_SET, THROUGH),)),
+    Workload("visible", _LATENCY, _visible),
     Workload("checkpoint", (RATE,), _checkpoint, (_at_least(10, redis.PIPELINED_SET),)),
     Workload(
         "loop-lag",

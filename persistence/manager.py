@@ -34,6 +34,7 @@ from persistence.disk.files import Files
 from persistence.disk.format import Frame
 from persistence.errors import (
     ConfigError,
+    ConflictError,
     DiskFull,
     InvalidArgument,
     ManagerClosed,
@@ -416,9 +417,10 @@ class StateManager:
             InvalidSessionId: not a non-empty string of at most 512 bytes of UTF-8.
             CorruptionError: its stored bytes are damaged; they are never returned.
         """
-        if self._sharing is not None and fresh:
+        if fresh:
+            await self._ready()
             check_session_id(session_id)
-            await self._sharing.current(session_id, fresh=True)
+            await self._bring_here(session_id, fresh=True)
         if not renew:
             return await self._peek(session_id)
         try:
@@ -479,10 +481,14 @@ class StateManager:
         # Who is told that it is over must not see it come back.
         return not await self._residency.expire(session_id, key)
 
-    async def _bring_here(self, session_id: str) -> None:
+    async def _bring_here(self, session_id: str, *, fresh: bool = False) -> None:
         """Let what is here of a session be what the shared tier has, if there is one."""
-        if self._sharing is not None:
-            await self._sharing.current(session_id)
+        while self._sharing is not None:
+            try:
+                await self._sharing.current(session_id, fresh=fresh)
+                break
+            except ConflictError:  # a checkpoint is being put in place: ask again behind it
+                await self._ready()
 
     # --- updating -----------------------------------------------------------------------------
 
@@ -623,8 +629,14 @@ class StateManager:
         Raises:
             DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
         """
-        await self._ready()
-        key = check_session_id(session_id)
+        while True:
+            await self._ready()
+            try:
+                return await self._terminate_once(session_id, check_session_id(session_id))
+            except Overtaken:
+                continue  # it has ended and begun anew elsewhere: end that
+
+    async def _terminate_once(self, session_id: str, key: bytes) -> bool:
         await self._bring_here(session_id)
         while not self._residency.is_alive(session_id, key):
             if session_id not in self._commits.tails:

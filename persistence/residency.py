@@ -31,6 +31,7 @@ from persistence.disk.format import (
 from persistence.disk.index import TIMES, TIMES_AT, Row
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
+    CorruptionError,
     DiskFull,
     PersistenceError,
     SessionNotFound,
@@ -88,7 +89,7 @@ class Residency:
         self.disk = disk
         self.unlogged: set[str] = set()
         self.unlisted: set[str] = set()
-        self.confirm_end: Callable[[str, bytes], Awaitable[bool]] | None = None
+        self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
         self._leaving: dict[str, Commit] = {}
         self.restored = 0
         self.spilled = 0
@@ -406,22 +407,31 @@ class Residency:
         leaving = self._leaving.get(session_id) if record is None else None
         return record if leaving is None else leaving.record
 
+    def _readable(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the acknowledged record of a session, if it is intact and at hand."""
+        record = self.resident(session_id)
+        row = None if record is not None else self.disk.index.get(self.disk.fingerprint(key))
+        if row is None:
+            return record
+        try:
+            return self.disk.read_now(row, key)
+        except CorruptionError:
+            return None
+
     def commit_of(self, session_id: str) -> bytes | None:
         """Return the id of the newest commit of a session, in flight or acknowledged.
 
-        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk.
+        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk,
+        or because of damage.
         """
         tail = self._commits.tails.get(session_id)
         if tail is not None:
             return tail.ids[ID_BYTES:_IDS_BYTES]
-        record = self.resident(session_id)
-        if record is None:
-            key = session_id.encode()
-            row = self.disk.index.get(self.disk.fingerprint(key))
-            if row is None:
-                return None
-            record = self.disk.read_now(row, key)
-        return NO_ID if record is None else record[ID_BYTES:_IDS_BYTES]
+        key = session_id.encode()
+        record = self._readable(session_id, key)
+        if record is not None:
+            return record[ID_BYTES:_IDS_BYTES]
+        return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
 
     def wall_times(self, session_id: str) -> tuple[float, float, float]:
         """Return last access, deadline and cap of a session that is here, in wall seconds."""
@@ -465,7 +475,7 @@ class Residency:
         A disk that takes nothing does not make the session live again: it stays expired. Returns
         False if it is not over after all, because another worker renewed it.
         """
-        if self.confirm_end is not None and not await self.confirm_end(session_id, key):
+        if self.confirm_end is not None and not await self.confirm_end(session_id, key, -NEVER):
             return False
         try:
             tail = self._commits.tails.get(session_id)
@@ -503,6 +513,8 @@ class Residency:
         now = self._time.now()
         tail = self._commits.tails.get(session_id)
         record = tail.record if tail is not None else self.resident(session_id)
+        if tail is None and record is None and not local and self.confirm_end is not None:
+            record = self._readable(session_id, key)  # so that no other incarnation is ended
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
             ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]

@@ -258,21 +258,26 @@ class Tiers:
         sessions that there were.
         """
         before: list[str] = []
+        why = ConflictError(
+            "the sessions were restored from a checkpoint meanwhile; nothing was written: try again"
+        )
         try:
-            await self.commits.close(
-                ConflictError(
-                    "the sessions were restored from a checkpoint meanwhile; nothing was written: "
-                    "try again"
-                )
-            )
+            await self.commits.close(why)
             if self.sharing is not None:  # only now: what was in flight counts too
                 before = [session_id async for session_id in self.listing.ids("")]
-                await self.sharing.close()
+                await self.sharing.close(why)
             await self.residency.close()
             await staged.install()
-        finally:
-            self.memory.clear()
-            self._assemble()
+        except BaseException:
+            await self._exchanged()
+            raise
+        await self._exchanged()
         if self.sharing is not None:
-            await self.sharing.open()
             await self.sharing.impose(before)
+
+    async def _exchanged(self) -> None:
+        """Work with what is in the log now."""
+        self.memory.clear()
+        self._assemble()
+        if self.sharing is not None:
+            await self.sharing.open(again=True)

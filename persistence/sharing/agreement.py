@@ -324,8 +324,9 @@ class Agreement:
         for commit in kept:
             branches.setdefault(commit.session_id, branch_of(commit))
         sent = [(commit.session_id, commit.ids[_COMMIT_AT:_BASE_AT]) for commit in fate.unsure]
+        ended = [(each.session_id, each.ids[:ID_BYTES]) for each in kept if each.kind == DELETE]
         try:
-            await self._outbox.add(branches, sent)
+            await self._outbox.add(branches, sent, ended)
         except PersistenceError as error:
             fate.refused += [(commit, again(error)) for commit in kept]
 

@@ -18,10 +18,17 @@ _MAX_PER_SHARD: Final = 8192
 class Copies:
     """Valid, known to be out of date, or neither: then it has to be compared.
 
-    Invariant: no session is both valid and stale.
+    Invariants:
+    - no session is both valid and stale;
+    - while announcements do not arrive, none is valid.
+
+    Attributes:
+        generation: changes whenever announcements may have been missed.
+        is_listening: whether announcements arrive.
     """
 
     def __init__(self) -> None:
+        self.is_listening = False
         self._valid: list[set[str]] = [set() for _ in range(_SHARDS)]
         self._stale: set[str] = set()
         self._filling: dict[str, list[bytes]] = {}
@@ -37,11 +44,13 @@ class Copies:
 
     def validate(self, session_id: str) -> None:
         """The local copy was compared, or is what was just committed."""
+        self._stale.discard(session_id)
+        if not self.is_listening:
+            return
         valid = self._valid[hash(session_id) & _MASK]
         if len(valid) >= _MAX_PER_SHARD:
             valid.clear()  # they are compared again when they are next read
         valid.add(session_id)
-        self._stale.discard(session_id)
 
     def forget(self, session_id: str) -> None:
         """Nothing is known about a session any more; there may be no local copy."""
@@ -56,9 +65,14 @@ class Copies:
         if seen is not None:
             seen.append(commit)
 
-    def reset(self) -> None:
-        """Announcements may have been missed: every local copy has to be compared again."""
+    def reset(self, *, is_listening: bool) -> None:
+        """Announcements may have been missed: every local copy has to be compared again.
+
+        Args:
+            is_listening: whether they arrive from now on.
+        """
         self.generation += 1
+        self.is_listening = is_listening
         self._valid = [set() for _ in range(_SHARDS)]
         self._stale.clear()
 
