@@ -79,7 +79,11 @@ def not_usable(directory: str, error: OSError) -> PersistenceError:
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",
         errno.EMFILE: "too many open files (raise RLIMIT_NOFILE)",
-    }.get(error.errno or 0, error.strerror or str(error))
+    }.get(error.errno or 0)
+    if what is None:  # it is not the directory's fault as a whole
+        what = error.strerror or str(error)
+        if isinstance(error.filename, str) and os.path.dirname(error.filename) == directory:
+            what = f"{os.path.basename(error.filename)!a}: {what}"
     return DirectoryNotUsable(
         f"{directory} cannot be used: {what}; nothing was changed; choose another disk.path"
     )

@@ -385,6 +385,23 @@ async def test_a_file_in_the_place_of_the_directory_is_refused() -> None:
     await assert_refused(files, errors.DirectoryNotUsable, "not a directory")
 
 
+@pytest.mark.parametrize("name", ["MANIFEST", segment_name(1)])
+@pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
+async def test_what_is_no_file_in_the_place_of_one_is_refused_by_name(
+    tmp_path: Path, name: str, put_there: Callable[[Path], None]
+) -> None:
+    directory = str(tmp_path / "state")
+    async with StateManager(config=config(directory)) as state:
+        await state.create_session()
+    os.unlink(f"{directory}/{name}")
+    put_there(tmp_path / "state" / name)
+
+    async with asyncio.timeout(30):  # the opening of a named pipe could wait for ever
+        error = await refusal(Files(), directory)
+    assert isinstance(error, errors.DirectoryNotUsable)
+    assert f"'{name}': " in str(error)
+
+
 async def test_a_directory_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"a file")
     for path in (tmp_path / "file", tmp_path / "file" / "state"):
