@@ -100,7 +100,7 @@ class Committer:
         found = []
         for places in self._router.groups([keys[i] for i in todo], REQUESTS_PER_CALL):
             group = [todo[place] for place in places]
-            sizes = [_size(requests[index]) for index in group]
+            sizes = _sizes([requests[index] for index in group])
             if sum(sizes) <= _BYTES_PER_CALL:
                 found.append(group)
             else:
@@ -206,8 +206,12 @@ def _split(group: list[int], sizes: list[int]) -> list[list[int]]:
     return parts
 
 
-def _size(request: Request) -> int:
-    return len(request.record) if isinstance(request, Put) else _SMALL_REQUEST_BYTES
+def _sizes(requests: list[Request]) -> list[int]:
+    """Return about how many bytes each takes."""
+    return [
+        len(request.record) if type(request) is Put else _SMALL_REQUEST_BYTES
+        for request in requests
+    ]
 
 
 def _is_readonly(result: CommitResult) -> bool:
