@@ -52,6 +52,7 @@ _STATE: Final = Struct("<cQ16s16s")  # with the newest commit id
 STATE_BYTES: Final = _STATE.size
 _TIMES: Final = Struct("<dd")
 _HEAD: Final = Struct("<dddI")
+_HEAD_BYTES: Final = _HEAD.size
 # Incarnation, commit and version are one piece, as in a record.
 _HEADER: Final = Struct("<cIII40s16sdI")
 _PUT_HEADER: Final = Struct("<cIII40s16sdIdddI")  # with the start of \xffhead, `_HEAD`
@@ -108,7 +109,8 @@ def pack_requests(requests: Iterable[Request], tombstone_ms: float) -> Packed:
     outside: list[bytes] = []
     for request in requests:
         if type(request) is Put:
-            _pack_put(request, pieces, outside)
+            if not _pack_update(request, pieces):
+                _pack_put(request, pieces, outside)
         elif type(request) is Delete:
             ids = request.incarnation + request.commit + _NO_VERSION
             pieces.append(_pack_header(b"D", 0, 0, 0, ids, request.base, tombstone_ms, 0))
@@ -121,59 +123,95 @@ def pack_requests(requests: Iterable[Request], tombstone_ms: float) -> Packed:
     return Packed(b"".join(pieces), outside)
 
 
+def _pack_update(put: Put, pieces: list[bytes]) -> bool:
+    """Pack a put of one known field, small as nearly all are; return whether it is one.
+
+    The same as `_pack_put` makes of it, in half the time: every update comes by here.
+    """
+    _, record, base, accessed, deadline, cap, _, changed = put
+    if changed is None or len(changed) != 1:
+        return False
+    for field, value in changed.items():
+        if len(value) >= _COPY_BELOW_BYTES:
+            return False
+        name = field.encode()
+        meta_end = rec.meta_end_of(record)
+        pieces += (
+            _pack_put_header(
+                b"P",
+                1,
+                0,
+                0,
+                record[:_VERSION_END],
+                base,
+                deadline * 1000,
+                _HEAD_BYTES + meta_end,
+                accessed,
+                deadline,
+                cap,
+                crc32c(record),
+            ),
+            record[:meta_end],
+            _pack_lengths(len(name), len(value)),
+            name,
+            value,
+        )
+    return True
+
+
 def _pack_put(put: Put, pieces: list[bytes], outside: list[bytes]) -> None:
-    """Pack a put into `pieces`. Every update comes by here."""
-    _, record, base, accessed, deadline, cap, old, replaced = put
-    removed: list[bytes] = []
-    if replaced is None:
+    """Pack a put into `pieces`."""
+    _, record, base, accessed, deadline, cap, old, known = put
+    removed: Sequence[bytes] = ()
+    kind = b"P"
+    if known is None:
         assert old is None or rec.commit_of(old) == base, "old is not what it was built on"
+        if old is None:
+            kind = b"C" if base == NO_ID else b"R"
         changed, removed = difference(old, record)
-        replaces = b"R" if old is None else b"P"
-        kind = b"C" if base == NO_ID else replaces
     else:
         changed = []
-        for name, value in replaced.items():
-            changed += (name.encode(), value)
-        kind = b"P"
-    fields, sets, later = _pack_fields(changed, outside)
+        for field, value in known.items():
+            changed += (field.encode(), value)
     meta_end = rec.meta_end_of(record)
-    pieces.append(
-        _pack_put_header(
-            kind,
-            sets,
-            later,
-            len(removed),
-            record[:_VERSION_END],
-            base,
-            deadline * 1000,
-            _HEAD.size + meta_end,
-            accessed,
-            deadline,
-            cap,
-            crc32c(record),
-        )
-    )
-    pieces.append(record[:meta_end])
-    pieces += fields
-    for encoded in removed:
-        pieces += (_pack_length(len(encoded)), encoded)
-
-
-def _pack_fields(changed: list[bytes], outside: list[bytes]) -> tuple[list[bytes], int, int]:
-    """Return names and values as they follow the header, how many, and how many are outside."""
-    if len(changed) == 2 and len(changed[1]) < _COPY_BELOW_BYTES:
-        return [_pack_lengths(len(changed[0]), len(changed[1])), *changed], 1, 0
-    fields: list[bytes] = []
-    later: list[bytes] = []
-    count = len(outside)
-    for name, value in zip(changed[::2], changed[1::2], strict=True):
+    at = len(pieces)
+    pieces += (b"", record[:meta_end])  # the first is the header, once the fields are counted
+    later = 0
+    names = iter(changed)
+    for name in names:
+        value = next(names)
         if len(value) < _COPY_BELOW_BYTES:
-            fields += (_pack_lengths(len(name), len(value)), name, value)
+            pieces += (_pack_lengths(len(name), len(value)), name, value)
         else:
-            later += (_pack_length(len(name)), name)
+            later += 1
             outside.append(value)
-    count = len(outside) - count
-    return fields + later, len(changed) // 2 - count, count
+    if later:
+        pieces += _names_of_large(changed)
+    for name in removed:
+        pieces += (_pack_length(len(name)), name)
+    pieces[at] = _pack_put_header(
+        kind,
+        len(changed) // 2 - later,
+        later,
+        len(removed),
+        record[:_VERSION_END],
+        base,
+        deadline * 1000,
+        _HEAD_BYTES + meta_end,
+        accessed,
+        deadline,
+        cap,
+        crc32c(record),
+    )
+
+
+def _names_of_large(changed: list[bytes]) -> list[bytes]:
+    """Return the names of the fields whose values are outside, as they follow the others."""
+    pieces: list[bytes] = []
+    for name, value in zip(changed[::2], changed[1::2], strict=True):
+        if len(value) >= _COPY_BELOW_BYTES:
+            pieces += (_pack_length(len(name)), name)
+    return pieces
 
 
 def difference(old: bytes | None, new: bytes) -> tuple[list[bytes], list[bytes]]:
