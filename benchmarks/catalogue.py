@@ -13,6 +13,7 @@ memory          what a resident session costs: RSS growth, and a full garbage co
 open            open a directory of many cold sessions, after all that may have happened to it
 through         `update` with every commit agreed with a Redis server first
 checkpoint      a full checkpoint of all sessions to a Redis server
+checkpoint-busy hot reads, and the event loop's lag, while full checkpoints go to a Redis server
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import resident
+from benchmarks import lag, resident
 from benchmarks.access import Accesses
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import ENGINE, RATE, Contender, Metric
@@ -31,7 +32,15 @@ from benchmarks.engine.cold import ColdRestore, Mixed
 from benchmarks.engine.hot import HotRead
 from benchmarks.engine.memory import Resident
 from benchmarks.engine.opening import HINTS, INDEX_SNAPSHOT, Build, Opening
-from benchmarks.engine.shared import THROUGH, FullCheckpoint, ThroughUpdate
+from benchmarks.engine.shared import (
+    CHECKPOINTING,
+    READS,
+    THROUGH,
+    UNDISTURBED,
+    FullCheckpoint,
+    ReadWhileCheckpointing,
+    ThroughUpdate,
+)
 from benchmarks.engine.spill import Spill
 from benchmarks.engine.update import ConcurrentUpdate, LoneUpdate
 from benchmarks.peers import bare, idle, live, lmdb, redis, zict
@@ -165,6 +174,14 @@ def _checkpoint(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _checkpoint_busy(sizes: Sizes) -> list[Contender]:
+    count, samples = sizes.checkpointed_sessions, sizes.lag_samples
+    return [
+        ReadWhileCheckpointing(count, samples),
+        ReadWhileCheckpointing(count, samples, makes_checkpoints=False),
+    ]
+
+
 def _loop_lag(sizes: Sizes) -> list[Contender]:
     return [
         busy.BusyLoop(sizes.lag_samples, sizes.lag_sessions, memory_bytes=2 * MIB),
@@ -215,6 +232,16 @@ WORKLOADS = (
     ),
     Workload("through", (RATE,), _through, (_at_least(0.5, redis.PIPELINED_SET, THROUGH),)),
     Workload("checkpoint", (RATE,), _checkpoint, (_at_least(10, redis.PIPELINED_SET),)),
+    Workload(
+        "checkpoint-busy",
+        (*lag.METRICS, READS),
+        _checkpoint_busy,
+        (
+            Bar("p99.9", Kind.AT_MOST, 10, ours=CHECKPOINTING),
+            Bar(READS.name, Kind.RATIO_AT_LEAST, 0.7, UNDISTURBED, ours=CHECKPOINTING),
+        ),
+        repetitions=lambda sizes: sizes.lag_repetitions,
+    ),
     Workload(
         "loop-lag",
         busy.METRICS,

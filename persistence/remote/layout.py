@@ -31,7 +31,7 @@ from crc32c import crc32c
 
 from persistence import record as rec
 from persistence.errors import RemoteDamaged
-from persistence.record import ID_BYTES, NEVER, NO_ID, PREFIX_BYTES
+from persistence.record import ID_BYTES, NO_ID, PREFIX_BYTES
 from persistence.remote.contract import (
     Announcement,
     Delete,

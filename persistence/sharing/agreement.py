@@ -176,9 +176,7 @@ class Agreement:
         await self._begin_branches(fate)
         return fate.decision(batch)
 
-    def _requests(
-        self, batch: Sequence[Commit], fate: _Fate
-    ) -> tuple[list[Commit], list[Request]]:
+    def _requests(self, batch: Sequence[Commit], fate: _Fate) -> tuple[list[Commit], list[Request]]:
         """Return which commits to ask for, and how; those that begin branches go to `fate`."""
         commits: list[Commit] = []
         requests: list[Request] = []

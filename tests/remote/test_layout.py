@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from persistence import record as rec
 from persistence.errors import RemoteDamaged
 from persistence.record import NEVER, NO_ID
-from persistence.remote.contract import Announcement, Put, RemoteSession, Stored
+from persistence.remote.contract import Announcement, Put, RemoteSession, Request, Stored
 from persistence.remote.layout import (
     HEAD,
     OLDER,
@@ -160,7 +160,7 @@ def test_requests_of_all_kinds_are_told_apart_again() -> None:
     record = new_record({"a": 1, "b": 2, "c": 3})
     new = next_record(record, {"b": 5, "c": bytes(20_000), "d": bytes(30_000)})
     base = rec.commit_of(record)
-    requests = [
+    requests: list[Request] = [
         Put("a", record, NO_ID, 1.0, 2.0),
         Put("a", new, base, 1.0, 2.0, old=record),
         end("a", rec.incarnation_of(record), base),
