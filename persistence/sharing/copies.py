@@ -8,6 +8,7 @@ The table is split into many small sets, so that none of them grows in one long 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 _SHARDS: Final = 256
@@ -43,19 +44,38 @@ class Copies:
         return session_id in self._stale
 
     def validate(self, session_id: str) -> None:
-        """The local copy was compared, or is what was just committed."""
+        """The local copy was compared, and is what the shared tier has."""
         self._stale.discard(session_id)
-        if not self.is_listening:
+        self.validate_all((session_id,), self.generation)
+
+    def validate_all(self, session_ids: Iterable[str], generation: int) -> None:
+        """Commits to these, sent in `generation`, are in the shared tier.
+
+        So they are current there and here, unless more was announced since they were sent. The
+        race: another worker builds on our commit, and its announcement overtakes the reply to
+        ours. Valid now, our version would stay for good.
+        """
+        if generation != self.generation or not self.is_listening:
             return
-        valid = self._valid[hash(session_id) & _MASK]
-        if len(valid) >= _MAX_PER_SHARD:
-            valid.clear()  # they are compared again when they are next read
-        valid.add(session_id)
+        shards, stale = self._valid, self._stale
+        for session_id in session_ids:
+            if session_id in stale:
+                continue
+            valid = shards[hash(session_id) & _MASK]
+            if len(valid) >= _MAX_PER_SHARD:
+                valid.clear()  # they are compared again when they are next read
+            valid.add(session_id)
 
     def forget(self, session_id: str) -> None:
         """Nothing is known about a session any more; there may be no local copy."""
-        self._valid[hash(session_id) & _MASK].discard(session_id)
-        self._stale.discard(session_id)
+        self.forget_all((session_id,))
+
+    def forget_all(self, session_ids: Sequence[str]) -> None:
+        """Nothing is known about these sessions any more."""
+        shards = self._valid
+        for session_id in session_ids:
+            shards[hash(session_id) & _MASK].discard(session_id)
+        self._stale.difference_update(session_ids)
 
     def announced(self, session_id: str, commit: bytes) -> None:
         """Another worker committed: the local copy, and any fill under way, may be older."""
