@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from crc32c import crc32c
 
@@ -53,7 +54,8 @@ class Survey:
         damages: what is wrong with a segment as a whole, by number.
         last_log: number of the last log segment that can be read, 0: there is none.
         is_last_sealed: whether that one must end with its footer.
-        torn_creations: segments that a crash left half made, and what there is of them.
+        torn_creations: segments that a crash left half made, or that were given up as soon as
+            they were made; and what there is of them.
         last_number: the highest segment number that was ever used.
     """
 
@@ -87,6 +89,7 @@ def survey(files: Files, directory: str, manifest: Manifest, names: list[str]) -
     for number in sorted(missing_numbers(files, directory, manifest, numbers, hinted)):
         _set_aside(found, number, MISSING)
     _judge_headless(files, directory, manifest, headless, found)
+    _judge_unused(manifest, hinted, found)
     known = [*numbers, *found.segments, *manifest.sealed, *manifest.dropped]
     found.last_number = max([manifest.next_number - 1, *known])
     found.last_log = _last_log(found)
@@ -189,6 +192,21 @@ def _judge_headless(
         else:
             found.segments[number] = salvaged
             found.damages[number] = HEADER_MENDED
+
+
+def _judge_unused(manifest: Manifest, hinted: set[int], found: Survey) -> None:
+    """Tell segments that were made and given up at once from sealed ones that lost their footer.
+
+    Where the directory could not be synced, the segment was removed again, and a power loss may
+    undo that. Nothing was written into it: the next one starts from the same sequence number.
+    """
+    logs = [item for _, item in sorted(found.segments.items()) if item.kind == SegmentKind.LOG]
+    for segment, following in pairwise([item for item in logs if not item.damaged]):
+        is_empty = segment.length <= SEGMENT_HEADER_BYTES
+        is_known = segment.number in manifest.sealed or segment.number in hinted
+        if is_empty and not is_known and following.lowest_sequence == segment.lowest_sequence:
+            del found.segments[segment.number]
+            found.torn_creations[segment.number] = b""
 
 
 def _last_log(found: Survey) -> int:

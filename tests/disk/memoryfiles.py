@@ -20,7 +20,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
@@ -225,11 +225,22 @@ class MemoryFiles(Files):
             data = [change.order for file in files for change in file.pending]
             return sorted([*data, *(change.order for change in self._renamings)])
 
-    def unsynced_paths(self) -> set[str]:
-        """Return the files whose data or name is not durable as it is."""
+    def unsynced_data(self) -> set[str]:
+        """Return the files that hold something which was written and not synced.
+
+        What was written and then cut away again does not count.
+        """
         with self._lock:
-            found = {path for path, file in self._files.items() if file.pending}
-            return found | {path for change in self._renamings for path in change.files}
+            return {
+                path
+                for path, file in self._files.items()
+                if any(item.data and item.offset < len(file.data) for item in file.pending)
+            }
+
+    def unsynced_names(self) -> set[str]:
+        """Return the names whose last change is not durable."""
+        with self._lock:
+            return {path for change in self._renamings for path in change.files}
 
     def is_durable(self, data: bytes) -> bool:
         """Whether some file holds `data` even if the power is lost now."""
@@ -371,7 +382,8 @@ class MemoryFiles(Files):
             if file.locked_by == fd:
                 file.locked_by = 0
             if not self.is_dead:
-                self._enter(Call("close", path))
+                with suppress(OSError):  # as the system's close: see `Files.close`
+                    self._enter(Call("close", path))
 
     def size(self, fd: int) -> int:
         file, path = self._open[fd]
