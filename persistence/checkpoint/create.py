@@ -155,7 +155,9 @@ def _reading_log(tier: DiskTier) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{tier.directory}: the log cannot be read ({error.strerror}): no checkpoint was made"
+        what = (
+            f"{tier.directory}: the log cannot be read ({error.strerror}): no checkpoint was made"
+        )
         raise DirectoryNotUsable(f"{what}; those before it are as they were") from error
 
 

@@ -16,12 +16,13 @@ _NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 _NO_NOWAIT: Final = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
+UNCOUNTED: Final = 2**63 - 1
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
 
 
 class Space(NamedTuple):
-    """Free space of a file system."""
+    """Free space of a file system; one that does not count its inodes has `UNCOUNTED`."""
 
     free_bytes: int
     free_inodes: int
@@ -145,7 +146,8 @@ class Files:
     def space(self, path: str) -> Space:
         """Return the free space of the file system that holds `path`."""
         stats = os.statvfs(path)
-        return Space(stats.f_bavail * stats.f_frsize, stats.f_favail)
+        free_inodes = stats.f_favail if stats.f_files else UNCOUNTED
+        return Space(stats.f_bavail * stats.f_frsize, free_inodes)
 
 
 def read_all(files: Files, path: str) -> bytes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from crc32c import crc32c
 
@@ -20,14 +19,18 @@ from persistence.disk.caches import covers, read_guard
 from persistence.disk.filenames import parse_hint, parse_segment, segment_name
 from persistence.disk.files import Files, read_exactly
 from persistence.disk.format import (
+    FOOTER_BYTES,
     FRAME_MAGIC,
     FRAME_OVERHEAD_BYTES,
     MAX_KEY_BYTES,
     MAX_PAYLOAD_BYTES,
     SALT_BYTES,
     SEGMENT_HEADER_BYTES,
+    Frame,
+    FrameType,
     NewerFormat,
     SegmentKind,
+    decode_frame,
     decode_segment_header,
     frame_length,
 )
@@ -89,7 +92,7 @@ def survey(files: Files, directory: str, manifest: Manifest, names: list[str]) -
     for number in sorted(missing_numbers(files, directory, manifest, numbers, hinted)):
         _set_aside(found, number, MISSING)
     _judge_headless(files, directory, manifest, headless, found)
-    _judge_unused(manifest, hinted, found)
+    _judge_unused(files, directory, manifest, hinted, headless, found)
     known = [*numbers, *found.segments, *manifest.sealed, *manifest.dropped]
     found.last_number = max([manifest.next_number - 1, *known])
     found.last_log = _last_log(found)
@@ -194,19 +197,56 @@ def _judge_headless(
             found.damages[number] = HEADER_MENDED
 
 
-def _judge_unused(manifest: Manifest, hinted: set[int], found: Survey) -> None:
-    """Tell segments that were made and given up at once from sealed ones that lost their footer.
+def _judge_unused(
+    files: Files,
+    directory: str,
+    manifest: Manifest,
+    hinted: set[int],
+    headless: dict[int, bytes],
+    found: Survey,
+) -> None:
+    """Tell segments that were made and given up at once from sealed ones that lost their content.
 
-    Where the directory could not be synced, the segment was removed again, and a power loss may
-    undo that. Nothing was written into it: the next one starts from the same sequence number.
+    Where a header or the directory could not be synced, the segment was removed again, and a power
+    loss may undo that. Nothing was written into it if what is behind it goes on at the sequence
+    number where what is before it ends.
     """
-    logs = [item for _, item in sorted(found.segments.items()) if item.kind == SegmentKind.LOG]
-    for segment, following in pairwise([item for item in logs if not item.damaged]):
-        is_empty = segment.length <= SEGMENT_HEADER_BYTES
-        is_known = segment.number in manifest.sealed or segment.number in hinted
-        if is_empty and not is_known and following.lowest_sequence == segment.lowest_sequence:
-            del found.segments[segment.number]
-            found.torn_creations[segment.number] = b""
+    known = manifest.sealed | hinted
+    before = -1  # where the segments before end; not known
+    unused: list[int] = []
+    for number, segment in sorted(found.segments.items()):
+        if segment.kind != SegmentKind.LOG:
+            continue
+        is_empty = segment.length <= SEGMENT_HEADER_BYTES and number not in known
+        if is_empty and (number in headless or segment.damaged):
+            unused.append(number)
+            continue
+        if segment.damaged:
+            unused, before = [], -1
+            continue
+        base = segment.lowest_sequence - 1
+        if before == base:
+            for given_up in unused:
+                del found.segments[given_up]
+                found.damages.pop(given_up, None)
+                found.torn_creations[given_up] = b""
+        unused = [number] if is_empty else []
+        before = base if is_empty else _end_of(files, directory, segment)
+
+
+def _end_of(files: Files, directory: str, segment: Segment) -> int:
+    """Return the last sequence number of a log segment, as its footer says; -1: there is none."""
+    at = segment.length - FOOTER_BYTES
+    if at < SEGMENT_HEADER_BYTES:
+        return -1
+    fd = files.open_read(f"{directory}/{segment_name(segment.number)}")
+    try:
+        data = read_exactly(files, fd, FOOTER_BYTES, at)
+    finally:
+        files.close(fd)
+    footer = decode_frame(data, 0, segment.salt_checksum)
+    is_footer = isinstance(footer, Frame) and footer.type == FrameType.FOOTER
+    return footer.sequence if is_footer and isinstance(footer, Frame) else -1
 
 
 def _last_log(found: Survey) -> int:

@@ -26,7 +26,7 @@ from persistence.disk.directory import (
     open_manifest,
     write_manifest,
 )
-from persistence.disk.filenames import MANIFEST, segment_name
+from persistence.disk.filenames import MANIFEST, MANIFEST_COPY, segment_name
 from persistence.disk.files import NO_SPACE, Files
 from persistence.disk.format import (
     DELETE,
@@ -799,8 +799,11 @@ def _write_with_reserve(files: Files, directory: str, manifest: Manifest, reserv
     try:
         write_manifest(files, directory, manifest)
     except OSError as error:
-        if error.errno not in NO_SPACE or not reserve.release():
+        if error.errno not in NO_SPACE:
             raise
+        if not reserve.release():
+            # It may be inodes that are lacking. The copy takes one, and is written again.
+            files.remove(f"{directory}/{MANIFEST_COPY}")
         write_manifest(files, directory, manifest)
 
 

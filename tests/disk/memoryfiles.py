@@ -102,6 +102,7 @@ class MemoryFiles(Files):
         calls: the mutating calls that took place, in order. A removal of what is not there and
             the making of a directory that exists are none.
         free_bytes: how much the disk still takes; None: no end.
+        most_files: how many files it takes, like a file system with so many inodes; None: no end.
     """
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class MemoryFiles(Files):
         self.faults: list[Fault] = []
         self.calls: list[Call] = []
         self.free_bytes: int | None = None
+        self.most_files: int | None = None
         self.is_dead = False
         self.dies_after_this_call = False
         self._lock = threading.RLock()
@@ -312,6 +314,9 @@ class MemoryFiles(Files):
         self.free_bytes -= max(0, end - max(offset, len(file.data)))
         return end
 
+    def _free_inodes(self) -> int:
+        return 2**20 if self.most_files is None else max(0, self.most_files - len(self._files))
+
     def _give_back(self, nbytes: int) -> None:
         if self.free_bytes is not None:
             self.free_bytes += nbytes
@@ -350,6 +355,8 @@ class MemoryFiles(Files):
             self._check_parent(path)
             if path in self._files or path in self._directories:
                 raise _error(errno.EEXIST, path)
+            if not self._free_inodes():
+                raise _error(errno.ENOSPC, path)
             file = _File()
             self._name({path: file})
             self._did(call)
@@ -485,7 +492,8 @@ class MemoryFiles(Files):
 
     def space(self, path: str) -> Space:
         with self._entering(Call("space", path)):
-            return Space(2**40 if self.free_bytes is None else self.free_bytes, 2**20)
+            free_bytes = 2**40 if self.free_bytes is None else self.free_bytes
+            return Space(free_bytes, self._free_inodes())
 
 
 class _Entered:

@@ -1,4 +1,4 @@
-"""The engine's threads without threads: one seed, one order of events.
+"""The engine's threads without threads and its random bytes without chance: a seed, one outcome.
 
 `stepped` lets everything that the engine would do in its threads happen on the event loop: at once,
 or, with a seed, some turns of the loop later, so that what runs beside it gets in between. Calls of
@@ -90,7 +90,19 @@ def _run(call: Callable[[], T], done: asyncio.Future[T]) -> None:
 
 @contextmanager
 def stepped(seed: int | None = None) -> Iterator[None]:
-    """Let disk tiers that are opened in this block run without threads."""
+    """Let what happens in this block be the same each time.
+
+    Disk tiers that are opened in it run without threads; ids and salts are made of a seed.
+
+    Args:
+        seed: also lets calls take some turns of the loop; None: each is done at once.
+    """
     chance = None if seed is None else Random(seed)
-    with patch("persistence.disk.tier.Threads", lambda: SteppedThreads(chance)):
+    ids = Random(seed)
+    if seed is None:
+        ids.seed(0)
+    with (
+        patch("persistence.disk.tier.Threads", lambda: SteppedThreads(chance)),
+        patch("secrets.token_bytes", ids.randbytes),
+    ):
         yield

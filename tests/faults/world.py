@@ -16,7 +16,7 @@ from persistence import CheckpointConfig, ManualClock, StateManager, errors
 from persistence.disk.filenames import SEGMENT_SUFFIX
 from tests.disk.memoryfiles import Fault, Killed, MemoryFiles
 from tests.faults.ledger import Data, Ledger, State, Value
-from tests.support import PATH, abandon, config, everything
+from tests.support import abandon, config, everything
 
 TTL_SECONDS: Final = 10.0
 """Of the sessions whose end the world waits for; those live `LONG_TTL_SECONDS`."""
@@ -86,8 +86,12 @@ class World:
 
     # --- lives --------------------------------------------------------------------------------
 
-    async def open(self) -> bool:
-        """Open the directory and compare what is there; return whether it could be opened."""
+    async def open(self, *, looks: bool = True) -> bool:
+        """Open the directory; return whether that worked.
+
+        Args:
+            looks: compare what is there. That reads every session, and ends expired ones.
+        """
         self.lives += 1
         self.files.faults[:] = self.faults
         state = StateManager(config=self.config, clock=self.clock, files=self.files)
@@ -103,9 +107,9 @@ class World:
             return False
         self._state = state
         self._is_unusable = False
-        found = await self._look()
+        found = await self._look() if looks else None
         if found is not None:
-            self.ledger.found(found, acknowledged_is_durable=True)
+            self.ledger.found(found)
         return True
 
     async def die(self) -> None:
@@ -252,13 +256,12 @@ class World:
         call = self.state.create_session(
             session_id=sid, data=value, ttl_seconds=TTL_SECONDS, auto_renew=False
         )
-        entry = await self._change(sid, value, call)
-        if entry != "acknowledged":
-            return
+        outcome = await self._change(sid, value, call)
         self.clock.advance(TTL_SECONDS + 1)
         gone = self.ledger.submit(sid, None)
         gone.outcome = "acknowledged"  # whatever happens from now on, its time is over
-        await self._read(sid)
+        if outcome == "acknowledged":
+            await self._read(sid)
 
     async def _do_read(self, sid: str) -> None:
         await self._read(sid)
@@ -293,9 +296,8 @@ class World:
             self._refused("checkpoint", error)
             return
         self.checkpoints[info.id] = before
-        unsynced = self.files.unsynced_data()
-        names = {path for path in self.files.unsynced_names() if path in self.files.contents()}
-        if any(path.startswith(f"{PATH}-checkpoints/") for path in unsynced | names):
+        unsynced = self.files.unsynced_data() | self.files.unsynced_names()
+        if any(info.id in path and path in self.files.contents() for path in unsynced):
             raise Impossible("a checkpoint is acknowledged that is not durable")
 
     async def _do_goback(self) -> None:
@@ -410,18 +412,24 @@ class World:
 # --- afterwards -----------------------------------------------------------------------------------
 
 
-async def check_image(world: World, files: MemoryFiles, ledger: Ledger | None = None) -> State:
-    """Open a disk that a crash has left; assert that it holds what it may; return what that is."""
-    ledger = (ledger or world.ledger).copy()
-    state = StateManager(
-        config=world.config, clock=ManualClock(world.clock.wall()), files=files
-    )
+async def check_image(
+    world: World, files: MemoryFiles, *, may_report_damage: bool = False
+) -> State:
+    """Open a disk that a crash has left; assert that it holds what it may; return what that is.
+
+    Args:
+        world: what it may hold, and when this is.
+        files: the disk.
+        may_report_damage: something may be called damaged, though nothing is lost.
+    """
+    ledger = world.ledger.copy()
+    state = StateManager(config=world.config, clock=ManualClock(world.clock.wall()), files=files)
     await state.open()
     try:
         found = await everything(state)
         ledger.found(found)
         damages = state._disk.damages
-        assert damages == [], "a crash damages nothing"
+        assert may_report_damage or damages == [], "a crash damages nothing"
     finally:
         await abandon(state)
     return found
@@ -432,9 +440,7 @@ async def check_checkpoints(world: World, files: MemoryFiles) -> None:
     if not world.checkpoints:
         return
     newest = max(world.checkpoints)
-    state = StateManager(
-        config=world.config, clock=ManualClock(world.clock.wall()), files=files
-    )
+    state = StateManager(config=world.config, clock=ManualClock(world.clock.wall()), files=files)
     await state.open()
     try:
         listed = {info.id for info in await state.list_checkpoints()}
