@@ -41,17 +41,19 @@ class Ledger:
     Attributes:
         settled: what every session held when it was last looked at after an opening.
         replacement: a whole other state that may be there instead: a restore was under way.
+        ever: all that was ever submitted, by session.
     """
 
     settled: State = field(default_factory=dict)
     log: list[Entry] = field(default_factory=list)
     replacement: State | None = None
+    ever: dict[str, list[Value]] = field(default_factory=dict)
     _groups: int = 0
 
     def copy(self) -> Ledger:
         """Return a ledger that goes its own way."""
         log = [Entry(item.session_id, item.value, item.group, item.outcome) for item in self.log]
-        return Ledger(dict(self.settled), log, self.replacement, self._groups)
+        return Ledger(dict(self.settled), log, self.replacement, self.ever, self._groups)
 
     def new_group(self) -> int:
         """Return the number of a group of calls that are under way at the same time."""
@@ -62,6 +64,7 @@ class Ledger:
         """Note what a call is about to do."""
         entry = Entry(session_id, value, self.new_group() if group is None else group)
         self.log.append(entry)
+        self.ever.setdefault(session_id, []).append(value)
         return entry
 
     def live(self) -> State:

@@ -43,7 +43,7 @@ _OTHERS: Final = {
     "reopen": 0.2,
     "goback": 0.1,
 }
-_WEIGHTS: Final = {**_OF_A_SESSION, **_OTHERS}
+WEIGHTS: Final = {**_OF_A_SESSION, **_OTHERS}
 
 ERRNOS: Final = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EMFILE)
 SHORT: Final = 0
@@ -83,9 +83,11 @@ class Failure(NamedTuple):
 
 
 def script(seed: int, operations: int = OPERATIONS) -> list[str]:
-    """Return the steps of a run; the same for the same seed."""
+    """Return the steps of a run, each kind among them; the same for the same seed."""
     chance = Random(seed)
-    names = chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=operations)
+    others = operations - len(WEIGHTS)
+    names = [*WEIGHTS, *chance.choices(list(WEIGHTS), list(WEIGHTS.values()), k=others)]
+    chance.shuffle(names)
     return [
         f"{name} {chance.choice(_SESSIONS)}" if name in _OF_A_SESSION else name for name in names
     ]

@@ -194,17 +194,25 @@ class Tally:
         self.seen: set[bytes] = set()
 
 
-def check(base: Base, sequence: Sequence, seed: int, tally: Tally) -> None:
+def check(base: Base, sequence: Sequence, seed: int, tally: Tally, share: float = 1.0) -> None:
     """Do a sequence; open what a crash at each of its points may leave.
+
+    Args:
+        base: where it starts.
+        sequence: names of operations.
+        seed: of what is torn where.
+        tally: what has been looked at already; it is added to.
+        share: how many of the states are opened; 1: all.
 
     Raises:
         AssertionError: something is lost, wrong, or there and should not be; it tells where.
     """
     with stepped():
-        asyncio.run(_check(base, sequence, seed, tally))
+        asyncio.run(_check(base, sequence, seed, tally, share))
 
 
-async def _check(base: Base, sequence: Sequence, seed: int, tally: Tally) -> None:
+async def _check(base: Base, sequence: Sequence, seed: int, tally: Tally, share: float) -> None:
+    sample = Random(f"{seed} {sequence}")
     for number, point in enumerate(await _points(base, sequence)):
         tally.points += 1
         digest = _digest(point.files, point)
@@ -214,7 +222,7 @@ async def _check(base: Base, sequence: Sequence, seed: int, tally: Tally) -> Non
         for name, files in _images(point, Random(f"{seed} {digest.hex()}")):
             tally.images += 1
             digest = _digest(files, point)
-            if digest in tally.seen and name != "kill":
+            if (digest in tally.seen and name != "kill") or sample.random() >= share:
                 continue
             tally.seen.add(digest)
             tally.opened += 1

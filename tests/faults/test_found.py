@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import logging
-from collections.abc import Iterator
+import os
 from contextlib import suppress
 from random import Random
 
@@ -19,13 +18,6 @@ from tests.support import PATH, abandon, config, everything, opened
 SMALL = config(segment_bytes=64 * 1024, compression="none")
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
-
-
 async def test_a_close_that_fails_is_not_repeated_and_fails_nobody() -> None:
     """The second close of a descriptor closes a file of somebody else."""
     files = MemoryFiles()
@@ -38,15 +30,17 @@ async def test_a_close_that_fails_is_not_repeated_and_fails_nobody() -> None:
     assert files.open_files == []
 
 
-def lose_names(files: MemoryFiles, given_up: int) -> None:
-    """Let directory syncs fail until so many segments have been made and given up."""
-    made = 0
+def fail_new_names(files: MemoryFiles, number: int) -> None:
+    """Let the sync of the directory fail behind each creation of a segment."""
+    is_new = False
 
     def fault(_: MemoryFiles, call: Call) -> None:
-        nonlocal made
-        made += call.operation == "create" and call.path.endswith(".seg")
-        if call.operation == "sync_directory" and made <= given_up:
-            raise OSError(errno.ENOSPC, "no space left", call.path)
+        nonlocal is_new
+        if call.operation == "create" and call.path.endswith(".seg"):
+            is_new = True
+        elif call.operation == "sync_directory" and is_new:
+            is_new = False
+            raise OSError(number, os.strerror(number), call.path)
 
     files.faults.append(fault)
 
@@ -58,7 +52,7 @@ async def test_segments_that_were_given_up_and_come_back_are_no_damage(seed: int
         for number in range(9):
             await state.create_session(session_id=f"s{number}", data={"x": bytes(6000)})
         await state._disk.compactor.settle()
-        lose_names(files, 100)
+        fail_new_names(files, errno.ENOSPC)
         refused = 0
         for number in range(9, 20):
             try:
@@ -134,7 +128,7 @@ async def test_a_rotation_without_descriptors_is_said_not_to_have_happened() -> 
     files = MemoryFiles()
     async with opened(files, SMALL) as state:
         await state.create_session(session_id="s", data={"x": bytes(60_000)})
-        files.faults.append(fail(errno.EMFILE, "sync_directory", path=PATH))
+        fail_new_names(files, errno.EMFILE)
         with pytest.raises(errors.DirectoryNotUsable, match="RLIMIT_NOFILE"):
             await state.create_session(session_id="t", data={"x": bytes(60_000)})
 

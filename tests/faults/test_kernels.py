@@ -6,7 +6,6 @@ Each test is skipped, with its reason, where the machine does not allow what it 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import resource
 import time
@@ -29,13 +28,6 @@ from tests.support import abandon, config, everything, opened
 
 pytestmark = pytest.mark.alone
 CUTS = 2
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
