@@ -149,7 +149,10 @@ async def live(order: dict[str, Any]) -> None:
             "checkpoint": {"keep": 2},
         }
     )
-    files = KillingFiles(*order["kill"], report) if "kill" in order else None
+    files = None
+    if "kill" in order:
+        point, nth = order["kill"]
+        files = KillingFiles(point, nth, report)
     state = StateManager(config=config, files=files)
     await state.open()
     worker = Worker(state, order["run"], order["filler_bytes"])

@@ -1,4 +1,4 @@
-"""That the mutants still fit the source. ``python -m tests.faults mutants`` lets the tests kill them."""
+"""That the mutants fit the source; ``python -m tests.faults mutants`` lets the tests kill them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_a_crash_at_any_point_of_a_sequence_loses_nothing_and_invents_nothing(
     chance = Random(fault_seed)
     long_ones = [item for item in all_sequences() if len(item) > 1]
     some = chance.sample(OPERATIONS, min(len(OPERATIONS), scaled(SHORT_ONES)))
-    chosen = [(name,) for name in some]
+    chosen: list[sequences.Sequence] = [(name,) for name in some]
     chosen += chance.sample(long_ones, min(len(long_ones), scaled(LONG_ONES)))
     for sequence in chosen:
         sequences.check(base, sequence, fault_seed, tally, SHARE)
