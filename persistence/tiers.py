@@ -282,6 +282,7 @@ class Tiers:
         if self.sharing is not None:
             await self.sharing.open(again=True)
 
+
 # Who needs no Redis does not load its client: that takes a tenth of a second and leaves 15,000
 # objects, over which every full garbage collection goes from then on.
 

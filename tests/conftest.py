@@ -33,6 +33,18 @@ __all__ = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the suites of `tests/faults` can be told."""
+    group = parser.getgroup("faults")
+    group.addoption("--fault-seed", type=int, default=1, help="seed of the fault suites")
+    group.addoption(
+        "--fault-scale",
+        type=float,
+        default=1.0,
+        help="how much more than in the short form; python -m tests.faults does it all",
+    )
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     """A clock that stands still until it is told to move."""

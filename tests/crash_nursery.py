@@ -4,7 +4,13 @@ An order is ``{"directory": …, "disk": {…}, "filler_bytes": …, "run": …,
 …}``. A child is forked, works in that directory, and is killed with SIGKILL after `seconds`. With
 `closes` it closes its manager after half of that time, so that the kill may hit the closing.
 `disk` is what its `DiskConfig` says otherwise than here; records hold up to `filler_bytes` more
-than their counters.
+than their counters. What an order may say besides:
+
+- ``"kill": [point, n]``: the child kills itself when it is at one of `faults.killpoints` for the
+  n-th time; first it writes ``["point", point]``,
+- ``"checkpoints": true``: it makes one checkpoint after the other, beside its directory, and writes
+  ``["made", id]`` for each,
+- ``"endures": true``: when its disk fails, it ends as if nothing had happened.
 
 The child writes a JSON array a line, each in one call, so that a kill leaves whole lines only:
 
@@ -33,6 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from persistence import SessionDraft, StateConfig, StateManager
+from persistence.errors import PersistenceError
+from tests.faults.killpoints import KillingFiles
 
 SESSIONS = [f"session {number}" for number in range(24)]
 
@@ -111,7 +119,22 @@ class Worker:
         return then
 
 
+async def make_checkpoints(state: StateManager) -> None:
+    """Make one after the other."""
+    while True:
+        report("made", (await state.create_checkpoint()).id)
+        await asyncio.sleep(0.01)
+
+
 async def work(order: dict[str, Any]) -> None:
+    try:
+        await live(order)
+    except PersistenceError:
+        if not order.get("endures"):
+            raise
+
+
+async def live(order: dict[str, Any]) -> None:
     config = StateConfig.model_validate(
         {
             "memory": {"max_bytes": "32KiB"},
@@ -123,12 +146,19 @@ async def work(order: dict[str, Any]) -> None:
                 "compaction_bytes_per_second": 0,
                 **order["disk"],
             },
+            "checkpoint": {"keep": 2},
         }
     )
-    state = StateManager(config=config)
+    files = None
+    if "kill" in order:
+        point, nth = order["kill"]
+        files = KillingFiles(point, nth, report)
+    state = StateManager(config=config, files=files)
     await state.open()
     worker = Worker(state, order["run"], order["filler_bytes"])
     tasks = [asyncio.create_task(worker.work(session_id)) for session_id in SESSIONS]
+    if order.get("checkpoints"):
+        tasks.append(asyncio.create_task(make_checkpoints(state)))
     ended, _ = await asyncio.wait(
         tasks,
         timeout=order["seconds"] / 2 if order["closes"] else None,

@@ -17,7 +17,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final, NamedTuple
@@ -48,6 +48,7 @@ from persistence.disk.files import Files, fill
 from persistence.disk.shipped import Shipped
 from persistence.disk.threads import undisturbed
 from persistence.disk.tier import DiskTier
+from persistence.errors import DirectoryNotUsable
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.checkpoint")
@@ -114,7 +115,7 @@ async def create_checkpoint(
     catalogue = await Catalogue.load(store)
     await sweep(store, catalogue, worker, clock.wall())
     parent = await _parent(tier, store, catalogue)
-    with tier.shipped.keeping(tier.writer.durable_sequence):
+    with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
         cut = await take_cut(tier, parent.sequence if parent else 0)
         try:
             created = clock.wall()
@@ -146,6 +147,18 @@ async def create_checkpoint(
         made, info.kind, ascii(reason), info.sessions, info.bytes,
     )  # fmt: skip
     return info
+
+
+@contextmanager
+def _reading_log(tier: DiskTier) -> Iterator[None]:
+    """Let callers know in the engine's own words that the log cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        what = (
+            f"{tier.directory}: the log cannot be read ({error.strerror}): no checkpoint was made"
+        )
+        raise DirectoryNotUsable(f"{what}; those before it are as they were") from error
 
 
 async def _parent(tier: DiskTier, store: CheckpointStore, catalogue: Catalogue) -> Manifest | None:

@@ -280,6 +280,8 @@ class Compactor:
         if not around.reserve.is_spent:
             return None
         space = await around.threads.read(around.files.space, around.directory)
+        if not space.free_inodes:
+            return 0  # no output can be made: only what is dead as a whole can go
         return space.free_bytes // 2  # the rest is for tombstones, which free more
 
     async def _abandon(self, outputs: list[Output]) -> None:

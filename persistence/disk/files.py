@@ -17,19 +17,20 @@ _NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 _NO_NOWAIT: Final = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
+UNCOUNTED: Final = 2**63 - 1
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
 
 
 class Space(NamedTuple):
-    """Free space of a file system."""
+    """Free space of a file system; one that does not count its inodes has `UNCOUNTED`."""
 
     free_bytes: int
     free_inodes: int
 
 
 class Files:
-    """System calls on files. Every method raises OSError as the call does."""
+    """System calls on files. Every method but `close` raises OSError as the call does."""
 
     def make_directory(self, path: str) -> None:
         """Create `path` and its parents, private to the user; fine if it exists."""
@@ -65,8 +66,16 @@ class Files:
         fcntl.flock(fd, fcntl.LOCK_UN)
 
     def close(self, fd: int) -> None:
-        """Close `fd`."""
-        os.close(fd)
+        """Close `fd`. Never fails: the descriptor is gone, whatever the system says.
+
+        An error of a close tells nothing that the sync before it did not tell, and whoever closes
+        once more closes a file of somebody else.
+        """
+        try:
+            os.close(fd)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # no fault of the world's
+                raise
 
     def size(self, fd: int) -> int:
         """Return the size of the open file, bytes."""
@@ -138,7 +147,8 @@ class Files:
     def space(self, path: str) -> Space:
         """Return the free space of the file system that holds `path`."""
         stats = os.statvfs(path)
-        return Space(stats.f_bavail * stats.f_frsize, stats.f_favail)
+        free_inodes = stats.f_favail if stats.f_files else UNCOUNTED
+        return Space(stats.f_bavail * stats.f_frsize, free_inodes)
 
 
 def _open_file(path: str, access: int) -> int:

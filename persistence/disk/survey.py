@@ -19,14 +19,18 @@ from persistence.disk.caches import covers, read_guard
 from persistence.disk.filenames import parse_hint, parse_segment, segment_name
 from persistence.disk.files import Files, read_exactly
 from persistence.disk.format import (
+    FOOTER_BYTES,
     FRAME_MAGIC,
     FRAME_OVERHEAD_BYTES,
     MAX_KEY_BYTES,
     MAX_PAYLOAD_BYTES,
     SALT_BYTES,
     SEGMENT_HEADER_BYTES,
+    Frame,
+    FrameType,
     OtherFormat,
     SegmentKind,
+    decode_frame,
     decode_segment_header,
     frame_length,
 )
@@ -53,7 +57,8 @@ class Survey:
         damages: what is wrong with a segment as a whole, by number.
         last_log: number of the last log segment that can be read, 0: there is none.
         is_last_sealed: whether that one must end with its footer.
-        torn_creations: segments that a crash left half made, and what there is of them.
+        torn_creations: segments that a crash left half made, or that were given up as soon as
+            they were made; and what there is of them.
         last_number: the highest segment number that was ever used.
     """
 
@@ -87,6 +92,7 @@ def survey(files: Files, directory: str, manifest: Manifest, names: list[str]) -
     for number in sorted(missing_numbers(files, directory, manifest, numbers, hinted)):
         _set_aside(found, number, MISSING)
     _judge_headless(files, directory, manifest, headless, found)
+    _judge_unused(files, directory, manifest, hinted, headless, found)
     known = [*numbers, *found.segments, *manifest.sealed, *manifest.dropped]
     found.last_number = max([manifest.next_number - 1, *known])
     found.last_log = _last_log(found)
@@ -187,6 +193,58 @@ def _judge_headless(
         else:
             found.segments[number] = salvaged
             found.damages[number] = HEADER_MENDED
+
+
+def _judge_unused(
+    files: Files,
+    directory: str,
+    manifest: Manifest,
+    hinted: set[int],
+    headless: dict[int, bytes],
+    found: Survey,
+) -> None:
+    """Tell segments that were made and given up at once from sealed ones that lost their content.
+
+    Where a header or the directory could not be synced, the segment was removed again, and a power
+    loss may undo that. Nothing was written into it if what is behind it goes on at the sequence
+    number where what is before it ends.
+    """
+    known = manifest.sealed | hinted
+    before = -1  # where the segments before end; not known
+    unused: list[int] = []
+    for number, segment in sorted(found.segments.items()):
+        if segment.kind != SegmentKind.LOG:
+            continue
+        is_empty = segment.length <= SEGMENT_HEADER_BYTES and number not in known
+        if is_empty and (number in headless or segment.damaged):
+            unused.append(number)
+            continue
+        if segment.damaged:
+            unused, before = [], -1
+            continue
+        base = segment.lowest_sequence - 1
+        if before == base:
+            for given_up in unused:
+                del found.segments[given_up]
+                found.damages.pop(given_up, None)
+                found.torn_creations[given_up] = b""
+        unused = [number] if is_empty else []
+        before = base if is_empty else _end_of(files, directory, segment)
+
+
+def _end_of(files: Files, directory: str, segment: Segment) -> int:
+    """Return the last sequence number of a log segment, as its footer says; -1: there is none."""
+    at = segment.length - FOOTER_BYTES
+    if at < SEGMENT_HEADER_BYTES:
+        return -1
+    fd = files.open_read(f"{directory}/{segment_name(segment.number)}")
+    try:
+        data = read_exactly(files, fd, FOOTER_BYTES, at)
+    finally:
+        files.close(fd)
+    footer = decode_frame(data, 0, segment.salt_checksum)
+    is_footer = isinstance(footer, Frame) and footer.type == FrameType.FOOTER
+    return footer.sequence if is_footer and isinstance(footer, Frame) else -1
 
 
 def _last_log(found: Survey) -> int:

@@ -26,7 +26,7 @@ from persistence.disk.directory import (
     open_manifest,
     write_manifest,
 )
-from persistence.disk.filenames import MANIFEST, segment_name
+from persistence.disk.filenames import MANIFEST, MANIFEST_COPY, segment_name
 from persistence.disk.files import NO_SPACE, Files
 from persistence.disk.format import (
     DELETE,
@@ -359,6 +359,9 @@ class DiskTier:
         """Return the session ids of `rows` that are still current, for listings.
 
         Damaged ones are passed over, and noted where the id itself cannot be read.
+
+        Raises:
+            DirectoryNotUsable: the process may open no more files.
         """
         found = []
         for wanted in rows:
@@ -373,12 +376,12 @@ class DiskTier:
                 continue
             if key and self.fingerprint(key) == row.fingerprint:
                 found.append((key, row))
-            elif key is not None and self.index.get(row.fingerprint) == row:
+            elif self.index.get(row.fingerprint) == row:
                 self._damaged(row, None, "the session's id cannot be read")
         return found
 
-    async def _read_key(self, row: Row) -> bytes | None:
-        """Return the key of the frame that `row` points to; empty: not there; None: not now."""
+    async def _read_key(self, row: Row) -> bytes:
+        """Return the key of the frame that `row` points to; empty: not there."""
         if row.segment not in self.segments:
             return b""
         size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
@@ -388,7 +391,8 @@ class DiskTier:
             try:
                 frame = await asyncio.shield(reading)  # the thread must not lose its file
             except OSError as error:
-                return None if error.errno in _OUT_OF_FILES else b""
+                _unreadable(error)  # too many open files is no reason to leave a session out
+                return b""
         return key_of(memoryview(frame)) or b""
 
     # --- writing ------------------------------------------------------------------------------
@@ -795,8 +799,11 @@ def _write_with_reserve(files: Files, directory: str, manifest: Manifest, reserv
     try:
         write_manifest(files, directory, manifest)
     except OSError as error:
-        if error.errno not in NO_SPACE or not reserve.release():
+        if error.errno not in NO_SPACE:
             raise
+        if not reserve.release():
+            # It may be inodes that are lacking. The copy takes one, and is written again.
+            files.remove(f"{directory}/{MANIFEST_COPY}")
         write_manifest(files, directory, manifest)
 
 
@@ -815,7 +822,12 @@ def _some_steps(steps: Iterator[None]) -> bool:
 
 
 def _unreadable(error: OSError) -> str:
-    if error.errno == errno.EMFILE:
+    """Return why the bytes of a session cannot be read.
+
+    Raises:
+        DirectoryNotUsable: it has nothing to do with them: the process may open no more files.
+    """
+    if error.errno in _OUT_OF_FILES:
         raise DirectoryNotUsable(
             "too many open files in this process: raise RLIMIT_NOFILE, nothing is lost"
         ) from error

@@ -4,7 +4,8 @@ It tells apart what a program wrote and what is durable: the data of a file from
 that file, a name from the last sync of its directory. So one run can be followed by
 
 - `after_kill`: the process died; the kernel still has everything that was written;
-- `after_power_loss`: the machine died; of what was not synced, nothing is left, or any part of it;
+- `after_power_loss`: the machine died; of what was not synced, nothing is left, or any part of it
+  (`tests.disk.powerloss` says which parts there are);
 
 also by the one and then the other: what a process left unsynced stays so after its death.
 
@@ -19,14 +20,14 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
 from persistence.disk.files import Files, Space
+from tests.disk.powerloss import Change, Loss, Names, Nothing, Scattered, apply_change, rename
 
-SECTOR_BYTES: Final = 512
 MUTATING: Final = frozenset(
     {
         "make_directory",
@@ -69,7 +70,10 @@ class Call:
 
 
 Fault = Callable[["MemoryFiles", Call], int | None]
-"""Sees a call before it happens: raises to let it fail, returns a count to make it a short one."""
+"""Sees a call before it happens: raises to let it fail, returns a count to make it a short one.
+
+A sync with a count of 0 is a lie: it returns, and nothing is durable.
+"""
 
 Gate = Callable[[Call], None]
 """Sees a call before any fault does, in the thread that makes it, and may let it wait."""
@@ -77,23 +81,16 @@ Gate = Callable[[Call], None]
 
 @dataclass(eq=False, slots=True)
 class _File:
-    """An inode. `pending` lists what was done to it since its last sync.
-
-    A pending change is (offset, bytes), or (size, None): the file was cut to that size.
-    """
+    """An inode. `pending` lists what was done to it since its last sync, in order."""
 
     data: bytearray = field(default_factory=bytearray)
     durable: bytearray = field(default_factory=bytearray)
-    pending: list[tuple[int, bytes | None]] = field(default_factory=list)
+    pending: list[Change] = field(default_factory=list)
     locked_by: int = 0
 
     def copy(self) -> _File:
         """Return an inode of the same content, unlocked."""
         return _File(bytearray(self.data), bytearray(self.durable), list(self.pending))
-
-
-_Names = dict[str, _File | None]
-"""A pending change of a directory, atomic: each path names this file now, or None: nothing."""
 
 
 class MemoryFiles(Files):
@@ -105,6 +102,7 @@ class MemoryFiles(Files):
         calls: the mutating calls that took place, in order. A removal of what is not there and
             the making of a directory that exists are none.
         free_bytes: how much the disk still takes; None: no end.
+        most_files: how many files it takes, like a file system with so many inodes; None: no end.
     """
 
     def __init__(self) -> None:
@@ -112,6 +110,7 @@ class MemoryFiles(Files):
         self.faults: list[Fault] = []
         self.calls: list[Call] = []
         self.free_bytes: int | None = None
+        self.most_files: int | None = None
         self.is_dead = False
         self.dies_after_this_call = False
         self._lock = threading.RLock()
@@ -119,7 +118,8 @@ class MemoryFiles(Files):
         self._lost_directories: set[str] = set()  # if the power is lost now
         self._files: dict[str, _File] = {}
         self._durable: dict[str, _File] = {}
-        self._renamings: list[_Names] = []
+        self._renamings: list[Names[_File]] = []
+        self._changes = 0
         self._open: dict[int, tuple[_File, str]] = {}
         self._next_fd = _FIRST_FD
 
@@ -178,31 +178,37 @@ class MemoryFiles(Files):
             copies: dict[_File, _File] = {}
             again._files = _copied(self._files, copies)
             again._durable = _copied(self._durable, copies)
+            again._changes = self._changes
             again._renamings = [
-                {
-                    path: file and copies.setdefault(file, file.copy())
-                    for path, file in change.items()
-                }
+                Names(
+                    change.order,
+                    {
+                        path: file and copies.setdefault(file, file.copy())
+                        for path, file in change.files.items()
+                    },
+                )
                 for change in self._renamings
             ]
             return again
 
-    def after_power_loss(self, random: Random | None = None) -> MemoryFiles:
+    def after_power_loss(self, loss: Loss | Random | None = None) -> MemoryFiles:
         """Return the disk as it is after the machine lost its power.
 
         Args:
-            random: None: nothing is left that was not synced. Else each change since, to data (by
-                sector) and to names, is left or lost by chance, independently of the others.
+            loss: what is left of what was not synced. None: nothing. Random numbers: each change,
+                to data (by sector) and to names, is left or lost by chance.
         """
+        if loss is None:
+            loss = Nothing()
+        elif isinstance(loss, Random):
+            loss = Scattered(loss)
         with self._lock:
             names = dict(self._durable)
             for change in self._renamings:
-                if random is not None and random.random() < 0.5:
-                    _rename(names, change)
+                if loss.keeps_names(change.order):
+                    rename(names, change)
             lost = {
-                path
-                for path in sorted(self._lost_directories)
-                if random is None or random.random() < 0.5
+                path for path in sorted(self._lost_directories) if not loss.keeps_directory(path)
             }
             again = MemoryFiles()
             for path in self._directories:
@@ -210,8 +216,38 @@ class MemoryFiles(Files):
                     again._directories.add(path)
             for path, file in names.items():
                 if lost.isdisjoint(_parents(path)):
-                    again.set_data(path, bytes(_left_of(file, random)))
+                    again.set_data(path, bytes(loss.left_of(file.durable, file.pending)))
             return again
+
+    @property
+    def unsynced(self) -> list[int]:
+        """The orders of all changes since the syncs that would have made them durable."""
+        with self._lock:
+            files = {*self._files.values(), *self._durable.values()}
+            data = [change.order for file in files for change in file.pending]
+            return sorted([*data, *(change.order for change in self._renamings)])
+
+    def unsynced_data(self) -> set[str]:
+        """Return the files that hold something which was written and not synced.
+
+        What was written and then cut away again does not count.
+        """
+        with self._lock:
+            return {
+                path
+                for path, file in self._files.items()
+                if any(item.data and item.offset < len(file.data) for item in file.pending)
+            }
+
+    def unsynced_names(self) -> set[str]:
+        """Return the names whose last change is not durable."""
+        with self._lock:
+            return {path for change in self._renamings for path in change.files}
+
+    def is_durable(self, data: bytes) -> bool:
+        """Whether some file holds `data` even if the power is lost now."""
+        with self._lock:
+            return any(data in file.durable for file in self._durable.values())
 
     # --- one call ---------------------------------------------------------------------------------
 
@@ -235,9 +271,19 @@ class MemoryFiles(Files):
     def _did(self, call: Call) -> None:
         self.calls.append(call)
 
-    def _name(self, change: _Names) -> None:
-        _rename(self._files, change)
+    def _name(self, files: dict[str, _File | None]) -> None:
+        change = Names(self._next_order(), files)
+        rename(self._files, change)
         self._renamings.append(change)
+
+    def _change(self, file: _File, offset: int, data: bytes | None) -> None:
+        change = Change(self._next_order(), offset, data)
+        apply_change(file.data, change)
+        file.pending.append(change)
+
+    def _next_order(self) -> int:
+        self._changes += 1
+        return self._changes
 
     def _opened(self, file: _File, path: str) -> int:
         self._next_fd += 1
@@ -267,6 +313,9 @@ class MemoryFiles(Files):
             raise _error(errno.ENOSPC, "")
         self.free_bytes -= max(0, end - max(offset, len(file.data)))
         return end
+
+    def _free_inodes(self) -> int:
+        return 2**20 if self.most_files is None else max(0, self.most_files - len(self._files))
 
     def _give_back(self, nbytes: int) -> None:
         if self.free_bytes is not None:
@@ -306,6 +355,8 @@ class MemoryFiles(Files):
             self._check_parent(path)
             if path in self._files or path in self._directories:
                 raise _error(errno.EEXIST, path)
+            if not self._free_inodes():
+                raise _error(errno.ENOSPC, path)
             file = _File()
             self._name({path: file})
             self._did(call)
@@ -338,7 +389,8 @@ class MemoryFiles(Files):
             if file.locked_by == fd:
                 file.locked_by = 0
             if not self.is_dead:
-                self._enter(Call("close", path))
+                with suppress(OSError):  # as the system's close: see `Files.close`
+                    self._enter(Call("close", path))
 
     def size(self, fd: int) -> int:
         file, path = self._open[fd]
@@ -375,8 +427,7 @@ class MemoryFiles(Files):
             size = len(data) if limit is None else min(len(data), limit)
             end = self._claim(file, offset + size, offset) if size else offset
             written = bytes(data[: end - offset])
-            _apply(file.data, offset, written)
-            file.pending.append((offset, written))
+            self._change(file, offset, written)
             self._did(Call("write_at", path, len(written)))
             return len(written)
 
@@ -385,8 +436,7 @@ class MemoryFiles(Files):
         call = Call("truncate", path, size)
         with self._entering(call):
             self._give_back(len(file.data) - size)
-            _apply(file.data, size, None)
-            file.pending.append((size, None))
+            self._change(file, size, None)
             self._did(call)
 
     def sync_data(self, fd: int) -> None:
@@ -397,28 +447,31 @@ class MemoryFiles(Files):
 
     def _sync(self, call: Call, fd: int) -> None:
         file = self._open[fd][0]
-        with self._entering(call):
-            for offset, data in file.pending:
-                _apply(file.durable, offset, data)
-            file.pending.clear()
+        with self._entering(call) as limit:
+            if limit != 0:
+                for change in file.pending:
+                    apply_change(file.durable, change)
+                file.pending.clear()
             self._did(call)
 
     def sync_directory(self, path: str) -> None:
         call = Call("sync_directory", path)
-        with self._entering(call):
+        with self._entering(call) as limit:
             if path not in self._directories:
                 raise _error(errno.ENOENT, path)
+            self._did(call)
+            if limit == 0:
+                return
             kept = []
             for change in self._renamings:
-                if os.path.dirname(next(iter(change))) == path:
-                    _rename(self._durable, change)
+                if os.path.dirname(next(iter(change.files))) == path:
+                    rename(self._durable, change)
                 else:
                     kept.append(change)
             self._renamings = kept
             self._lost_directories -= {
                 made for made in self._lost_directories if os.path.dirname(made) == path
             }
-            self._did(call)
 
     def rename(self, source: str, target: str) -> None:
         call = Call("rename", source, target=target)
@@ -439,7 +492,8 @@ class MemoryFiles(Files):
 
     def space(self, path: str) -> Space:
         with self._entering(Call("space", path)):
-            return Space(2**40 if self.free_bytes is None else self.free_bytes, 2**20)
+            free_bytes = 2**40 if self.free_bytes is None else self.free_bytes
+            return Space(free_bytes, self._free_inodes())
 
 
 class _Entered:
@@ -481,44 +535,8 @@ def _parents(path: str) -> list[str]:
     return parents
 
 
-def _rename(names: dict[str, _File], change: _Names) -> None:
-    for path, file in change.items():
-        if file is None:
-            names.pop(path, None)
-        else:
-            names[path] = file
-
-
 def _copied(names: dict[str, _File], copies: dict[_File, _File]) -> dict[str, _File]:
     return {path: copies.setdefault(file, file.copy()) for path, file in names.items()}
-
-
-def _apply(data: bytearray, offset: int, change: bytes | None) -> None:
-    if change is None:
-        del data[offset:]
-        data.extend(bytes(offset - len(data)))
-    else:
-        data.extend(bytes(max(0, offset - len(data))))
-        data[offset : offset + len(change)] = change
-
-
-def _left_of(file: _File, random: Random | None) -> bytearray:
-    """Return what a power loss leaves of a file."""
-    left = bytearray(file.durable)
-    if random is None:
-        return left
-    for offset, change in file.pending:
-        if change is None:
-            if random.random() < 0.5:
-                _apply(left, offset, None)
-            continue
-        at = 0
-        while at < len(change):
-            end = (offset + at) // SECTOR_BYTES * SECTOR_BYTES + SECTOR_BYTES - offset
-            if random.random() < 0.5:
-                _apply(left, offset + at, change[at:end])
-            at = end
-    return left
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -602,5 +620,26 @@ def short_writes(most: int) -> Fault:
 
     def fault(_: MemoryFiles, call: Call) -> int | None:
         return most if call.operation == "write_at" else None
+
+    return fault
+
+
+def lie(operations: str | Iterable[str], *, path: str = "", nth: int = 1) -> Fault:
+    """Return a fault: from the `nth` of these syncs on they return without making anything durable.
+
+    Args:
+        operations: `sync_data`, `sync`, `sync_directory`: one of them or several.
+        path: only where this is part of the file's path.
+        nth: the first to lie, counted from 1 among those that match.
+    """
+    names = {operations} if isinstance(operations, str) else set(operations)
+    seen = 0
+
+    def fault(_: MemoryFiles, call: Call) -> int | None:
+        nonlocal seen
+        if call.operation not in names or path not in call.path:
+            return None
+        seen += 1
+        return 0 if seen >= nth else None
 
     return fault

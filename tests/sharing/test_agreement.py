@@ -80,6 +80,7 @@ class Agreed:
             went_away=lambda: None,
         )
         self.agreement.is_up = True
+        self.copies.reset(is_listening=True)
 
     async def decide(self, *commits: Commit) -> Any:
         return await self.agreement.decide(commits)
@@ -89,11 +90,8 @@ def commit_of(
     kind: int, session_id: str, record: bytes | None, ids: bytes, before: bytes | None = None
 ) -> Commit:
     """Return a commit as the queue has it."""
-    payload = b"" if record is None else record[32:]
     key = session_id.encode()
-    commit = Commit(
-        kind, session_id, key, b"", payload, record, ids, 1.0, 10.0, NEVER, 9.0, 0
-    )  # fmt: skip
+    commit = Commit(kind, session_id, key, b"", record, ids, 1.0, 10.0, NEVER, 9.0, 0)
     commit.before = before
     return commit
 
@@ -153,7 +151,7 @@ async def test_no_copy_is_current_when_announcements_were_missed_meanwhile(
     also_refused: bool,
 ) -> None:
     agreed = Agreed(**({"z": OTHER} if also_refused else {}))
-    agreed.tier.meanwhile = agreed.copies.reset
+    agreed.tier.meanwhile = lambda: agreed.copies.reset(is_listening=True)
     await agreed.decide(put("a"), put("z"))
     assert not agreed.copies.is_valid("a")
 

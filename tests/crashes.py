@@ -1,0 +1,121 @@
+"""Real processes that are killed, and what their next lives must find.
+
+`Nursery` raises workers (`crash_nursery`); `History` is what a session may be after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from persistence import StateConfig, StateManager
+from tests.crash_nursery import State
+from tests.engine import contents
+
+NURSERY = Path(__file__).with_name("crash_nursery.py")
+ROOT = Path(__file__).parents[1]
+
+
+class Nursery:
+    """The process that raises the workers and kills them."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(NURSERY)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self._process.__exit__(None, None, None)  # closes its stdin, which ends it
+
+    def run(self, order: dict[str, Any]) -> Iterator[list[Any]]:
+        """Yield what a worker reports until its end, the end included."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            words = json.loads(line)
+            yield words
+            if words[0] == "end":
+                return
+
+
+class History:
+    """One session: what was submitted since it was last looked at, and what of it was done."""
+
+    def __init__(self) -> None:
+        self.states: list[State] = [None]
+        self.done = 0
+        self.acknowledged = 0
+
+    def submitted(self, state: State) -> None:
+        self.states.append(state)
+
+    def acknowledge(self, state: State) -> None:
+        place = self.states.index(state, self.done + 1)
+        assert place == self.done + 1, "acknowledged before what it was built on"
+        self.done = place
+        self.acknowledged += 1
+
+    def found(self, state: State) -> None:
+        """After a crash: at least what was done, at most what was submitted, nothing else."""
+        possible = self.states[self.done :]
+        assert state in possible, f"found {state}, possible are {possible}"
+        self.states, self.done = [state], 0
+
+
+def work_and_check(
+    nursery: Nursery,
+    order: dict[str, Any],
+    histories: dict[str, History],
+    others: list[list[Any]] | None = None,
+    on_report: Callable[[str], None] = lambda _: None,
+) -> tuple[int | None, int]:
+    """Let a worker live; check what it finds; return its exit code and how much it reported.
+
+    What it reports of other things than sessions is added to `others`; `on_report` is called with
+    the first word of every report.
+    """
+    lines = 0
+    code: int | None = None
+    for kind, *words in nursery.run(order):
+        lines += 1
+        on_report(kind)
+        if kind == "end":
+            (code,) = words
+        elif kind in {"point", "made"}:
+            assert others is not None
+            others.append([kind, *words])
+        else:
+            history = histories[words[0]]
+            {"found": history.found, "try": history.submitted, "done": history.acknowledge}[kind](
+                words[1]
+            )
+    return code, lines
+
+
+async def check_by_opening(directory: Path, copy: Path, histories: dict[str, History]) -> None:
+    shutil.copytree(directory, copy)
+    config = StateConfig.model_validate({"disk": {"path": str(copy)}})
+    async with StateManager(config=config) as state:
+        left = await contents(state)
+        assert left.keys() <= histories.keys()
+        for session_id, history in histories.items():
+            data = left.get(session_id)
+            history.found(None if data is None else [data["generation"], data["count"]])
+        assert (await state.stats()).disk.damages == 0
+        assert await state.get_active_sessions() != []
+    # Recovered and closed once more: nothing has changed.
+    async with StateManager(config=config) as state:
+        assert await contents(state) == left

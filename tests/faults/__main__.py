@@ -1,0 +1,197 @@
+"""The long forms of the fault suites: ``python -m tests.faults SUITE... --seconds S --seed N``.
+
+    python -m tests.faults --seconds 3600 --seed 1          all suites, an hour in all
+    python -m tests.faults nth --part 1/2                   every second failure of every call
+    python -m tests.faults sequences                        all 584, every crash point
+    python -m tests.faults kills --kills 10000 --directory DIR     SIGKILLs
+    python -m tests.faults cuts --kills 200                        power cuts of a loop-mounted ext4
+    python -m tests.faults mutants                                 the engine with one guard removed
+
+Each suite prints what it has done when its time is over, and the first failure with all that is
+needed to see it again. The exit code is 1 if there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from tests.crashes import Nursery
+from tests.faults import mutants, nthcall, sequences
+from tests.faults.kernel import NotHere, ext4
+from tests.faults.killpoints import POINTS
+from tests.faults.kills import Kills
+from tests.faults.powercuts import PowerCuts
+from tests.faults.simulation import stepped
+
+_PROGRESS_SECONDS = 30.0
+
+
+class Run:
+    """One run of a suite: its arguments, its time, and how often it has failed."""
+
+    def __init__(self, arguments: argparse.Namespace, seconds: float) -> None:
+        self.seed: int = arguments.seed
+        self.kills: int = arguments.kills
+        part, parts = map(int, arguments.part.split("/"))
+        self.part = slice(part - 1, None, parts)
+        self.only: str = arguments.only
+        self.directory: str | None = arguments.directory
+        self.failures = 0
+        self._end = time.monotonic() + seconds
+        self._told = time.monotonic()
+
+    def goes_on(self) -> bool:
+        """Whether there is time left."""
+        return time.monotonic() < self._end
+
+    def say(self, text: str, *, at_once: bool = True) -> None:
+        """Print a line; progress only now and then."""
+        if at_once or time.monotonic() - self._told > _PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            print(text, flush=True)  # noqa: T201 - a report
+
+    def failed(self, where: str, error: BaseException) -> None:
+        """Note a failure."""
+        self.failures += 1
+        self.say(f"FAILED {where}\n{''.join(traceback.format_exception(error))}")
+
+
+def nth(run: Run) -> None:
+    """Let the n-th call fail, for every n and each failure, as far as the time goes."""
+    with stepped():
+        calls = nthcall.count_calls(run.seed)
+    everything = list(nthcall.failures(calls))
+    Random(run.seed).shuffle(everything)
+    mine = everything[run.part]
+    done: Counter[str] = Counter()
+    for failure in mine:
+        if not run.goes_on():
+            break
+        try:
+            nthcall.check(run.seed, failure)
+        except Exception as error:  # noqa: BLE001 - reported
+            run.failed(f"seed {run.seed}, {failure} ({calls[failure.nth - 1]})", error)
+        done[calls[failure.nth - 1]] += 1
+        run.say(f"nth: {done.total()} of {len(mine)}", at_once=False)
+    run.say(
+        f"nth: {done.total()} of {len(everything)} failures of {len(calls)} calls, "
+        f"{run.failures} failed; {dict(done.most_common())}"
+    )
+
+
+def sequence(run: Run) -> None:
+    """Look at every crash point of every sequence, as far as the time goes."""
+    base = sequences.make_base()
+    tally = sequences.Tally()
+    for each in sequences.all_sequences()[run.part]:
+        if not run.goes_on():
+            break
+        try:
+            sequences.check(base, each, run.seed, tally)
+        except AssertionError as error:
+            run.failed(" ".join(each), error)
+        run.say(f"sequences: {tally.sequences}, {tally.opened} states opened", at_once=False)
+    run.say(
+        f"sequences: {tally.sequences}, {tally.points} crash points, {tally.images} states, "
+        f"{tally.opened} different ones opened, {run.failures} failed"
+    )
+
+
+def kills(run: Run) -> None:
+    """Kill workers at named points and at random times."""
+    with tempfile.TemporaryDirectory(dir=run.directory) as scratch:
+        nursery = Nursery()
+        killer = Kills(nursery, Path(scratch) / "state", run.seed)
+        try:
+            while killer.total < run.kills and run.goes_on():
+                killer.run(min(50, run.kills - killer.total), run.goes_on)
+                run.say(f"kills: {killer.total}", at_once=False)
+            asyncio.run(killer.check(Path(scratch)))
+        except AssertionError as error:
+            run.failed(f"seed {run.seed}, after {killer.total} kills", error)
+        finally:
+            nursery.close()
+        least = min(killer.at[point] for point in POINTS)
+        run.say(
+            f"kills: {killer.total}, {killer.at.total()} of them at {len(killer.at)} points (each "
+            f"at least {least} times), {killer.acknowledged} acknowledged updates, "
+            f"{run.failures} failed"
+        )
+
+
+def cuts(run: Run) -> None:
+    """Cut the power of a loop-mounted ext4 under a worker."""
+    nursery = Nursery()
+    try:
+        with tempfile.TemporaryDirectory() as scratch, ext4(Path(scratch)) as disk:
+            cutter = PowerCuts(nursery, disk, run.seed)
+            try:
+                while cutter.cuts < run.kills and run.goes_on():
+                    cutter.one()
+                    run.say(f"cuts: {cutter.cuts}", at_once=False)
+            except AssertionError as error:
+                run.failed(f"seed {run.seed}, cut {cutter.cuts}", error)
+            run.say(
+                f"cuts: {cutter.cuts}, {cutter.acknowledged} acknowledged updates, "
+                f"{run.failures} failed"
+            )
+    except NotHere as why:
+        run.say(f"cuts: skipped: {why}")
+    finally:
+        nursery.close()
+
+
+def mutated(run: Run) -> None:
+    """Let the tests kill every mutant."""
+    survivors = mutants.run_all(run.say, run.goes_on, run.only, run.part)
+    run.failures += len(survivors)
+
+
+SUITES: dict[str, Callable[[Run], None]] = {
+    "nth": nth,
+    "sequences": sequence,
+    "kills": kills,
+    "cuts": cuts,
+    "mutants": mutated,
+}
+
+
+def main() -> int:
+    """Run what was asked for; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="default: all")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for all suites together")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=10_000, help="SIGKILLs, or power cuts")
+    parser.add_argument("--part", default="1/1", help="2/3: the second of every three")
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--directory", help="where the kills write; default: a temporary one")
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    names = arguments.suites or list(SUITES)
+    failures = 0
+    for number, name in enumerate(names):
+        left = arguments.seconds * (1 / len(names))
+        run = Run(arguments, left)
+        run.say(f"{name}: seed {arguments.seed}, at most {left:.0f} s ({number + 1}/{len(names)})")
+        SUITES[name](run)
+        failures += run.failures
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,426 @@
+"""Mutants: the engine with one guard removed. For each the tests must fail; which ones, it says.
+
+A mutant is a piece of source that must be there exactly once, and what takes its place. Where the
+source has moved on and the piece is not there, or there twice, the run fails loudly: then the
+mutant has to follow the source. Each runs in a copy of the tree of its own.
+
+``python -m tests.faults mutants`` runs all of them; with ``--only WORD`` those whose name contains
+a word.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).parents[2]
+_COPIED: Final = ("persistence", "tests", "config", "docs", "examples", "pyproject.toml")
+_TIMEOUT_SECONDS: Final = 1800.0
+_KILLED: Final = 1  # pytest's exit code when tests failed
+
+WRITER: Final = "persistence/disk/writer.py"
+FORMAT: Final = "persistence/disk/format.py"
+FILES: Final = "persistence/disk/files.py"
+COMMIT: Final = "persistence/commit.py"
+COMPACTION: Final = "persistence/disk/compaction.py"
+COMPACTOR: Final = "persistence/disk/compactor.py"
+LASTLOG: Final = "persistence/disk/lastlog.py"
+RECOVERY: Final = "persistence/disk/recovery.py"
+DIRECTORY: Final = "persistence/disk/directory.py"
+CHECKPOINT: Final = "persistence/checkpoint/manifest.py"
+SCRIPT: Final = "persistence/remote/scripts/commit.lua"
+
+RUNS: Final = "tests/faults/test_nth_call.py"
+PREFIXES: Final = "tests/disk/test_log_prefixes.py"
+SEQUENCES: Final = "tests/faults/test_sequences.py"
+
+
+class Mutant(NamedTuple):
+    """One guard that is removed.
+
+    Attributes:
+        name: what is missing.
+        path: which file.
+        old: the piece of source, exactly once in it.
+        new: what is there instead.
+        tests: where it must be found out.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS: Final = (
+    # --- syncs of files -----------------------------------------------------------------------
+    Mutant(
+        "no sync of an append",
+        WRITER,
+        "        if sync:\n            self._sync(active.fd, active.path)\n",
+        "",
+        (RUNS,),
+    ),
+    Mutant(
+        "fdatasync does nothing",
+        FILES,
+        "        os.fdatasync(fd)\n",
+        "        del fd\n",
+        ("tests/faults/test_kernels.py",),
+    ),
+    Mutant(
+        "no sync of a new segment's header",
+        WRITER,
+        "        files.sync(fd)\n        files.sync_directory(directory)\n    except OSError",
+        "        files.sync_directory(directory)\n    except OSError",
+        (RUNS, "tests/disk/test_writer.py"),
+    ),
+    Mutant(
+        "no sync of a replaced file",
+        FILES,
+        "            write_exactly(files, fd, data, 0)\n            files.sync(fd)\n",
+        "            write_exactly(files, fd, data, 0)\n",
+        (RUNS, "tests/disk/test_writer.py"),
+    ),
+    Mutant(
+        "no sync of what a merge wrote",
+        COMPACTION,
+        "    files.sync(output.fd)\n",
+        "",
+        ("tests/disk/test_compaction.py",),
+    ),
+    Mutant(
+        "no sync behind the cut of a torn tail",
+        LASTLOG,
+        "        files.truncate(fd, end)\n        files.sync(fd)\n",
+        "        files.truncate(fd, end)\n",
+        ("tests/disk/test_recovery.py",),
+    ),
+    Mutant(
+        "no sync when recovery seals",
+        LASTLOG,
+        "        segment.length = tail.end + len(footer)\n    files.sync(fd)\n",
+        "        segment.length = tail.end + len(footer)\n",
+        ("tests/disk/test_failed_sync.py", "tests/disk/test_recovery.py"),
+    ),
+    Mutant(
+        "nothing is written again after a failed sync",
+        RECOVERY,
+        "            yield from write_again(self._files, fd, tail)\n",
+        "",
+        ("tests/disk/test_failed_sync.py",),
+    ),
+    # --- syncs of directories -----------------------------------------------------------------
+    Mutant(
+        "no directory sync behind a new segment",
+        WRITER,
+        "        files.sync(fd)\n        files.sync_directory(directory)\n    except OSError",
+        "        files.sync(fd)\n    except OSError",
+        (RUNS, "tests/disk/test_writer.py"),
+    ),
+    Mutant(
+        "no directory sync behind a replaced file",
+        FILES,
+        "        files.rename(source, target)\n        files.sync_directory(directory)\n",
+        "        files.rename(source, target)\n",
+        (RUNS, "tests/disk/test_writer.py"),
+    ),
+    Mutant(
+        "no directory sync behind the naming of a merge",
+        COMPACTION,
+        '(output.segment.number)}")\n    files.sync_directory(directory)\n\n\ndef abandon',
+        '(output.segment.number)}")\n\n\ndef abandon',
+        ("tests/disk/test_compaction.py",),
+    ),
+    Mutant(
+        "no directory sync before dead segments go",
+        RECOVERY,
+        "            self._files.sync_directory(self._directory)\n        for name in dead:\n",
+        "            pass\n        for name in dead:\n",
+        ("tests/disk/test_recovery.py", "tests/disk/test_compaction.py"),
+    ),
+    # --- checksums ----------------------------------------------------------------------------
+    Mutant(
+        "a frame's header is not checked",
+        FORMAT,
+        "    if _unpack_checksum(data, offset + _HEADER_SIZE)[0] != crc32c(\n"
+        "        key, crc32c(header, salt_checksum)\n    ):",
+        "    if crc32c(key, crc32c(header, salt_checksum)) < 0:",
+        (PREFIXES,),
+    ),
+    Mutant(
+        "a frame's payload is not checked by a scan",
+        FORMAT,
+        "    if _unpack_checksum(data, end)[0] != crc32c(view[offset:end], salt_checksum):",
+        "    if crc32c(view[offset:end], salt_checksum) < 0:",
+        (PREFIXES,),
+    ),
+    Mutant(
+        "a record is not checked when it is read",
+        FORMAT,
+        "    if crc32c(data, salt_checksum) != _INTACT:",
+        "    if crc32c(data, salt_checksum) < 0:",
+        (PREFIXES, "tests/disk/test_format.py"),
+    ),
+    Mutant(
+        "a hint is not checked",
+        FORMAT,
+        "    return (skew, body) if crc32c(body) == body_checksum else None",
+        "    return (skew, body) if crc32c(body) >= 0 <= body_checksum else None",
+        ("tests/disk/test_recovery.py", "tests/disk/test_format.py"),
+    ),
+    Mutant(
+        "the manifest is not checked",
+        "persistence/disk/manifest.py",
+        '    if rest != b"%08x\\n" % crc32c(body):',
+        "    if crc32c(body + rest) < 0:",
+        ("tests/disk/test_directory.py",),
+    ),
+    Mutant(
+        "a merge does not check what it copies",
+        FORMAT,
+        "    if _unpack_checksum(view, end)[0] != crc32c(view[:end], old_salt_checksum):",
+        "    if crc32c(view[:end], old_salt_checksum) < 0:",
+        ("tests/disk/test_compaction.py",),
+    ),
+    Mutant(
+        "a chunk of a checkpoint is not checked",
+        CHECKPOINT,
+        "    if checksum != ref.checksum or checksum != checksum_of(data):",
+        "    if checksum < 0:",
+        ("tests/checkpoint/test_manifest.py", "tests/checkpoint/test_damage.py"),
+    ),
+    Mutant(
+        "the manifest of a checkpoint is not checked",
+        CHECKPOINT,
+        " or checksum_of(data) != crc32c(data[:behind]):",
+        ":",
+        ("tests/checkpoint/test_manifest.py",),
+    ),
+    Mutant(
+        "a record from Redis is not checked",
+        "persistence/remote/layout.py",
+        "    if crc32c(record) != checksum:",
+        "    if crc32c(record) < 0 <= checksum:",
+        ("tests/remote/test_layout.py",),
+    ),
+    # --- orders -------------------------------------------------------------------------------
+    Mutant(
+        "merged segments go before the manifest drops them",
+        "persistence/disk/tier.py",
+        "        await self._write_manifest(add=numbers)\n",
+        "        del numbers\n",
+        ("tests/disk/test_compaction.py",),
+    ),
+    Mutant(
+        "a checkpoint is noted before it is published",
+        "persistence/checkpoint/create.py",
+        "        await store.publish(made, encode_manifest(manifest))\n"
+        "        await _remember(tier, Shipped(store.name, made, cut.sequence))\n",
+        "        await _remember(tier, Shipped(store.name, made, cut.sequence))\n"
+        "        await store.publish(made, encode_manifest(manifest))\n",
+        ("tests/checkpoint/test_create.py",),
+    ),
+    Mutant(
+        "a merge drops every tombstone",
+        COMPACTION,
+        "            if sequence < self._droppable_below:",
+        "            if sequence >= 0:",
+        ("tests/disk/test_compaction.py",),
+    ),
+    Mutant(
+        "what was built on a failed commit is not failed",
+        COMMIT,
+        "        doomed = [*commits, *self._withdraw_later(commits, sessions)]",
+        "        doomed = [*commits]",
+        ("tests/test_commit.py",),
+    ),
+    Mutant(
+        "a short write is not cut back",
+        WRITER,
+        "            self._files.truncate(active.fd, active.end)\n",
+        "            pass\n",
+        ("tests/test_commit.py", "tests/disk/test_writer.py"),
+    ),
+    Mutant(
+        "writing goes on after a failed sync",
+        WRITER,
+        '        self.poisoned = f"{path}: {error.strerror}"\n        _log.error(',
+        "        _log.error(",
+        ("tests/disk/test_writer.py", "tests/test_commit.py"),
+    ),
+    Mutant(
+        "damage in the last segment passes for a torn tail",
+        LASTLOG,
+        "        elif _acknowledged_behind(files, fd, segment, offset, tail.last_sequence):",
+        "        elif not segment:",
+        ("tests/disk/test_recovery.py",),
+    ),
+    Mutant(
+        "the snapshot of a clean close is not used up",
+        RECOVERY,
+        "            self._files.remove(path)\n"
+        "            self._files.sync_directory(self._directory)\n"
+        "        return taken\n",
+        "            pass\n        return taken\n",
+        ("tests/disk/test_recovery.py",),
+    ),
+    # --- locks --------------------------------------------------------------------------------
+    Mutant(
+        "a directory is not locked",
+        DIRECTORY,
+        "            files.lock(self._fd)\n",
+        "            pass\n",
+        ("tests/disk/test_directory.py",),
+    ),
+    Mutant(
+        "two may edit one session",
+        "persistence/locks.py",
+        "        if holder is None:\n",
+        "        if holder is None or holder.task is not task:\n",
+        ("tests/test_locks.py",),
+    ),
+    Mutant(
+        "a merge takes what a checkpoint still reads",
+        COMPACTION,
+        "        and item.number not in pinned\n",
+        "",
+        ("tests/disk/test_compaction.py", "tests/checkpoint/test_create.py"),
+    ),
+    # --- the shared tier ----------------------------------------------------------------------
+    Mutant(
+        "Redis takes a commit on any base",
+        SCRIPT,
+        " and sub(state, IDS_AT, SHOWN_BYTES) == base then\n    return nil",
+        " then\n    return nil",
+        ("tests/remote/test_contract.py",),
+    ),
+    Mutant(
+        "Redis does not know a repeated commit again",
+        SCRIPT,
+        "  if knows(state, commit) then\n",
+        "  if false then\n",
+        ("tests/remote/test_contract.py",),
+    ),
+    Mutant(
+        "an end leaves no tombstone in Redis",
+        SCRIPT,
+        "  call('PEXPIRE', key, time)\n  announce(key, kind, sub(head, 1, 8), commit)",
+        "  call('DEL', key)\n  announce(key, kind, sub(head, 1, 8), commit)",
+        ("tests/remote/test_contract.py",),
+    ),
+    Mutant(
+        "a late touch moves a deadline back",
+        SCRIPT,
+        "  if struct.unpack('<d', times) < struct.unpack('<d', head) then return 'A' end\n",
+        "",
+        ("tests/remote/test_contract.py",),
+    ),
+)
+
+
+class NotOnce(Exception):
+    """The source that a mutant changes is not there, or more than once."""
+
+
+def mutated(source: str, mutant: Mutant) -> str:
+    """Return the source with the mutant's change.
+
+    Raises:
+        NotOnce: the mutant does not fit the source any more.
+    """
+    count = source.count(mutant.old)
+    if count != 1:
+        raise NotOnce(f"{mutant.name}: its piece of {mutant.path} is there {count} times, not once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def run(mutant: Mutant) -> tuple[bool, str]:
+    """Run the tests that must find a mutant; return whether they did, and the last words of pytest.
+
+    Raises:
+        NotOnce: it does not fit the source any more.
+    """
+    code, words = _tested(mutant.tests, mutant)
+    return code == _KILLED, words
+
+
+def run_unchanged(tests: Iterable[str]) -> str:
+    """Run tests on the engine as it is; return an empty string, or what has failed.
+
+    A test that fails anyway kills no mutant.
+    """
+    code, words = _tested(tuple(sorted(set(tests))), None)
+    return words if code else ""
+
+
+def _tested(tests: tuple[str, ...], mutant: Mutant | None) -> tuple[int, str]:
+    """Run tests in a copy of the tree; return pytest's exit code, and its last words."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        for name in _COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        if mutant is not None:
+            path = copy / mutant.path
+            path.write_text(mutated(path.read_text(), mutant))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no"]
+        command += ["-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            ended = subprocess.run(
+                command,
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return _KILLED, "the tests hang"
+        words = (ended.stdout.strip() or ended.stderr.strip()).splitlines() or [""]
+        failed = next((line for line in words if line.startswith(("FAILED", "ERROR"))), words[-1])
+        return ended.returncode, failed
+
+
+def run_all(
+    say: Callable[[str], None],
+    goes_on: Callable[[], bool] = lambda: True,
+    only: str = "",
+    part: slice = slice(None),
+) -> list[str]:
+    """Run all mutants, or those whose names contain `only`; return those that survived."""
+    survivors = []
+    chosen = [mutant for mutant in MUTANTS if only in mutant.name][part]
+    done = 0
+    problem = run_unchanged(path for mutant in chosen for path in mutant.tests)
+    if problem:
+        say(f"no mutants: the tests fail without them: {problem}")
+        return ["none"]
+    for mutant in chosen:
+        if not goes_on():
+            break
+        started = time.monotonic()
+        try:
+            is_killed, words = run(mutant)
+        except NotOnce as why:
+            is_killed, words = False, str(why)
+        done += 1
+        seconds = time.monotonic() - started
+        say(f"{'killed' if is_killed else 'ALIVE '} {mutant.name} ({seconds:.0f} s): {words}")
+        if not is_killed:
+            survivors.append(mutant.name)
+    say(f"mutants: {done} of {len(chosen)} run, {len(survivors)} survived")
+    return survivors

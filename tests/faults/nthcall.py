@@ -1,0 +1,186 @@
+"""A run of 500 operations in which the n-th call on the disk fails, for every n.
+
+The run includes rotations, merges, checkpoints, restores, kills with their recoveries, and clean
+closes. A call fails with an errno, or takes only a part of what it was given; once, or every call
+of that kind from then on, or every call of any kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Iterator
+from random import Random
+from typing import Final, NamedTuple
+
+from tests.disk.memoryfiles import Call, Fault, MemoryFiles, fail
+from tests.faults.simulation import stepped
+from tests.faults.world import World, check_checkpoints, check_image
+
+OPERATIONS: Final = 500
+_SESSIONS: Final = tuple(f"s{number}" for number in range(10))
+_OF_A_SESSION: Final = {
+    "create": 5,
+    "update": 10,
+    "replace": 4,
+    "edit": 3,
+    "terminate": 2,
+    "ttl": 1,
+    "read": 3,
+    "spill": 3,
+    "restore": 1,
+}
+_OTHERS: Final = {
+    "burst": 1.5,
+    "rotate": 0.5,
+    "flush": 0.7,
+    "list": 0.4,
+    "clean": 0.3,
+    "expire": 0.5,
+    "compact": 0.4,
+    "checkpoint": 0.3,
+    "crash": 0.25,
+    "reopen": 0.2,
+    "goback": 0.1,
+}
+WEIGHTS: Final = {**_OF_A_SESSION, **_OTHERS}
+
+ERRNOS: Final = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EMFILE)
+SHORT: Final = 0
+"""In the place of an errno: the call takes or gives only a part."""
+HOW_LONG: Final = ("once", "kind", "all")
+_MODES: Final = {SHORT: 2, errno.EDQUOT: 1, errno.EINTR: 1}
+"""How many of `HOW_LONG`. A call that is interrupted for ever is tried again for ever; a quota is
+a full disk by another name."""
+_OPENING: Final = (
+    "create",
+    "list_directory",
+    "open_lock",
+    "open_read",
+    "open_write",
+    "sync_directory",
+)
+"""The calls that need a new descriptor."""
+_COUNTED: Final = ("write_at", "read_at", "read_cached")
+
+
+class Failure(NamedTuple):
+    """Which call fails, and how.
+
+    Attributes:
+        nth: counted from 1, over all calls of all lives.
+        number: the errno, or `SHORT`.
+        how_long: "once"; "kind": every call of that name from then on; "all": every call.
+    """
+
+    nth: int
+    number: int
+    how_long: str
+
+    def __str__(self) -> str:
+        name = errno.errorcode[self.number] if self.number else "short"
+        return f"call {self.nth}: {name}, {self.how_long}"
+
+
+def script(seed: int, operations: int = OPERATIONS) -> list[str]:
+    """Return the steps of a run, each kind among them; the same for the same seed."""
+    chance = Random(seed)
+    others = operations - len(WEIGHTS)
+    names = [*WEIGHTS, *chance.choices(list(WEIGHTS), list(WEIGHTS.values()), k=others)]
+    chance.shuffle(names)
+    return [
+        f"{name} {chance.choice(_SESSIONS)}" if name in _OF_A_SESSION else name for name in names
+    ]
+
+
+class _Breaker:
+    """The fault of a `Failure`, over all lives.
+
+    Attributes:
+        calls: how many calls there were.
+        hit: the call that failed first.
+    """
+
+    def __init__(self, failure: Failure | None) -> None:
+        self._failure = failure
+        self._random = Random(0 if failure is None else failure.nth)
+        self.calls = 0
+        self.hit: Call | None = None
+
+    def __call__(self, files: MemoryFiles, call: Call) -> int | None:
+        self.calls += 1
+        failure = self._failure
+        if failure is None or self.calls < failure.nth:
+            return None
+        if self.calls == failure.nth:
+            self.hit = call
+        elif not self._goes_on(call):
+            return None
+        if failure.number != SHORT:
+            fail(failure.number, call.operation)(files, call)
+        if call.operation in _COUNTED and call.size > 1:
+            return self._random.randrange(1, call.size)
+        return None
+
+    def _goes_on(self, call: Call) -> bool:
+        """Whether a call behind the first that failed fails too."""
+        assert self._failure is not None
+        assert self.hit is not None
+        how_long = self._failure.how_long
+        return how_long == "all" or (how_long == "kind" and call.operation == self.hit.operation)
+
+
+def count_calls(seed: int) -> list[str]:
+    """Return the name of every call of a run in which nothing fails."""
+    names: list[str] = []
+
+    def note(_: MemoryFiles, call: Call) -> None:
+        names.append(call.operation)
+
+    asyncio.run(_run(seed, note))
+    return names
+
+
+async def _run(seed: int, fault: Fault) -> World:
+    world = World(seed)
+    world.has_failed = isinstance(fault, _Breaker)
+    world.faults.append(fault)
+    await world.run(script(seed))
+    return world
+
+
+def failures(calls: list[str]) -> Iterator[Failure]:
+    """Return every failure of a run that makes these calls."""
+    for nth, name in enumerate(calls, 1):
+        for number in (*ERRNOS, SHORT):
+            if number == SHORT and name not in _COUNTED:
+                continue
+            if number == errno.EMFILE and name not in _OPENING:
+                continue
+            for how_long in HOW_LONG[: _MODES.get(number, 3)]:
+                yield Failure(nth, number, how_long)
+
+
+def check(seed: int, failure: Failure) -> list[str]:
+    """Run with a failure; assert that nothing is lost or wrong; return what callers were told."""
+    with stepped():
+        return asyncio.run(_check(seed, failure))
+
+
+async def _check(seed: int, failure: Failure) -> list[str]:
+    breaker = _Breaker(failure)
+    world = await _run(seed, breaker)
+    assert breaker.hit is not None, "there is such a call"
+    world.faults.clear()
+    world.has_failed = False
+    await world.die()
+    # Where no sync ever succeeds, a power loss brings back segments that were given up as soon as
+    # they were made. Not each of them can be told from one whose content is lost.
+    never_synced = failure.how_long != "once" and breaker.hit.operation.startswith("sync")
+    scattered = world.files.after_power_loss(Random(failure.nth))
+    await check_image(world, scattered, may_report_damage=never_synced)
+    await check_image(world, world.files.after_power_loss())
+    await check_checkpoints(world, world.files.after_kill())
+    assert await world.open(), world.refusals
+    await world.run(["update s0", "create s1", "compact", "checkpoint", "list", "reopen", "list"])
+    return world.refusals
