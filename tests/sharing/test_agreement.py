@@ -55,7 +55,10 @@ class Remembered:
         return session_id in self.branches
 
     async def add(
-        self, branches: Mapping[str, Branch], sent: Iterable[tuple[str, bytes]] = ()
+        self,
+        branches: Mapping[str, Branch],
+        sent: Iterable[tuple[str, bytes]] = (),
+        ended: Iterable[tuple[str, bytes]] = (),
     ) -> None:
         self.branches.update(branches)
 
