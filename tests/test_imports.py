@@ -481,3 +481,23 @@ def test_the_library_loads_nothing_that_only_some_of_its_users_need(module: str)
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_manager_without_a_shared_tier_loads_no_client_of_one(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, sys
+from persistence import DiskConfig, StateConfig, StateManager
+
+async def work():
+    config = StateConfig(disk=DiskConfig(path={str(tmp_path / "d")!r}))
+    async with StateManager(config=config) as state:
+        await state.create_session()
+        await state.create_checkpoint()
+
+asyncio.run(work())
+print("redis" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "False"
