@@ -14,15 +14,18 @@ offset bytes meaning
 32     8     version, unsigned: 1 at creation, +1 for each commit that changes something
 40     8     created, wall seconds (float)
 48     8     TTL, seconds (float); 0: never expires
-56     1     flags (`RENEWS`)
+56     1     flags (`RENEWS`, `WIDE`)
 57     3     length of the metadata, unsigned
 60     4     tag of the user id (`format.user_tag`), unsigned; 0: no user
 64     ...   metadata: MessagePack map, only what is given; nothing at all when nothing is
-...    4     length of the names, unsigned
-...    ...   names of the fields: MessagePack array of strings, in the order they were first set
-...    4 n   where each packed value ends, counted from the first one's start, unsigned
+...    2     length of the names, unsigned
+...    ...   names of the fields: MessagePack strings, in the order in which they were first set
+...    2 n   where each packed value ends, counted from the first one's start, unsigned
 ...    ...   the packed values, one behind the other
 ====== ===== ============================================================================
+
+Where names or values have more than 65,535 bytes, the flag `WIDE` is set, and their length and the
+ends have 4 bytes each.
 
 Names and ends come first, so that one field is found, and one replaced, without looking at the
 others. Sessions of an application have few sets of names between them; each is decoded once and
@@ -55,6 +58,8 @@ from persistence.errors import ValueNotSerializable, ValueTooLarge
 
 RENEWS: Final = 1
 """Flag: an access moves the deadline (``auto_renew``)."""
+WIDE: Final = 2
+"""Flag: the length of the names and the ends of the values have 4 bytes instead of 2."""
 
 ID_BYTES: Final = 16
 TTL_AT: Final = 48
@@ -69,12 +74,15 @@ _TAIL_AT: Final = 2 * ID_BYTES
 _pack_tail = _TAIL.pack
 _unpack_tail = _TAIL.unpack_from
 PREFIX_BYTES: Final = _PREFIX.size
-FIXED_BYTES: Final = PREFIX_BYTES + 4
+FIXED_BYTES: Final = PREFIX_BYTES + 2
 """What every record has beside metadata and fields: the prefix, and the length of the names."""
 _META_BITS: Final = 8  # the word at 56 holds flags in its low byte, the metadata's length above
 _WORD: Final = Struct("<I")
 _unpack_word = _WORD.unpack_from
 _NAMES_AT: Final = FIXED_BYTES  # and the metadata
+_SHORT: Final = Struct("<H")
+_unpack_short = _SHORT.unpack_from
+_NARROW_MAX: Final = 2**16 - 1
 _VERSION: Final = Struct("<Q")
 _VERSION_AT: Final = 2 * ID_BYTES
 _CREATED_AT: Final = _VERSION_AT + _VERSION.size
@@ -377,7 +385,7 @@ def unpack_value(packed: bytes | memoryview) -> Any:
 def head(record: bytes) -> Head:
     """Decode the fixed part of `record`."""
     incarnation, commit, version, created, ttl, word, user = _PREFIX.unpack_from(record)
-    flags = word & (1 << _META_BITS) - 1
+    flags = word & (1 << _META_BITS) - 1 & ~WIDE  # which is about bytes, not about the session
     return Head(incarnation, commit, version, created, ttl, flags, word >> _META_BITS, user)
 
 
@@ -423,13 +431,14 @@ def flags_of(record: bytes) -> int:
 class _Shape:
     """The names of a record's fields, decoded, and how the ends of their values are packed."""
 
-    __slots__ = ("header", "names", "pack", "places", "size_bytes", "unpack")
+    __slots__ = ("header", "is_wide", "names", "pack", "places", "size_bytes", "unpack")
 
-    def __init__(self, names: tuple[str, ...], packed: bytes) -> None:
-        ends = Struct(f"<{len(names)}I")
+    def __init__(self, names: tuple[str, ...], packed: bytes, *, is_wide: bool) -> None:
+        ends = Struct(f"<{len(names)}{'I' if is_wide else 'H'}")
         self.names = names
         self.places = {name: place for place, name in enumerate(names)}
-        self.header = _WORD.pack(len(packed)) + packed
+        self.is_wide = is_wide
+        self.header = (_WORD if is_wide else _SHORT).pack(len(packed)) + packed
         self.pack = ends.pack
         self.unpack = ends.unpack_from
         self.size_bytes = ends.size
@@ -439,37 +448,41 @@ Layout: TypeAlias = tuple[_Shape, tuple[int, ...], int]
 """Where the fields of a record are: their shape, the ends of their values counted from the first
 one's start, and where that is."""
 
-
+# Narrow ones only: who has more than 64 KiB in a session pays for more than its names.
 _shapes_by_packed: dict[bytes, _Shape] = {}
 _shapes_by_names: dict[tuple[str, ...], _Shape] = {}
 
 
 def _keep_shape(shapes: dict[Any, _Shape], key: bytes | tuple[str, ...], shape: _Shape) -> _Shape:
     """Keep a shape for the next record, within bounds: field names may come from outside."""
-    if len(shape.header) <= _KEPT_SHAPE_BYTES:
+    if len(shape.header) <= _KEPT_SHAPE_BYTES and not shape.is_wide:
         if len(shapes) >= _KEPT_SHAPES:
             shapes.clear()
         shapes[key] = shape
     return shape
 
 
-def _decoded_shape(packed: bytes) -> _Shape:
+def _decoded_shape(packed: bytes, *, is_wide: bool = False) -> _Shape:
     """Return the shape whose names are packed in `packed`.
 
     Raises:
-        MalformedValue: that is no array of different names.
+        MalformedValue: these are no different strings.
     """
-    names = unpack_value(packed)
-    if type(names) is not list or not all(type(name) is str for name in names):
-        raise MalformedValue("the fields' names are not an array of strings")
-    shape = _Shape(tuple(names), packed)
+    try:
+        names = _unpack_elements(packed, 0)
+    except ValueError as error:
+        raise MalformedValue(f"the fields' names cannot be read: {error}") from error
+    texts = tuple(name for name in names if type(name) is str)
+    if len(texts) != len(names):
+        raise MalformedValue("a field's name is not a string")
+    shape = _Shape(texts, packed, is_wide=is_wide)
     if len(shape.places) != len(names):
         raise MalformedValue("two fields have the same name")
     return _keep_shape(_shapes_by_packed, packed, shape)
 
 
-def _shape_of_names(names: tuple[str, ...]) -> _Shape:
-    """Return the shape of these names.
+def _shape_of_names(names: tuple[str, ...], *, is_wide: bool) -> _Shape:
+    """Return the shape of these names; a wide one if that is asked for, or they take so much.
 
     Raises:
         ValueNotSerializable: one of them is not a str, or is one that UTF-8 cannot hold.
@@ -477,7 +490,7 @@ def _shape_of_names(names: tuple[str, ...]) -> _Shape:
     for name in names:
         check_field_name(name)
     try:
-        packed = _packers.by_depth[0](list(names))
+        packed = b"".join(map(_packers.by_depth[0], names))
     except UnicodeEncodeError:
         _packers.by_depth = [_new_packer(0)]
         bad = next(name for name in names if not _is_utf8(name))
@@ -485,15 +498,25 @@ def _shape_of_names(names: tuple[str, ...]) -> _Shape:
             f"field {bad!a} cannot be stored: its name has lone surrogates, "
             "which UTF-8 cannot hold; nothing was written"
         ) from None
-    return _keep_shape(_shapes_by_names, names, _Shape(names, packed))
+    shape = _Shape(names, packed, is_wide=is_wide or len(packed) > _NARROW_MAX)
+    return _keep_shape(_shapes_by_names, names, shape)
 
 
 def layout_of(record: bytes) -> Layout:
     """Return where the fields of `record` are."""
-    names_at = _NAMES_AT + (_unpack_word(record, FLAGS_AT)[0] >> _META_BITS)
-    names_end = names_at + _unpack_word(record, names_at - 4)[0]
+    word = _unpack_word(record, FLAGS_AT)[0]
+    names_at = _NAMES_AT + (word >> _META_BITS)
+    if word & WIDE:
+        return _wide_layout_of(record, names_at + _WORD.size - _SHORT.size)
+    names_end = names_at + _unpack_short(record, names_at - 2)[0]
     packed = record[names_at:names_end]
     shape = _shapes_by_packed.get(packed) or _decoded_shape(packed)
+    return shape, shape.unpack(record, names_end), names_end + shape.size_bytes
+
+
+def _wide_layout_of(record: bytes, names_at: int) -> Layout:
+    names_end = names_at + _unpack_word(record, names_at - 4)[0]
+    shape = _decoded_shape(record[names_at:names_end], is_wide=True)
     return shape, shape.unpack(record, names_end), names_end + shape.size_bytes
 
 
@@ -576,16 +599,17 @@ def assemble(  # noqa: PLR0913 - one parameter for each part of a record
     Raises:
         ValueNotSerializable: a field's name is not a str, or is one that UTF-8 cannot hold.
     """
+    shape, pieces = _field_pieces(fields)
     prefix = _PREFIX.pack(
         incarnation,
         commit,
         version,
         created,
         ttl_seconds,
-        flags | len(meta) << _META_BITS,
+        flags | (WIDE if shape.is_wide else 0) | len(meta) << _META_BITS,
         user,
     )
-    return b"".join((prefix, meta, *_field_pieces(fields)))
+    return b"".join((prefix, meta, *pieces))
 
 
 def meta_end_of(record: bytes) -> int:
@@ -595,16 +619,30 @@ def meta_end_of(record: bytes) -> int:
 
 
 def with_fields(start: bytes, fields: Mapping[str, bytes | memoryview]) -> bytes:
-    """Return the record that begins with `start` (see `meta_end_of`) and has `fields`."""
-    return b"".join((start, *_field_pieces(fields)))
+    """Return the record that begins with `start` (see `meta_end_of`) and has `fields`.
+
+    Raises:
+        MalformedValue: no record that begins like this has such fields.
+    """
+    is_wide = bool(start[FLAGS_AT] & WIDE)
+    shape, pieces = _field_pieces(fields, is_wide=is_wide)
+    if shape.is_wide != is_wide:
+        raise MalformedValue("the fields are larger than the record says")
+    return b"".join((start, *pieces))
 
 
-def _field_pieces(fields: Mapping[str, bytes | memoryview]) -> list[bytes | memoryview]:
-    """Return what a record has behind its metadata, in pieces."""
+def _field_pieces(
+    fields: Mapping[str, bytes | memoryview], *, is_wide: bool = False
+) -> tuple[_Shape, list[bytes | memoryview]]:
+    """Return the shape of `fields`, and what a record has behind its metadata, in pieces."""
     names = tuple(fields)
-    shape = _shapes_by_names.get(names) or _shape_of_names(names)
     values = fields.values()
-    return [shape.header, shape.pack(*accumulate(map(len, values))), *values]
+    ends = list(accumulate(map(len, values)))
+    if is_wide or (ends and ends[-1] > _NARROW_MAX):
+        shape = _shape_of_names(names, is_wide=True)
+    else:
+        shape = _shapes_by_names.get(names) or _shape_of_names(names, is_wide=False)
+    return shape, [shape.header, shape.pack(*ends), *values]
 
 
 def _is_utf8(text: str) -> bool:
@@ -632,45 +670,35 @@ def check_field_name(name: object) -> str:
 def successor(record: bytes, commit: bytes, fields: Mapping[str, bytes | memoryview]) -> bytes:
     """Return the next version of `record`, with other fields and all else as it was."""
     version, created, ttl_seconds, word, user = _unpack_tail(record, _TAIL_AT)
-    tail = _pack_tail(version + 1, created, ttl_seconds, word, user)
+    shape, pieces = _field_pieces(fields)
     meta = record[PREFIX_BYTES : PREFIX_BYTES + (word >> _META_BITS)]
-    return b"".join((record[:ID_BYTES], commit, tail, meta, *_field_pieces(fields)))
+    word = word & ~WIDE | (WIDE if shape.is_wide else 0)
+    tail = _pack_tail(version + 1, created, ttl_seconds, word, user)
+    return b"".join((record[:ID_BYTES], commit, tail, meta, *pieces))
 
 
 def patched(record: bytes, commit: bytes, changed: Mapping[str, bytes], layout: Layout) -> bytes:
     """Return the next version of `record`, with other values for some of its fields.
 
-    The same as `successor` with all fields, in a fraction of the time, because nearly every update
-    comes by here, and nearly every one changes one field.
+    What `successor` makes of all fields, in a fraction of the time, because nearly every update
+    comes by here, and nearly every one changes one field. (Except that a wide record stays wide.)
     """
     shape, ends, at = layout
-    version = _pack_version(_unpack_version(record, _VERSION_AT)[0] + 1)
     if len(changed) > 1:
-        new = _replaced(record, layout, changed)
-        return b"".join(
-            (record[:ID_BYTES], commit, version, record[_CREATED_AT : at - shape.size_bytes], new)
-        )
+        return successor(record, commit, {**packed_fields(record), **changed})
     [(name, value)] = changed.items()
     place = shape.places[name]
     start, end = at + ends[place - 1] if place else at, at + ends[place]
     grown = len(value) - (end - start)
     if not grown:  # the ends stay as well
         front = record[_CREATED_AT:start]
-    else:
+    elif ends[-1] + grown <= _NARROW_MAX:
         moved = shape.pack(*ends[:place], *[each + grown for each in ends[place:]])
         front = record[_CREATED_AT : at - shape.size_bytes] + moved + record[at:start]
+    else:
+        return successor(record, commit, {**packed_fields(record), **changed})
+    version = _pack_version(_unpack_version(record, _VERSION_AT)[0] + 1)
     return b"".join((record[:ID_BYTES], commit, version, front, value, record[end:]))
-
-
-def _replaced(record: bytes, layout: Layout, changed: Mapping[str, bytes]) -> bytes:
-    """Return the ends and values of a record's fields with some values replaced."""
-    shape, ends, at = layout
-    starts = (0, *ends[:-1])
-    values = [
-        changed[name] if name in changed else record[at + start : at + end]
-        for name, start, end in zip(shape.names, starts, ends, strict=True)
-    ]
-    return b"".join((shape.pack(*accumulate(map(len, values))), *values))
 
 
 def user_of(record: bytes) -> int:

@@ -656,6 +656,52 @@ def test_a_patch_of_one_field_may_keep_its_size_or_not() -> None:
             rec.validate(patched)
 
 
+@pytest.mark.parametrize("meta_bytes", [0, 80_000])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"a": bytes(65_535), "b": b""},
+        {"a": bytes(65_535), "b": b"1"},
+        {"a": b"1", "b": bytes(200_000), "c": b"3"},
+        {"n" * 65_532: b"1"},
+        {"n" * 65_533: b"1", "m": b"2"},
+        {f"{number}": bytes(number % 7) for number in range(70_000)},
+    ],
+    ids=["narrow", "values", "one value", "narrow names", "names", "many"],
+)
+def test_a_record_is_wide_only_where_it_has_to_be(
+    fields: dict[str, bytes], meta_bytes: int, request: pytest.FixtureRequest
+) -> None:
+    meta = rec.pack_meta({"attributes": "x" * meta_bytes})
+    record = record_with(fields=fields, meta=meta)
+    assert bool(record[rec.FLAGS_AT] & rec.WIDE) == ("narrow" not in request.node.name)
+    assert rec.head(record).flags == PARTS["flags"]
+    assert rec.packed_fields(record) == fields
+    assert rec.packed_field(record, next(iter(fields))) == next(iter(fields.values()))
+    assert rec.with_fields(record[: rec.meta_end_of(record)], fields) == record
+    assert rec.meta_of(record) == {"attributes": "x" * meta_bytes}
+    rec.validate(record)
+
+
+def test_a_record_that_grows_becomes_wide_and_one_that_shrinks_may_stay_so() -> None:
+    fields = {"a": b"1", "b": b"2", "c": b"3"}
+    record = record_with(fields=fields)
+    for name, size in [("b", 65_533), ("a", 2), ("b", 5), ("c", 65_536), ("c", 0)]:
+        fields[name] = bytes(size)
+        record = rec.patched(record, bytes(16), {name: fields[name]}, rec.layout_of(record))
+        rec.validate(record)
+        assert rec.packed_fields(record) == fields
+        assert rec.with_fields(record[: rec.meta_end_of(record)], fields) == record
+    assert record[rec.FLAGS_AT] & rec.WIDE
+    assert not rec.successor(record, bytes(16), fields)[rec.FLAGS_AT] & rec.WIDE
+
+
+def test_fields_that_do_not_fit_the_beginning_of_a_record_are_malformed() -> None:
+    start = record_with()[:PREFIX_BYTES]
+    with pytest.raises(MalformedValue, match="larger than the record says"):
+        rec.with_fields(start, {"a": bytes(70_000)})
+
+
 def test_shapes_are_kept_within_bounds() -> None:
     for number in range(10_000):
         record = record_with(fields={f"n{number}": b"\x01"})
