@@ -13,7 +13,7 @@ memory          what a resident session costs: RSS growth, and a full garbage co
 open            open a directory of many cold sessions, after all that may have happened to it
 through         `update` with every commit agreed with a Redis server first
 checkpoint      a full checkpoint of all sessions to a Redis server
-checkpoint-busy hot reads, and the event loop's lag, while full checkpoints go to a Redis server
+busy-checkpoint hot reads, and the event loop's lag, while full checkpoints go to a Redis server
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
 """
@@ -233,7 +233,7 @@ WORKLOADS = (
     Workload("through", (RATE,), _through, (_at_least(0.5, redis.PIPELINED_SET, THROUGH),)),
     Workload("checkpoint", (RATE,), _checkpoint, (_at_least(10, redis.PIPELINED_SET),)),
     Workload(
-        "checkpoint-busy",
+        "busy-checkpoint",
         (*lag.METRICS, READS),
         _checkpoint_busy,
         (
