@@ -14,7 +14,7 @@ open            open a directory of many cold sessions, after all that may have 
 through         `update` with every commit agreed with a Redis server first
 visible         from an update's call to its sight by another worker, told by Redis, one at a time
 checkpoint      a full checkpoint of all sessions to a Redis server
-checkpoint-busy hot reads, and the event loop's lag, while full checkpoints go to a Redis server
+busy-checkpoint hot reads, and the event loop's lag, while full checkpoints go to a Redis server
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
 """
@@ -240,7 +240,7 @@ WORKLOADS = (
     Workload("visible", _LATENCY, _visible),
     Workload("checkpoint", (RATE,), _checkpoint, (_at_least(10, redis.PIPELINED_SET),)),
     Workload(
-        "checkpoint-busy",
+        "busy-checkpoint",
         (*lag.METRICS, READS),
         _checkpoint_busy,
         (
