@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from tests.faults.kernel import why_not
+
 ROOT: Final = Path(__file__).parents[2]
 _COPIED: Final = ("persistence", "tests", "config", "docs", "examples", "pyproject.toml")
 _TIMEOUT_SECONDS: Final = 1800.0
+_NOT_DECIDED: Final = -1
 _KILLED: Final = 1  # pytest's exit code when tests failed
 
 WRITER: Final = "persistence/disk/writer.py"
@@ -37,9 +40,15 @@ DIRECTORY: Final = "persistence/disk/directory.py"
 CHECKPOINT: Final = "persistence/checkpoint/manifest.py"
 SCRIPT: Final = "persistence/remote/scripts/commit.lua"
 
-RUNS: Final = "tests/faults/test_nth_call.py"
-PREFIXES: Final = "tests/disk/test_log_prefixes.py"
-SEQUENCES: Final = "tests/faults/test_sequences.py"
+MONITORED: Final = (
+    "tests/faults/test_nth_call.py::test_a_run_has_500_operations_and_every_kind_of_call"
+)
+FLIPS: Final = "tests/disk/test_log_prefixes.py::test_no_flipped_bit_in_any_frame_goes_unnoticed"
+FLIPPED: Final = "tests/disk/test_log_prefixes.py::test_no_flipped_bit_gives_a_wrong_value"
+KERNELS: Final = "tests/faults/test_kernels.py::test_power_cuts_lose_nothing_acknowledged"
+WRITING: Final = "tests/disk/test_writer.py"
+RECOVERING: Final = "tests/disk/test_recovery.py"
+MERGING: Final = "tests/disk/test_compaction.py"
 
 
 class Mutant(NamedTuple):
@@ -59,6 +68,11 @@ class Mutant(NamedTuple):
     new: str
     tests: tuple[str, ...]
 
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether only a real file system can tell."""
+        return KERNELS in self.tests
+
 
 MUTANTS: Final = (
     # --- syncs of files -----------------------------------------------------------------------
@@ -67,49 +81,52 @@ MUTANTS: Final = (
         WRITER,
         "        if sync:\n            self._sync(active.fd, active.path)\n",
         "",
-        (RUNS,),
+        (MONITORED,),
     ),
     Mutant(
         "fdatasync does nothing",
         FILES,
         "        os.fdatasync(fd)\n",
         "        del fd\n",
-        ("tests/faults/test_kernels.py",),
+        (KERNELS,),
     ),
     Mutant(
         "no sync of a new segment's header",
         WRITER,
         "        files.sync(fd)\n        files.sync_directory(directory)\n    except OSError",
         "        files.sync_directory(directory)\n    except OSError",
-        (RUNS, "tests/disk/test_writer.py"),
+        (MONITORED, f"{WRITING}::test_a_segment_that_cannot_be_created_leaves_nothing_behind"),
     ),
     Mutant(
         "no sync of a replaced file",
         FILES,
         "            write_exactly(files, fd, data, 0)\n            files.sync(fd)\n",
         "            write_exactly(files, fd, data, 0)\n",
-        (RUNS, "tests/disk/test_writer.py"),
+        (
+            MONITORED,
+            f"{WRITING}::test_a_file_is_replaced_in_the_order_that_makes_it_atomic_and_durable",
+        ),
     ),
     Mutant(
         "no sync of what a merge wrote",
         COMPACTION,
         "    files.sync(output.fd)\n",
         "",
-        ("tests/disk/test_compaction.py",),
+        (MERGING,),
     ),
     Mutant(
         "no sync behind the cut of a torn tail",
         LASTLOG,
         "        files.truncate(fd, end)\n        files.sync(fd)\n",
         "        files.truncate(fd, end)\n",
-        ("tests/disk/test_recovery.py",),
+        (f"{RECOVERING}::test_the_last_segment_is_cut_written_again_sealed_and_only_then_hinted",),
     ),
     Mutant(
         "no sync when recovery seals",
         LASTLOG,
         "        segment.length = tail.end + len(footer)\n    files.sync(fd)\n",
         "        segment.length = tail.end + len(footer)\n",
-        ("tests/disk/test_failed_sync.py", "tests/disk/test_recovery.py"),
+        ("tests/disk/test_failed_sync.py",),
     ),
     Mutant(
         "nothing is written again after a failed sync",
@@ -124,28 +141,31 @@ MUTANTS: Final = (
         WRITER,
         "        files.sync(fd)\n        files.sync_directory(directory)\n    except OSError",
         "        files.sync(fd)\n    except OSError",
-        (RUNS, "tests/disk/test_writer.py"),
+        (MONITORED,),
     ),
     Mutant(
         "no directory sync behind a replaced file",
         FILES,
         "        files.rename(source, target)\n        files.sync_directory(directory)\n",
         "        files.rename(source, target)\n",
-        (RUNS, "tests/disk/test_writer.py"),
+        (
+            MONITORED,
+            f"{WRITING}::test_a_file_is_replaced_in_the_order_that_makes_it_atomic_and_durable",
+        ),
     ),
     Mutant(
         "no directory sync behind the naming of a merge",
         COMPACTION,
         '(output.segment.number)}")\n    files.sync_directory(directory)\n\n\ndef abandon',
         '(output.segment.number)}")\n\n\ndef abandon',
-        ("tests/disk/test_compaction.py",),
+        (MERGING,),
     ),
     Mutant(
         "no directory sync before dead segments go",
         RECOVERY,
         "            self._files.sync_directory(self._directory)\n        for name in dead:\n",
         "            pass\n        for name in dead:\n",
-        ("tests/disk/test_recovery.py", "tests/disk/test_compaction.py"),
+        (RECOVERING, MERGING),
     ),
     # --- checksums ----------------------------------------------------------------------------
     Mutant(
@@ -154,28 +174,31 @@ MUTANTS: Final = (
         "    if _unpack_checksum(data, offset + _HEADER_SIZE)[0] != crc32c(\n"
         "        key, crc32c(header, salt_checksum)\n    ):",
         "    if crc32c(key, crc32c(header, salt_checksum)) < 0:",
-        (PREFIXES,),
+        (FLIPS,),
     ),
     Mutant(
         "a frame's payload is not checked by a scan",
         FORMAT,
         "    if _unpack_checksum(data, end)[0] != crc32c(view[offset:end], salt_checksum):",
         "    if crc32c(view[offset:end], salt_checksum) < 0:",
-        (PREFIXES,),
+        (FLIPS,),
     ),
     Mutant(
         "a record is not checked when it is read",
         FORMAT,
         "    if crc32c(data, salt_checksum) != _INTACT:",
         "    if crc32c(data, salt_checksum) < 0:",
-        (PREFIXES, "tests/disk/test_format.py"),
+        ("tests/disk/test_format.py", FLIPPED),
     ),
     Mutant(
         "a hint is not checked",
         FORMAT,
         "    return (skew, body) if crc32c(body) == body_checksum else None",
         "    return (skew, body) if crc32c(body) >= 0 <= body_checksum else None",
-        ("tests/disk/test_recovery.py", "tests/disk/test_format.py"),
+        (
+            f"{RECOVERING}::test_hints_that_are_there_damaged_stale_or_absent_give_the_same_index",
+            "tests/disk/test_format.py",
+        ),
     ),
     Mutant(
         "the manifest is not checked",
@@ -189,7 +212,7 @@ MUTANTS: Final = (
         FORMAT,
         "    if _unpack_checksum(view, end)[0] != crc32c(view[:end], old_salt_checksum):",
         "    if crc32c(view[:end], old_salt_checksum) < 0:",
-        ("tests/disk/test_compaction.py",),
+        (MERGING,),
     ),
     Mutant(
         "a chunk of a checkpoint is not checked",
@@ -218,7 +241,7 @@ MUTANTS: Final = (
         "persistence/disk/tier.py",
         "        await self._write_manifest(add=numbers)\n",
         "        del numbers\n",
-        ("tests/disk/test_compaction.py",),
+        (MERGING,),
     ),
     Mutant(
         "a checkpoint is noted before it is published",
@@ -234,7 +257,7 @@ MUTANTS: Final = (
         COMPACTION,
         "            if sequence < self._droppable_below:",
         "            if sequence >= 0:",
-        ("tests/disk/test_compaction.py",),
+        (MERGING,),
     ),
     Mutant(
         "what was built on a failed commit is not failed",
@@ -262,7 +285,7 @@ MUTANTS: Final = (
         LASTLOG,
         "        elif _acknowledged_behind(files, fd, segment, offset, tail.last_sequence):",
         "        elif not segment:",
-        ("tests/disk/test_recovery.py",),
+        (RECOVERING,),
     ),
     Mutant(
         "the snapshot of a clean close is not used up",
@@ -271,7 +294,7 @@ MUTANTS: Final = (
         "            self._files.sync_directory(self._directory)\n"
         "        return taken\n",
         "            pass\n        return taken\n",
-        ("tests/disk/test_recovery.py",),
+        (RECOVERING,),
     ),
     # --- locks --------------------------------------------------------------------------------
     Mutant(
@@ -389,7 +412,7 @@ def _tested(tests: tuple[str, ...], mutant: Mutant | None) -> tuple[int, str]:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return _KILLED, "the tests hang"
+            return _NOT_DECIDED, f"not decided: they took more than {_TIMEOUT_SECONDS:.0f} s"
         words = (ended.stdout.strip() or ended.stderr.strip()).splitlines() or [""]
         failed = next((line for line in words if line.startswith(("FAILED", "ERROR"))), words[-1])
         return ended.returncode, failed
@@ -412,6 +435,9 @@ def run_all(
     for mutant in chosen:
         if not goes_on():
             break
+        if mutant.needs_kernel and (missing := why_not("mount", "mkfs.ext4", "losetup")):
+            say(f"skipped {mutant.name}: {missing}")
+            continue
         started = time.monotonic()
         try:
             is_killed, words = run(mutant)

@@ -338,6 +338,7 @@ class World:
         self, sid: str, value: Value, call: Awaitable[Any], group: int | None = None
     ) -> str:
         """Await a change of a session; return its outcome."""
+        does_nothing = value is None and self.ledger.value(sid) is None
         entry = self.ledger.submit(sid, value, group)
         try:
             await call
@@ -352,7 +353,7 @@ class World:
             entry.outcome = "refused"
             self._refused(sid, error)
         else:
-            self._check_durable(value, alone=group is None)
+            self._check_durable(value, alone=group is None and not does_nothing)
             entry.outcome = "acknowledged"
         return entry.outcome
 
