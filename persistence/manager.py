@@ -377,12 +377,30 @@ class StateManager:
     def _session_count(self) -> int:
         return len(self._disk.index) + len(self._residency.unlisted) + self._commits.creating
 
-    async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
+    async def get_or_create_session(
+        self,
+        session_id: str | None = None,
+        *,
+        user_id: str | None = None,
+        metadata: SessionMetadata | None = None,
+        ttl_seconds: float | None = None,
+        data: Mapping[str, Any] | None = None,
+        max_requests: int | None = None,
+        auto_renew: bool | None = None,
+    ) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
 
         Args:
             session_id: None: create one with a fresh id.
-            create: what `create_session` takes, for the case that it is created.
+            user_id: this and what follows as in `create_session`, for the case that it is created.
+            metadata: about the client.
+            ttl_seconds: None: the configured TTL; 0: never expires.
+            data: the first fields.
+            max_requests: its own request limit; None: the configured one.
+            auto_renew: whether an access moves the deadline; None: as configured.
+
+        Raises:
+            As `get_session` and `create_session`, but never SessionExists.
         """
         while True:
             if session_id is not None:
@@ -390,7 +408,15 @@ class StateManager:
                 if session is not None:
                     return session
             try:
-                created = await self._create(session_id, **create)
+                created = await self._create(
+                    session_id,
+                    user_id,
+                    metadata,
+                    ttl_seconds,
+                    data,
+                    max_requests=max_requests,
+                    auto_renew=auto_renew,
+                )
             except SessionExists:
                 # Somebody else is creating it: readers see it once that is decided.
                 assert session_id is not None, "a fresh id exists nowhere"
@@ -526,6 +552,8 @@ class StateManager:
             WriteOutcomeUnknown: as `update_session_data`.
         """
         self._check_open()
+        if not callable(function):
+            raise refused("function", function, "a function that takes the draft and changes it")
         if self._gate is not None:
             await self._ready()
         updates = self._updates
