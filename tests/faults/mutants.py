@@ -172,10 +172,7 @@ MUTANTS: Final = (
         DIRECTORY,
         "    if data != encode_manifest(manifest):\n",
         "    if not data:\n",
-        (
-            "tests/disk/test_directory.py"
-            "::test_an_old_copy_is_brought_up_to_date_before_anything_is_removed",
-        ),
+        ("tests/faults/test_found.py::test_what_a_merge_replaced_is_not_removed_too_early",),
     ),
     # --- checksums ----------------------------------------------------------------------------
     Mutant(

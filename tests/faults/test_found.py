@@ -216,12 +216,15 @@ async def test_what_a_merge_replaced_is_not_removed_too_early() -> None:
     with pytest.raises(Killed):
         async with opened(files, SMALL):
             pass
-    for seed in range(20):
-        async with opened(files.after_power_loss(Random(seed)), SMALL) as state:
+    damaged = files.after_kill()
+    damaged.flip(f"{PATH}/MANIFEST", 99)  # its copy must not name what is gone
+    images = [(files.after_power_loss(Random(seed)), 0) for seed in range(20)]
+    for image, damages in [(damaged, 1), *images]:
+        async with opened(image, SMALL) as state:
             found = await everything(state)
             found.pop(in_doubt, None)
             assert found == before
-            assert (await state.stats()).disk.damages == 0
+            assert (await state.stats()).disk.damages == damages
             await abandon(state)
 
 
