@@ -210,7 +210,7 @@ def _judge_unused(
     number where what is before it ends.
     """
     known = manifest.sealed | hinted
-    before = -1  # where the segments before end; not known
+    before: Segment | None = None  # the last one in front that is not in question
     unused: list[int] = []
     for number, segment in sorted(found.segments.items()):
         if segment.kind != SegmentKind.LOG:
@@ -220,20 +220,22 @@ def _judge_unused(
             unused.append(number)
             continue
         if segment.damaged:
-            unused, before = [], -1
+            unused, before = [], None
             continue
-        base = segment.lowest_sequence - 1
-        if before == base:
-            for given_up in unused:
+        if unused and before is not None:
+            end = _end_of(files, directory, before)
+            for given_up in unused if end == segment.lowest_sequence - 1 else ():
                 del found.segments[given_up]
                 found.damages.pop(given_up, None)
                 found.torn_creations[given_up] = b""
         unused = [number] if is_empty else []
-        before = base if is_empty else _end_of(files, directory, segment)
+        before = segment
 
 
 def _end_of(files: Files, directory: str, segment: Segment) -> int:
-    """Return the last sequence number of a log segment, as its footer says; -1: there is none."""
+    """Return the last sequence number of a log segment, -1 where its footer does not tell."""
+    if segment.length <= SEGMENT_HEADER_BYTES:
+        return segment.lowest_sequence - 1  # it holds nothing
     at = segment.length - FOOTER_BYTES
     if at < SEGMENT_HEADER_BYTES:
         return -1

@@ -44,11 +44,18 @@ MONITORED: Final = (
     "tests/faults/test_nth_call.py::test_a_run_has_500_operations_and_every_kind_of_call"
 )
 FLIPS: Final = "tests/disk/test_log_prefixes.py::test_no_flipped_bit_in_any_frame_goes_unnoticed"
+HEADERS: Final = (
+    "tests/disk/test_log_prefixes.py"
+    "::test_a_recovered_prefix_has_the_sessions_whose_commit_lies_before_the_cut"
+)
 FLIPPED: Final = "tests/disk/test_log_prefixes.py::test_no_flipped_bit_gives_a_wrong_value"
 KERNELS: Final = "tests/faults/test_kernels.py::test_power_cuts_lose_nothing_acknowledged"
 WRITING: Final = "tests/disk/test_writer.py"
 RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
+ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
+COMMITTING: Final = "tests/test_commit.py"
+SHIPPING: Final = "tests/checkpoint/test_create.py"
 
 
 class Mutant(NamedTuple):
@@ -112,7 +119,7 @@ MUTANTS: Final = (
         COMPACTION,
         "    files.sync(output.fd)\n",
         "",
-        (MERGING,),
+        (ORDER,),
     ),
     Mutant(
         "no sync behind the cut of a torn tail",
@@ -158,14 +165,14 @@ MUTANTS: Final = (
         COMPACTION,
         '(output.segment.number)}")\n    files.sync_directory(directory)\n\n\ndef abandon',
         '(output.segment.number)}")\n\n\ndef abandon',
-        (MERGING,),
+        (ORDER,),
     ),
     Mutant(
-        "no directory sync before dead segments go",
-        RECOVERY,
-        "            self._files.sync_directory(self._directory)\n        for name in dead:\n",
-        "            pass\n        for name in dead:\n",
-        (RECOVERING, MERGING),
+        "an old copy of the manifest stays until the next one",
+        DIRECTORY,
+        "    if data != encode_manifest(manifest):\n",
+        "    if not data:\n",
+        ("tests/faults/test_found.py::test_what_a_merge_replaced_is_not_removed_too_early",),
     ),
     # --- checksums ----------------------------------------------------------------------------
     Mutant(
@@ -174,7 +181,7 @@ MUTANTS: Final = (
         "    if _unpack_checksum(data, offset + _HEADER_SIZE)[0] != crc32c(\n"
         "        key, crc32c(header, salt_checksum)\n    ):",
         "    if crc32c(key, crc32c(header, salt_checksum)) < 0:",
-        (FLIPS,),
+        (HEADERS,),
     ),
     Mutant(
         "a frame's payload is not checked by a scan",
@@ -205,21 +212,23 @@ MUTANTS: Final = (
         "persistence/disk/manifest.py",
         '    if rest != b"%08x\\n" % crc32c(body):',
         "    if crc32c(body + rest) < 0:",
-        ("tests/disk/test_directory.py",),
+        (
+            "tests/disk/test_directory.py::test_no_flipped_bit_and_no_cut_in_a_manifest_goes_unnoticed",
+        ),
     ),
     Mutant(
         "a merge does not check what it copies",
         FORMAT,
         "    if _unpack_checksum(view, end)[0] != crc32c(view[:end], old_salt_checksum):",
         "    if crc32c(view[:end], old_salt_checksum) < 0:",
-        (MERGING,),
+        (f"{MERGING}::test_damage_that_a_merge_meets_is_reported_and_left_as_it_is",),
     ),
     Mutant(
         "a chunk of a checkpoint is not checked",
         CHECKPOINT,
         "    if checksum != ref.checksum or checksum != checksum_of(data):",
         "    if checksum < 0:",
-        ("tests/checkpoint/test_manifest.py", "tests/checkpoint/test_damage.py"),
+        ("tests/checkpoint/test_manifest.py",),
     ),
     Mutant(
         "the manifest of a checkpoint is not checked",
@@ -241,51 +250,53 @@ MUTANTS: Final = (
         "persistence/disk/tier.py",
         "        await self._write_manifest(add=numbers)\n",
         "        del numbers\n",
-        (MERGING,),
+        (ORDER,),
     ),
     Mutant(
-        "a checkpoint is noted before it is published",
-        "persistence/checkpoint/create.py",
-        "        await store.publish(made, encode_manifest(manifest))\n"
-        "        await _remember(tier, Shipped(store.name, made, cut.sequence))\n",
-        "        await _remember(tier, Shipped(store.name, made, cut.sequence))\n"
-        "        await store.publish(made, encode_manifest(manifest))\n",
-        ("tests/checkpoint/test_create.py",),
+        "a merge drops tombstones that the next checkpoint has to ship",
+        COMPACTION,
+        "        self._droppable_below = min(lowest_outside, shipped_sequence + 1)",
+        "        self._droppable_below = max(lowest_outside, shipped_sequence < 0)",
+        (f"{SHIPPING}::test_deletions_are_shipped_even_when_compaction_has_no_more_use_for_them",),
     ),
     Mutant(
         "a merge drops every tombstone",
         COMPACTION,
         "            if sequence < self._droppable_below:",
         "            if sequence >= 0:",
-        (MERGING,),
+        (
+            f"{MERGING}::test_a_tombstone_goes_when_everything_older_is_merged_and_stays_while_it_is_not",
+        ),
     ),
     Mutant(
         "what was built on a failed commit is not failed",
         COMMIT,
         "        doomed = [*commits, *self._withdraw_later(commits, sessions)]",
         "        doomed = [*commits]",
-        ("tests/test_commit.py",),
+        (f"{COMMITTING}::test_a_failed_batch_fails_what_was_built_on_it_and_nothing_else",),
     ),
     Mutant(
         "a short write is not cut back",
         WRITER,
         "            self._files.truncate(active.fd, active.end)\n",
         "            pass\n",
-        ("tests/test_commit.py", "tests/disk/test_writer.py"),
+        (
+            f"{WRITING}::test_a_batch_that_does_not_fit_leaves_nothing_and_writing_goes_on_when_there_is_space",
+        ),
     ),
     Mutant(
         "writing goes on after a failed sync",
         WRITER,
         '        self.poisoned = f"{path}: {error.strerror}"\n        _log.error(',
         "        _log.error(",
-        ("tests/disk/test_writer.py", "tests/test_commit.py"),
+        (f"{WRITING}::test_a_sync_that_failed_is_never_tried_again_on_that_file",),
     ),
     Mutant(
         "damage in the last segment passes for a torn tail",
         LASTLOG,
         "        elif _acknowledged_behind(files, fd, segment, offset, tail.last_sequence):",
         "        elif not segment:",
-        (RECOVERING,),
+        (f"{RECOVERING}::test_a_destroyed_header_of_a_frame_costs_that_frame_only",),
     ),
     Mutant(
         "the snapshot of a clean close is not used up",
@@ -294,7 +305,7 @@ MUTANTS: Final = (
         "            self._files.sync_directory(self._directory)\n"
         "        return taken\n",
         "            pass\n        return taken\n",
-        (RECOVERING,),
+        (f"{RECOVERING}::test_the_snapshot_of_a_clean_close_is_used_once",),
     ),
     # --- locks --------------------------------------------------------------------------------
     Mutant(
@@ -302,7 +313,7 @@ MUTANTS: Final = (
         DIRECTORY,
         "            files.lock(self._fd)\n",
         "            pass\n",
-        ("tests/disk/test_directory.py",),
+        ("tests/disk/test_directory.py::test_a_second_manager_of_the_same_process_is_refused",),
     ),
     Mutant(
         "two may edit one session",
@@ -316,7 +327,7 @@ MUTANTS: Final = (
         COMPACTION,
         "        and item.number not in pinned\n",
         "",
-        ("tests/disk/test_compaction.py", "tests/checkpoint/test_create.py"),
+        (f"{SHIPPING}::test_segments_that_are_still_to_be_read_are_not_compacted",),
     ),
     # --- the shared tier ----------------------------------------------------------------------
     Mutant(

@@ -241,4 +241,6 @@ async def _check_image(point: Point, files: MemoryFiles, *, restores: bool) -> N
         again = files.after_kill()  # killed right after that opening
         world.ledger.replaced(found)
         assert await check_image(world, again) == found
+        torn = files.after_power_loss(Scattered(Random(len(found)), torn_at_bytes=True))
+        assert await check_image(world, torn) == found  # that opening had removed something
         await check_checkpoints(world, again.after_kill())

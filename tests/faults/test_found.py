@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from random import Random
 
@@ -11,8 +12,9 @@ import pytest
 
 from persistence import errors
 from persistence.disk.filenames import segment_name
-from tests.disk.memoryfiles import Call, MemoryFiles, fail
+from tests.disk.memoryfiles import Call, Killed, MemoryFiles, fail
 from tests.disk.powerloss import Beginning
+from tests.faults.simulation import stepped
 from tests.support import PATH, abandon, config, everything, opened
 
 SMALL = config(segment_bytes=64 * 1024, compression="none")
@@ -156,6 +158,74 @@ async def test_a_disk_without_inodes_is_left_from_inside() -> None:
         assert sorted(await everything(state)) == sorted(created)
         assert f"{PATH}/MANIFEST.bak" in files.contents()
         assert f"{PATH}/RESERVE" in files.contents()
+
+
+def die_behind(files: MemoryFiles, is_it: Callable[[Call], bool]) -> None:
+    """Let the process die at the first call behind this one: no sync makes it durable any more."""
+    is_next = False
+
+    def fault(files: MemoryFiles, call: Call) -> None:
+        nonlocal is_next
+        if is_next:
+            files.kill()
+            raise Killed(str(call))
+        is_next = is_it(call)
+
+    files.faults.append(fault)
+
+
+@pytest.fixture
+def same_each_time() -> Iterator[None]:
+    """Without threads."""
+    with stepped():
+        yield
+
+
+@pytest.mark.usefixtures("same_each_time")
+async def test_what_a_merge_replaced_is_not_removed_too_early() -> None:
+    """Killed behind the manifest's rename, killed again behind the first removal, power lost."""
+    files = MemoryFiles()
+    async with opened(files, SMALL) as state:
+        for number in range(60):
+            data = {"n": number, "x": bytes([number]) * 6000}
+            await state.create_session(session_id=f"s{number}", data=data)
+        await state.compact()
+        before = await everything(state)
+
+        def drops_segments(call: Call) -> bool:
+            if call.operation != "rename" or call.target != f"{PATH}/MANIFEST":
+                return False
+            return b'"dropped": []' not in files.data(call.path)
+
+        die_behind(files, drops_segments)
+        in_doubt = ""
+        for number in range(0, 60, 2):
+            try:
+                await state.terminate_session(f"s{number}")
+            except (Killed, errors.PersistenceError):
+                in_doubt = f"s{number}"
+                break
+            del before[f"s{number}"]
+        with suppress(Killed, errors.PersistenceError):
+            await state.compact()
+        assert files.is_dead, "in the middle of a merge"
+        before.pop(in_doubt, None)
+        await abandon(state)
+    files = files.after_kill()
+    die_behind(files, lambda call: call.operation == "remove" and call.path.endswith(".seg"))
+    with pytest.raises(Killed):
+        async with opened(files, SMALL):
+            pass
+    damaged = files.after_kill()
+    damaged.flip(f"{PATH}/MANIFEST", 99)  # its copy must not name what is gone
+    images = [(files.after_power_loss(Random(seed)), 0) for seed in range(20)]
+    for image, damages in [(damaged, 1), *images]:
+        async with opened(image, SMALL) as state:
+            found = await everything(state)
+            found.pop(in_doubt, None)
+            assert found == before
+            assert (await state.stats()).disk.damages == damages
+            await abandon(state)
 
 
 async def test_a_torn_write_is_torn_at_any_byte() -> None:
