@@ -377,30 +377,12 @@ class StateManager:
     def _session_count(self) -> int:
         return len(self._disk.index) + len(self._residency.unlisted) + self._commits.creating
 
-    async def get_or_create_session(
-        self,
-        session_id: str | None = None,
-        *,
-        user_id: str | None = None,
-        metadata: SessionMetadata | None = None,
-        ttl_seconds: float | None = None,
-        data: Mapping[str, Any] | None = None,
-        max_requests: int | None = None,
-        auto_renew: bool | None = None,
-    ) -> Session:
+    async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
 
         Args:
             session_id: None: create one with a fresh id.
-            user_id: this and what follows as in `create_session`, for the case that it is created.
-            metadata: about the client.
-            ttl_seconds: None: the configured TTL; 0: never expires.
-            data: the first fields.
-            max_requests: its own request limit; None: the configured one.
-            auto_renew: whether an access moves the deadline; None: as configured.
-
-        Raises:
-            As `get_session` and `create_session`, but never SessionExists.
+            create: what `create_session` takes, for the case that it is created.
         """
         while True:
             if session_id is not None:
@@ -408,15 +390,7 @@ class StateManager:
                 if session is not None:
                     return session
             try:
-                created = await self._create(
-                    session_id,
-                    user_id,
-                    metadata,
-                    ttl_seconds,
-                    data,
-                    max_requests=max_requests,
-                    auto_renew=auto_renew,
-                )
+                created = await self._create(session_id, **create)
             except SessionExists:
                 # Somebody else is creating it: readers see it once that is decided.
                 assert session_id is not None, "a fresh id exists nowhere"

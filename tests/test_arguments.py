@@ -125,11 +125,6 @@ async def test_what_is_no_function_is_refused(state: StateManager) -> None:
         await state.update_session("a", None)  # type: ignore[arg-type] # the wrong type is the point
 
 
-async def test_get_or_create_names_itself_where_an_argument_is_unknown(state: StateManager) -> None:
-    with pytest.raises(TypeError, match=r"get_or_create_session\(\) got an unexpected"):
-        await state.get_or_create_session("a", nope=1)  # type: ignore[call-arg] # the point
-
-
 async def test_get_or_create_returns_what_it_created_however_short_its_life(
     state: StateManager, clock: ManualClock
 ) -> None:
