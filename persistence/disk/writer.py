@@ -447,7 +447,8 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
                 f"{path}: no space left for a new segment ({error.strerror}); reads and memory "
                 "go on; free some space, writes then resume by themselves"
             ) from error
-        if fd < 0 and error.errno in (errno.EMFILE, errno.ENFILE):
+        # The file itself or, to be synced, the directory could not be opened.
+        if error.errno in (errno.EMFILE, errno.ENFILE):
             raise DirectoryNotUsable(
                 f"{path}: too many open files: the update did not happen; raise RLIMIT_NOFILE, or "
                 "close some, writes then go on by themselves"
