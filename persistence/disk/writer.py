@@ -432,10 +432,13 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
         WriteOutcomeUnknown: it may or may not be there after a crash; recovery copes with both.
     """
     fd = -1
+    is_opening = True  # what fails for want of descriptors is the opening of something
     try:
         fd = files.create(path)
+        is_opening = False
         write_exactly(files, fd, encode_segment_header(header), 0)
         files.sync(fd)
+        is_opening = True
         files.sync_directory(directory)
     except OSError as error:
         with suppress(OSError):  # the first error is the one to report
@@ -447,8 +450,7 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
                 f"{path}: no space left for a new segment ({error.strerror}); reads and memory "
                 "go on; free some space, writes then resume by themselves"
             ) from error
-        # The file itself or, to be synced, the directory could not be opened.
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if is_opening and error.errno in (errno.EMFILE, errno.ENFILE):
             raise DirectoryNotUsable(
                 f"{path}: too many open files: the update did not happen; raise RLIMIT_NOFILE, or "
                 "close some, writes then go on by themselves"
