@@ -12,7 +12,9 @@ mixed           95 % reads, 5 % updates, Zipf-popular sessions, data 10 × the m
 memory          what a resident session costs: RSS growth, and a full garbage collection
 open            open a directory of many cold sessions, after all that may have happened to it
 through         `update` with every commit agreed with a Redis server first
+visible         from an update's call to its sight by another worker, told by Redis, one at a time
 checkpoint      a full checkpoint of all sessions to a Redis server
+busy-checkpoint hot reads, and the event loop's lag, while full checkpoints go to a Redis server
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import resident
+from benchmarks import lag, resident
 from benchmarks.access import Accesses
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import ENGINE, RATE, Contender, Metric
@@ -31,9 +33,18 @@ from benchmarks.engine.cold import ColdRestore, Mixed
 from benchmarks.engine.hot import HotRead
 from benchmarks.engine.memory import Resident
 from benchmarks.engine.opening import HINTS, INDEX_SNAPSHOT, Build, Opening
-from benchmarks.engine.shared import THROUGH, FullCheckpoint, ThroughUpdate
+from benchmarks.engine.shared import (
+    CHECKPOINTING,
+    READS,
+    THROUGH,
+    UNDISTURBED,
+    FullCheckpoint,
+    ReadWhileCheckpointing,
+    ThroughUpdate,
+)
 from benchmarks.engine.spill import Spill
 from benchmarks.engine.update import ConcurrentUpdate, LoneUpdate
+from benchmarks.engine.visible import SeenElsewhere
 from benchmarks.peers import bare, idle, live, lmdb, redis, zict
 from benchmarks.sizes import MIB, Sizes
 
@@ -158,10 +169,22 @@ def _through(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _visible(sizes: Sizes) -> list[Contender]:
+    return [SeenElsewhere(sizes.seen_updates)]
+
+
 def _checkpoint(sizes: Sizes) -> list[Contender]:
     return [
         FullCheckpoint(sizes.checkpointed_sessions),
         redis.PipelinedSet(sizes.checkpointed_sessions),
+    ]
+
+
+def _checkpoint_busy(sizes: Sizes) -> list[Contender]:
+    count, samples = sizes.checkpointed_sessions, sizes.lag_samples
+    return [
+        ReadWhileCheckpointing(count, samples),
+        ReadWhileCheckpointing(count, samples, makes_checkpoints=False),
     ]
 
 
@@ -214,7 +237,18 @@ WORKLOADS = (
         repetitions=lambda sizes: sizes.fresh_repetitions,
     ),
     Workload("through", (RATE,), _through, (_at_least(0.5, redis.PIPELINED_SET, THROUGH),)),
+    Workload("visible", _LATENCY, _visible),
     Workload("checkpoint", (RATE,), _checkpoint, (_at_least(10, redis.PIPELINED_SET),)),
+    Workload(
+        "busy-checkpoint",
+        (*lag.METRICS, READS),
+        _checkpoint_busy,
+        (
+            Bar("p99.9", Kind.AT_MOST, 10, ours=CHECKPOINTING),
+            Bar(READS.name, Kind.RATIO_AT_LEAST, 0.7, UNDISTURBED, ours=CHECKPOINTING),
+        ),
+        repetitions=lambda sizes: sizes.lag_repetitions,
+    ),
     Workload(
         "loop-lag",
         busy.METRICS,

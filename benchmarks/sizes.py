@@ -31,6 +31,7 @@ class Sizes:
     mixed_sessions: int = 50_000
     mixed_accesses: int = 50_000
     checkpointed_sessions: int = 100_000
+    seen_updates: int = 1_000
 
 
 STANDARD = Sizes("standard")
@@ -53,6 +54,7 @@ QUICK = Sizes(
     mixed_sessions=5_000,
     mixed_accesses=3_000,
     checkpointed_sessions=20_000,
+    seen_updates=300,
 )
 
 FULL = Sizes(
@@ -87,5 +89,6 @@ TINY = Sizes(
     mixed_sessions=2_000,
     mixed_accesses=300,
     checkpointed_sessions=300,
+    seen_updates=10,
 )
 """For the test suite: every path runs, no number means anything."""

@@ -77,7 +77,7 @@ class EngineTime:
 
     def __init__(self, clock: Clock) -> None:
         self._wall = clock.wall
-        self._monotonic = clock.monotonic
+        self._monotonic = self.monotonic = clock.monotonic
         self.base = clock.wall() - clock.monotonic()
         self._skew = 0.0
         self._tick = 0.0

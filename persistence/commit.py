@@ -30,11 +30,12 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from struct import Struct
 from typing import Final, TypeAlias
 
 from persistence.clock import Clock
 from persistence.config import DiskConfig
-from persistence.disk.format import FRAME_OVERHEAD_BYTES, PUT, TOUCH
+from persistence.disk.format import FRAME_OVERHEAD_BYTES, PUT, ROW_RENEWS, TOUCH
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
     DiskFull,
@@ -43,6 +44,7 @@ from persistence.errors import (
     WriteOutcomeUnknown,
     again,
 )
+from persistence.record import FLAGS_AT, ID_BYTES, RENEWS
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.commit")
@@ -50,7 +52,11 @@ _log = logging.getLogger("persistence.commit")
 _MAX_BATCH_BYTES: Final = 2 * 2**20
 _THREAD_ENCODE_BYTES: Final = 128 * 1024
 _PIECE_COMMITS: Final = 32
+_JOINED_BYTES: Final = 2**20
 _LATENCIES_KEPT: Final = 1024
+_FRAME_BYTES: Final = FRAME_OVERHEAD_BYTES - 2 * ID_BYTES  # beside key and record: its ids move
+_FLAGS_AND_USER: Final = Struct("<II")
+_unpack_flags_and_user = _FLAGS_AND_USER.unpack_from
 
 
 Decide: TypeAlias = Callable[
@@ -66,6 +72,7 @@ class Commit:
         session_id: whose.
         ids: incarnation id, commit id, and the id of the commit it was built on.
         record: the new record; None for a tombstone or a touch.
+        changed: the new packed values, if only values of fields that were there before changed.
         life: the session's life once this is acknowledged (see `memory.tier`).
         nbytes: about how many bytes the frame takes, before compression.
         creates: it makes a session that was not there.
@@ -87,6 +94,7 @@ class Commit:
         "accessed",
         "before",
         "cap",
+        "changed",
         "creates",
         "deadline",
         "done",
@@ -101,7 +109,6 @@ class Commit:
         "local",
         "nbytes",
         "number",
-        "payload",
         "previous",
         "record",
         "row",
@@ -119,7 +126,6 @@ class Commit:
         session_id: str,
         key: bytes,
         fingerprint: bytes,
-        payload: bytes,
         record: bytes | None,
         ids: bytes,
         accessed: float,
@@ -132,7 +138,6 @@ class Commit:
         self.session_id = session_id
         self.key = key
         self.fingerprint = fingerprint
-        self.payload = payload
         self.record = record
         self.ids = ids
         self.accessed = accessed
@@ -140,11 +145,14 @@ class Commit:
         self.cap = cap
         self.life = life
         self.user = user
-        self.nbytes = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
+        self.nbytes = _FRAME_BYTES + len(key)
+        if record is not None:
+            self.nbytes += len(record)
         self.spills = False
         self.local = False
         self.shared = False
         self.before: bytes | None = None
+        self.changed: dict[str, bytes] | None = None
         self.creates = False
         self.failed = False
         self.error: PersistenceError | None = None
@@ -153,6 +161,13 @@ class Commit:
         self.previous: Commit | None = None
         self.done: asyncio.Future[None] | None = None
         # The writer fills in where the frame lies: `row`, `segment`, `length`.
+
+
+def row_user(record: bytes) -> int:
+    """Return the `user` of the frame and the index row of a record (see `disk.format`)."""
+    flags, user = _unpack_flags_and_user(record, FLAGS_AT)
+    word: int = user | ROW_RENEWS if flags & RENEWS else user
+    return word
 
 
 async def committed(commit: Commit) -> None:
@@ -499,7 +514,7 @@ class CommitQueue:
                 chunks.append(encode(some))
             if slices.due():
                 await slices.give_way()
-        return chunks
+        return _joined(chunks)
 
     async def _finish(
         self,
@@ -542,8 +557,9 @@ class CommitQueue:
             self._disk.apply(some)
             nbytes = 0
             for commit in some:
-                if tails.get(commit.session_id) is commit:
-                    del tails[commit.session_id]
+                session_id = commit.session_id
+                if tails.get(session_id) is commit:
+                    del tails[session_id]
                 commit.previous = None
                 commit.settled = True
                 nbytes += commit.nbytes
@@ -670,21 +686,36 @@ def _take_out(queue: deque[Commit], sessions: set[str], first: int) -> list[Comm
     return taken
 
 
+def _joined(chunks: list[bytes]) -> list[bytes]:
+    """Return a batch in one chunk, unless it is so large that copying it would be felt.
+
+    Each chunk is a system call of the writer thread, and after each it may have to wait for the
+    interpreter lock.
+    """
+    if len(chunks) > 1 and sum(map(len, chunks)) <= _JOINED_BYTES:
+        return [b"".join(chunks)]
+    return chunks
+
+
 def _pieces(batch: list[Commit]) -> Iterator[list[Commit]]:
     """Split a batch into pieces that are encoded at once; a large commit is one of its own."""
+    for start in range(0, len(batch), _PIECE_COMMITS):
+        some = batch[start : start + _PIECE_COMMITS]
+        if sum([commit.nbytes for commit in some]) < _THREAD_ENCODE_BYTES:
+            yield some
+        else:
+            yield from _by_size(some)
+
+
+def _by_size(batch: list[Commit]) -> Iterator[list[Commit]]:
+    """The same for commits that are too large to be encoded all at once."""
     piece: list[Commit] = []
     nbytes = 0
     for commit in batch:
-        if commit.nbytes >= _THREAD_ENCODE_BYTES:
-            if piece:
-                yield piece
-            yield [commit]
-            piece, nbytes = [], 0
-            continue
-        piece.append(commit)
-        nbytes += commit.nbytes
-        if len(piece) == _PIECE_COMMITS or nbytes >= _THREAD_ENCODE_BYTES:
+        if piece and nbytes + commit.nbytes >= _THREAD_ENCODE_BYTES:
             yield piece
             piece, nbytes = [], 0
+        piece.append(commit)
+        nbytes += commit.nbytes
     if piece:
         yield piece

@@ -19,7 +19,7 @@ from persistence.commit import Commit, CommitQueue
 from persistence.disk.format import user_tag
 from persistence.disk.index import SHARDS, Row
 from persistence.disk.tier import DiskTier
-from persistence.errors import CorruptionError, PersistenceError, again
+from persistence.errors import CorruptionError, Overtaken, PersistenceError, again
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.residency import Residency
@@ -215,9 +215,10 @@ class Listing:
         if deadline > now and accessed >= idle_since:
             return
         is_over = deadline <= now
-        if is_over and self._residency.confirm_end is not None:
+        confirm_end = self._residency.confirm_end
+        if is_over and confirm_end is not None:
             ends.logged += (await self._expired(session_id, key))[1]
-        else:
+        elif confirm_end is None or await confirm_end(session_id, key, idle_since):
             await ends.log(session_id, key, is_over=is_over)
 
 
@@ -252,6 +253,6 @@ class _Ends:
             if commit.error is None:
                 self.logged += 1
                 self._residency.expired += is_over
-            elif self.error is None:
-                self.error = commit.error
+            elif self.error is None and not isinstance(commit.error, Overtaken):
+                self.error = commit.error  # but for what has begun anew elsewhere meanwhile
         self._submitted = []

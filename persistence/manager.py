@@ -34,9 +34,11 @@ from persistence.disk.files import Files
 from persistence.disk.format import Frame
 from persistence.errors import (
     ConfigError,
+    ConflictError,
     DiskFull,
     InvalidArgument,
     ManagerClosed,
+    Overtaken,
     PersistenceError,
     SessionExists,
     SessionLimitReached,
@@ -49,6 +51,7 @@ from persistence.record import NEVER, RENEWS
 from persistence.session import (
     MAX_REQUESTS,
     USER_ID,
+    Changes,
     Session,
     SessionDraft,
     SessionMetadata,
@@ -414,9 +417,10 @@ class StateManager:
             InvalidSessionId: not a non-empty string of at most 512 bytes of UTF-8.
             CorruptionError: its stored bytes are damaged; they are never returned.
         """
-        if self._sharing is not None and fresh:
+        if fresh:
+            await self._ready()
             check_session_id(session_id)
-            await self._sharing.current(session_id, fresh=True)
+            await self._bring_here(session_id, fresh=True)
         if not renew:
             return await self._peek(session_id)
         try:
@@ -477,10 +481,14 @@ class StateManager:
         # Who is told that it is over must not see it come back.
         return not await self._residency.expire(session_id, key)
 
-    async def _bring_here(self, session_id: str) -> None:
+    async def _bring_here(self, session_id: str, *, fresh: bool = False) -> None:
         """Let what is here of a session be what the shared tier has, if there is one."""
-        if self._sharing is not None:
-            await self._sharing.current(session_id)
+        while self._sharing is not None:
+            try:
+                await self._sharing.current(session_id, fresh=fresh)
+                break
+            except ConflictError:  # a checkpoint is being put in place: ask again behind it
+                await self._ready()
 
     # --- updating -----------------------------------------------------------------------------
 
@@ -496,8 +504,10 @@ class StateManager:
         await self._ready()
         packed = rec.pack_value(value, rec.check_field_name(field))
 
-        def change(record: bytes) -> dict[str, bytes | memoryview]:
-            return {**rec.packed_fields(record), field: packed}
+        def change(record: bytes) -> Changes:
+            if field in rec.field_names(record):
+                return Changes({field: packed})
+            return Changes({}, {**rec.packed_fields(record), field: packed})
 
         return await self._updates.apply(session_id, Change(change))
 
@@ -516,9 +526,22 @@ class StateManager:
             WriteOutcomeUnknown: as `update_session_data`.
         """
         self._check_open()
+        if not callable(function):
+            raise refused("function", function, "a function that takes the draft and changes it")
         if self._gate is not None:
             await self._ready()
-        return await self._updates.by_function(session_id, function)
+        updates = self._updates
+        made = updates.made_now(session_id, function)
+        if not isinstance(made, Commit):
+            if made is None:
+                return await updates.by_function(session_id, function)
+            return await updates.unchanged(session_id, check_session_id(session_id), made)
+        assert made.done is not None, "submitted to be waited for"
+        try:
+            await made.done
+        except Overtaken:
+            return await updates.by_function(session_id, function)
+        return updates.view(made)
 
     async def replace_session(
         self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
@@ -532,7 +555,9 @@ class StateManager:
         await self._ready()
         fields = _packed_fields(data)
         ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
-        return await self._updates.apply(session_id, Change(lambda _: fields, ttl_seconds=ttl))
+        return await self._updates.apply(
+            session_id, Change(lambda _: Changes({}, fields), ttl_seconds=ttl)
+        )
 
     async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
@@ -551,11 +576,11 @@ class StateManager:
         def change_meta(record: bytes) -> bytes:
             return rec.pack_meta({**rec.meta_of(record), **changes})
 
-        def fields(record: bytes) -> dict[str, bytes | memoryview] | None:
+        def no_data(record: bytes) -> Changes | None:
             is_same = change_meta(record) == rec.packed_meta(record)
-            return None if is_same else rec.packed_fields(record)
+            return None if is_same else Changes({})
 
-        return await self._updates.apply(session_id, Change(fields, change_meta))
+        return await self._updates.apply(session_id, Change(no_data, change_meta))
 
     async def set_ttl(self, session_id: str, ttl_seconds: float) -> bool:
         """Set a session's TTL, from now on; the data and the version stay as they are.
@@ -571,7 +596,7 @@ class StateManager:
         ttl = check_ttl(ttl_seconds)
         try:
             await self._updates.apply(
-                session_id, Change(rec.packed_fields, ttl_seconds=ttl, same_version=True)
+                session_id, Change(lambda _: Changes({}), ttl_seconds=ttl, same_version=True)
             )
         except SessionNotFound:
             return False
@@ -606,8 +631,14 @@ class StateManager:
         Raises:
             DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
         """
-        await self._ready()
-        key = check_session_id(session_id)
+        while True:
+            await self._ready()
+            try:
+                return await self._terminate_once(session_id, check_session_id(session_id))
+            except Overtaken:
+                continue  # it has ended and begun anew elsewhere: end that
+
+    async def _terminate_once(self, session_id: str, key: bytes) -> bool:
         await self._bring_here(session_id)
         while not self._residency.is_alive(session_id, key):
             if session_id not in self._commits.tails:

@@ -20,18 +20,18 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from persistence.clock import Clock, EngineTime
-from persistence.commit import Commit, CommitQueue, committed
+from persistence.commit import Commit, CommitQueue, committed, row_user
 from persistence.config import MemoryConfig
 from persistence.disk.format import (
     DELETE,
     NO_IDS,
     PUT,
-    ROW_RENEWS,
     TOUCH,
 )
-from persistence.disk.index import Row, set_times
+from persistence.disk.index import TIMES, TIMES_AT, Row
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
+    CorruptionError,
     DiskFull,
     PersistenceError,
     SessionNotFound,
@@ -45,9 +45,9 @@ from persistence.record import (
     NEVER,
     NO_ID,
     RENEWS,
-    flags_of,
+    TTL_AND_FLAGS,
+    TTL_AT,
     ttl_and_flags_of,
-    user_of,
 )
 from persistence.remote.contract import RemoteSession
 from persistence.session import Session
@@ -56,6 +56,8 @@ from persistence.slices import Slices
 _log = logging.getLogger("persistence.residency")
 
 _IDS_BYTES: Final = 2 * ID_BYTES
+_pack_times = TIMES.pack_into
+_unpack_ttl_and_flags = TTL_AND_FLAGS.unpack_from
 _VICTIMS_PER_WRITE: Final = 32
 _VICTIMS_PER_STEP: Final = 512
 
@@ -87,7 +89,7 @@ class Residency:
         self.disk = disk
         self.unlogged: set[str] = set()
         self.unlisted: set[str] = set()
-        self.confirm_end: Callable[[str, bytes], Awaitable[bool]] | None = None
+        self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
         self._leaving: dict[str, Commit] = {}
         self.restored = 0
         self.spilled = 0
@@ -97,11 +99,15 @@ class Residency:
         self._commit_ids = CommitIds()
         self._read_at = disk.read_at
         self._find = disk.index.find
+        self._renew = memory.renew
         self._fingerprint = disk.fingerprint
         self._commits: CommitQueue
+        self._tails: dict[str, Commit]
         self._config = config
         self._clock = clock
         self._time = time
+        self._monotonic = time.monotonic
+        self._time_base = time.base
         self._reading: dict[str, asyncio.Task[tuple[bytes, Row] | None]] = {}
         self._spilling: asyncio.Task[None] | None = None
         self._swept_until = time.now()
@@ -112,6 +118,7 @@ class Residency:
     def attach(self, commits: CommitQueue) -> None:
         """Tell which queue to commit to; it in turn calls `acknowledged` and `failed`."""
         self._commits = commits
+        self._tails = commits.tails
 
     # --- the queue's calls --------------------------------------------------------------------
 
@@ -125,17 +132,22 @@ class Residency:
                 if commit.kind != TOUCH and not commit.spills:
                     self._logged(commit.session_id)
                     self._leaving.pop(commit.session_id, None)
+        put = memory.put
+        large_bytes, threshold_bytes = self._large_bytes, self._threshold_bytes
         for commit in commits:
             record = commit.record
-            if record is not None:
-                if commit.spills:
-                    self._spill_logged(commit)
-                else:
-                    self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
-                if memory.used_bytes > self._threshold_bytes:
-                    self.spill_down()
-            elif commit.kind == DELETE:
-                memory.remove(commit.session_id)
+            if record is None:
+                if commit.kind == DELETE:
+                    memory.remove(commit.session_id)
+                continue
+            if commit.spills:
+                self._spill_logged(commit)
+            elif len(record) > large_bytes or commit.life < self._shortest_ttl:
+                self._keep(commit.session_id, record, commit.accessed, commit.life, commit.cap)
+            else:  # the same, the short way: what nearly every commit is
+                put(commit.session_id, record, commit.accessed, commit.life, commit.cap)
+            if memory.used_bytes > threshold_bytes:
+                self.spill_down()
 
     def _spill_logged(self, commit: Commit) -> None:
         """A version that left memory is in the log, unless a newer one was adopted meanwhile."""
@@ -213,8 +225,8 @@ class Residency:
 
         None means "look closer": `base` does.
         """
-        resident = self.memory.renew(session_id)  # an update is an access when it is made
-        tail = self._commits.tails.get(session_id)
+        resident = self._renew(session_id)
+        tail = self._tails.get(session_id)
         if tail is None:
             return resident
         if tail.record is None or (tail.deadline <= self._time.now() and resident is None):
@@ -303,17 +315,20 @@ class Residency:
         if found is None:
             return None
         bucket, at, (accessed, deadline, cap, segment, offset, length, _) = found
-        now = self._time.now()
+        now = self._monotonic() + self._time_base
         if deadline <= now or length > self._large_bytes:
             return None
         record = self._read_at(segment, offset, length, key)
         if record is None:
             return None
-        ttl_seconds, flags = ttl_and_flags_of(record)
-        life = life_of(ttl_seconds, flags & RENEWS, deadline)
-        if life > 0:
-            deadline = min(now + life, cap)
-        set_times(bucket, at, now, deadline)
+        life = NEVER
+        if deadline != NEVER:  # `life_of`, without the call
+            ttl_seconds, flags = _unpack_ttl_and_flags(record, TTL_AT)
+            if ttl_seconds:
+                life = ttl_seconds if flags & RENEWS else -deadline
+                if life > 0:
+                    deadline = min(cap, now + life)
+        _pack_times(bucket, at + TIMES_AT, now, deadline)
         if must_record(accessed, now, life):
             fingerprint = self._fingerprint(key)
             self._submit_touch(session_id, key, fingerprint, record, now, life, deadline)
@@ -392,22 +407,31 @@ class Residency:
         leaving = self._leaving.get(session_id) if record is None else None
         return record if leaving is None else leaving.record
 
+    def _readable(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the acknowledged record of a session, if it is intact and at hand."""
+        record = self.resident(session_id)
+        row = None if record is not None else self.disk.index.get(self.disk.fingerprint(key))
+        if row is None:
+            return record
+        try:
+            return self.disk.read_now(row, key)
+        except CorruptionError:
+            return None
+
     def commit_of(self, session_id: str) -> bytes | None:
         """Return the id of the newest commit of a session, in flight or acknowledged.
 
-        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk.
+        None: there is no such session. `NO_ID`: that cannot be told without waiting for the disk,
+        or because of damage.
         """
         tail = self._commits.tails.get(session_id)
         if tail is not None:
             return tail.ids[ID_BYTES:_IDS_BYTES]
-        record = self.resident(session_id)
-        if record is None:
-            key = session_id.encode()
-            row = self.disk.index.get(self.disk.fingerprint(key))
-            if row is None:
-                return None
-            record = self.disk.read_now(row, key)
-        return NO_ID if record is None else record[ID_BYTES:_IDS_BYTES]
+        key = session_id.encode()
+        record = self._readable(session_id, key)
+        if record is not None:
+            return record[ID_BYTES:_IDS_BYTES]
+        return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
 
     def wall_times(self, session_id: str) -> tuple[float, float, float]:
         """Return last access, deadline and cap of a session that is here, in wall seconds."""
@@ -451,7 +475,7 @@ class Residency:
         A disk that takes nothing does not make the session live again: it stays expired. Returns
         False if it is not over after all, because another worker renewed it.
         """
-        if self.confirm_end is not None and not await self.confirm_end(session_id, key):
+        if self.confirm_end is not None and not await self.confirm_end(session_id, key, -NEVER):
             return False
         try:
             tail = self._commits.tails.get(session_id)
@@ -489,6 +513,8 @@ class Residency:
         now = self._time.now()
         tail = self._commits.tails.get(session_id)
         record = tail.record if tail is not None else self.resident(session_id)
+        if tail is None and record is None and not local and self.confirm_end is not None:
+            record = self._readable(session_id, key)  # so that no other incarnation is ended
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
             ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
@@ -497,7 +523,6 @@ class Residency:
             session_id,
             key,
             self.disk.fingerprint(key),
-            b"",
             None,
             ids,
             now,
@@ -643,14 +668,13 @@ class Residency:
             session_id,
             key,
             self.disk.fingerprint(key),
-            record[_IDS_BYTES:],
             record,
             record[:_IDS_BYTES] + base,
             accessed,
             min(deadline_of(accessed, life), cap),
             cap,
             life,
-            user_of(record) | (ROW_RENEWS if flags_of(record) & RENEWS else 0),
+            row_user(record),
         )
 
     async def adopt(
@@ -747,7 +771,6 @@ class Residency:
             session_id,
             key,
             fingerprint,
-            b"",
             None,
             record[:_IDS_BYTES] + NO_ID,
             accessed,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from persistence import record as rec
 from persistence.arguments import check_mapping, check_text_or_none
@@ -90,7 +90,7 @@ class Session:
     views are made on the hottest path; it would change nothing but this view.)
     """
 
-    __slots__ = ("_accessed", "_cap", "_life", "_packed", "_record", "_skew", "_time", "id")
+    __slots__ = ("_accessed", "_cap", "_life", "_record", "_skew", "_time", "id")
 
     # No __init__: views are made on the hottest path there is (`MemoryTier.access`), and an
     # empty constructor plus six assignments takes half the time of a constructor in Python.
@@ -101,7 +101,6 @@ class Session:
     _cap: float
     _skew: float  # once a time has been asked for
     _time: EngineTime
-    _packed: dict[str, bytes | memoryview] | None
 
     @classmethod
     def view(
@@ -122,35 +121,27 @@ class Session:
         if cap != rec.NEVER:  # the hot path leaves it out
             session._cap = cap
         session._time = time
-        session._packed = None
         return session
 
-    def _fields(self) -> dict[str, bytes | memoryview]:
-        """Return the packed fields, split once per view."""
-        fields = self._packed
-        if fields is None:
-            fields = self._packed = rec.packed_fields(self._record)
-        return fields
-
     def __getitem__(self, name: str) -> Any:
-        fields = self._packed
-        if fields is None:
-            fields = self._packed = rec.packed_fields(self._record)
-        return rec.unpack_value(fields[name])
+        packed = rec.packed_field(self._record, name)
+        if packed is None:
+            raise KeyError(name)
+        return rec.unpack_value(packed)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of `name`, or `default` where the session has no such field."""
-        packed = self._fields().get(name)
+        packed = rec.packed_field(self._record, name)
         return default if packed is None else rec.unpack_value(packed)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._fields()
+        return name in rec.field_names(self._record)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._fields()))
+        return iter(rec.field_names(self._record))
 
     def __len__(self) -> int:
-        return len(self._fields())
+        return len(rec.field_names(self._record))
 
     def __bool__(self) -> bool:
         """True, also without any field: ``if session:`` asks whether there is one."""
@@ -158,11 +149,11 @@ class Session:
 
     def keys(self) -> list[str]:
         """Return the fields' names, in the order in which they were first set."""
-        return list(self._fields())
+        return list(rec.field_names(self._record))
 
     def values(self) -> list[Any]:
         """Return the fields' values, unpacked, fresh each time."""
-        return [rec.unpack_value(packed) for packed in self._fields().values()]
+        return list(self.data.values())
 
     def items(self) -> list[tuple[str, Any]]:
         """Return the fields' names and values, unpacked, fresh each time."""
@@ -172,7 +163,7 @@ class Session:
     def data(self) -> dict[str, Any]:
         """All fields, unpacked: a fresh dict of fresh values each time."""
         unpack = rec.unpack_value
-        return {name: unpack(packed) for name, packed in self._fields().items()}
+        return {name: unpack(packed) for name, packed in rec.packed_fields(self._record).items()}
 
     @property
     def version(self) -> int:
@@ -247,6 +238,23 @@ class Session:
         return f"<Session {self.id!a} version {self.version}, fields {self.keys()}>"
 
 
+class Changes(NamedTuple):
+    """What an edit changed, packed.
+
+    Attributes:
+        values: the new values of fields that were there before; names and order stay.
+        fields: all fields instead, where some came or went; else None.
+        layout: of the record that was edited, where it is at hand.
+    """
+
+    values: dict[str, bytes]
+    fields: dict[str, bytes | memoryview] | None = None
+    layout: rec.Layout | None = None
+
+
+_new_changes = tuple.__new__  # the constructor of a NamedTuple is a call in Python
+
+
 class SessionDraft(MutableMapping[str, Any]):
     """A session's data while it is being edited: a mutable mapping, all or nothing.
 
@@ -254,10 +262,12 @@ class SessionDraft(MutableMapping[str, Any]):
     bytes are compared. Exact, and without proxies.
     """
 
-    __slots__ = ("_closed", "_packed", "_removed", "_values")
+    __slots__ = ("_before", "_closed", "_layout", "_record", "_removed", "_values")
 
-    def __init__(self, packed: Mapping[str, bytes | memoryview]) -> None:
-        self._packed = packed
+    def __init__(self, record: bytes) -> None:
+        self._record = record
+        self._layout = rec.layout_of(record)
+        self._before: dict[str, bytes | None] = {}  # as stored, of the fields in `_values`
         self._values: dict[str, Any] = {}
         self._removed: frozenset[str] = _NOTHING
         self._closed = False
@@ -273,15 +283,30 @@ class SessionDraft(MutableMapping[str, Any]):
             return values[name]
         if name in self._removed:
             raise KeyError(name)
-        value = values[name] = rec.unpack_value(self._packed[name])
+        packed = self._before[name] = self._stored(name)
+        value = values[name] = rec.unpack_value(packed)
         return value
+
+    def _stored(self, name: str) -> bytes:
+        """Return the packed value of a field before the edit.
+
+        Raises:
+            KeyError: there was no such field.
+        """
+        shape, ends, at = self._layout
+        place = shape.places[name]
+        return self._record[at + ends[place - 1] if place else at : at + ends[place]]
 
     def __setitem__(self, name: str, value: Any) -> None:
         if self._closed:
             self._refuse()
         if type(name) is not str:
             rec.check_field_name(name)
-        self._values[name] = value
+        values = self._values
+        if name not in values:
+            stored = name in self._layout[0].places
+            self._before[name] = self._stored(name) if stored else None
+        values[name] = value
         if self._removed:
             self._removed = self._removed - {name}
 
@@ -291,19 +316,22 @@ class SessionDraft(MutableMapping[str, Any]):
         if name not in self:
             raise KeyError(name)
         self._values.pop(name, None)
+        self._before.pop(name, None)
         self._removed = self._removed | {name}
 
     def __contains__(self, name: object) -> bool:
         if self._closed:
             self._refuse()
-        return name in self._values or (name in self._packed and name not in self._removed)
+        if name in self._values:
+            return True
+        return name in self._layout[0].names and name not in self._removed
 
     def __iter__(self) -> Iterator[str]:
         if self._closed:
             self._refuse()
-        removed = self._removed
-        names = [name for name in self._packed if name not in removed]
-        names += [name for name in self._values if name not in self._packed]
+        stored, removed = self._layout[0].names, self._removed
+        names = [name for name in stored if name not in removed]
+        names += [name for name in self._values if name not in stored]
         return iter(names)
 
     def __len__(self) -> int:
@@ -318,20 +346,29 @@ class SessionDraft(MutableMapping[str, Any]):
         """End the draft: later access through a kept reference raises ConflictError."""
         self._closed = True
 
-    def packed(self) -> dict[str, bytes | memoryview] | None:
-        """Return the new packed fields, or None when nothing changed.
+    def changes(self) -> Changes | None:
+        """Return what was changed, or None: nothing.
 
         Raises:
             ValueNotSerializable: a value cannot be stored; names field and type.
         """
-        before = self._packed
-        after: dict[str, bytes | memoryview] | None = None
-        if self._removed and not self._removed.isdisjoint(before):
-            after = {name: value for name, value in before.items() if name not in self._removed}
+        changed: dict[str, bytes] = {}
+        before = self._before
+        grows = False
         for name, value in self._values.items():
             packed = rec.pack_value(value, name)
-            if before.get(name) != packed:
-                if after is None:
-                    after = dict(before)
-                after[name] = packed
-        return after
+            known = before[name]
+            if known != packed:
+                changed[name] = packed
+                grows = grows or known is None
+        if not grows and not self._removed:
+            return _new_changes(Changes, (changed, None, self._layout)) if changed else None
+        return self._restructured(changed)
+
+    def _restructured(self, changed: dict[str, bytes]) -> Changes | None:
+        """The same where fields came or went."""
+        stored = rec.packed_fields(self._record)
+        fields = {name: value for name, value in stored.items() if name not in self._removed}
+        if not changed and len(fields) == len(stored):
+            return None  # what was removed had been new
+        return Changes({}, {**fields, **changed})

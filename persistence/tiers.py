@@ -11,15 +11,14 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from persistence.checkpoint.create import Plan
 from persistence.checkpoint.keeper import Keeper, Schedule
-from persistence.checkpoint.opening import open_store
 from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
-from persistence.config import StateConfig
+from persistence.config import RedisConfig, StateConfig
 from persistence.disk.filenames import CONFLICTS, OUTBOX
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
@@ -28,7 +27,7 @@ from persistence.expiry import life_of
 from persistence.listing import Listing
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
-from persistence.remote.redis import RedisTier
+from persistence.remote.contract import RemoteTier
 from persistence.residency import Residency
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
@@ -36,6 +35,9 @@ from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.updates import Updates
+
+if TYPE_CHECKING:
+    from persistence.checkpoint.opening import OpenStore
 
 _log = logging.getLogger("persistence")
 
@@ -101,9 +103,7 @@ class Tiers:
             self.disk = await DiskTier.open(config.disk, self.time, self._files)
             undo.push_async_callback(self.disk.close)
             threads = self.disk.threads
-            self._store = open_store(
-                config.checkpoint, config.redis, self.disk.directory, threads, self._files
-            )
+            self._store = _open_store(config, self.disk, self._files)
             synced = config.disk.fsync == "always"
             self._outbox = Outbox(self.disk.journal(OUTBOX), threads, sync=synced)
             self._conflicts = Conflicts(self.disk.journal(CONFLICTS), threads)
@@ -122,7 +122,7 @@ class Tiers:
         redis = self._config.redis
         if redis.url is None or self.shares_sessions:
             return
-        tier = RedisTier(redis, self._clock)
+        tier = _redis_tier(redis, self._clock)
         try:
             await tier.open()
         except RemoteUnavailable as error:
@@ -219,7 +219,7 @@ class Tiers:
         )
         redis = self._config.redis
         sharing = Sharing(
-            RedisTier(redis, self._clock), redis, self._outbox, self._conflicts, local
+            _redis_tier(redis, self._clock), redis, self._outbox, self._conflicts, local
         )
         self.residency.confirm_end = sharing.confirm_end
         return sharing
@@ -258,21 +258,42 @@ class Tiers:
         sessions that there were.
         """
         before: list[str] = []
+        why = ConflictError(
+            "the sessions were restored from a checkpoint meanwhile; nothing was written: try again"
+        )
         try:
-            await self.commits.close(
-                ConflictError(
-                    "the sessions were restored from a checkpoint meanwhile; nothing was written: "
-                    "try again"
-                )
-            )
+            await self.commits.close(why)
             if self.sharing is not None:  # only now: what was in flight counts too
                 before = [session_id async for session_id in self.listing.ids("")]
-                await self.sharing.close()
+                await self.sharing.close(why)
             await self.residency.close()
             await staged.install()
-        finally:
-            self.memory.clear()
-            self._assemble()
+        except BaseException:
+            await self._exchanged()
+            raise
+        await self._exchanged()
         if self.sharing is not None:
-            await self.sharing.open()
             await self.sharing.impose(before)
+
+    async def _exchanged(self) -> None:
+        """Work with what is in the log now."""
+        self.memory.clear()
+        self._assemble()
+        if self.sharing is not None:
+            await self.sharing.open(again=True)
+
+
+# Who needs no Redis does not load its client: that takes a tenth of a second and leaves 15,000
+# objects, over which every full garbage collection goes from then on.
+
+
+def _redis_tier(config: RedisConfig, clock: Clock) -> RemoteTier:
+    from persistence.remote.redis import RedisTier  # noqa: PLC0415 - as said
+
+    return RedisTier(config, clock)
+
+
+def _open_store(config: StateConfig, disk: DiskTier, files: Files | None) -> OpenStore:
+    from persistence.checkpoint.opening import open_store  # noqa: PLC0415 - as said
+
+    return open_store(config.checkpoint, config.redis, disk.directory, disk.threads, files)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from persistence import record as rec
 from persistence.clock import EngineTime
-from persistence.commit import Commit, CommitQueue, committed
+from persistence.commit import Commit, CommitQueue, committed, row_user
 from persistence.config import SessionConfig
-from persistence.disk.format import PUT, ROW_RENEWS, user_tag
+from persistence.disk.format import PUT, user_tag
 from persistence.errors import (
     ConflictError,
     InvalidArgument,
@@ -31,8 +31,11 @@ from persistence.locks import SessionLocks
 from persistence.memory.tier import MemoryTier, deadline_of
 from persistence.record import FIXED_BYTES, ID_BYTES, NO_ID, RENEWS
 from persistence.residency import Base, Residency
-from persistence.session import Session, SessionDraft
+from persistence.session import Changes, Session, SessionDraft
 from persistence.sharing.sharing import Sharing
+
+_IDS_BYTES: Final = 2 * ID_BYTES
+_view = Session.view
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,13 @@ class Change:
     """What an update does to a session.
 
     Attributes:
-        fields: gets the newest record, returns the new packed fields; None: nothing changes.
+        data: gets the newest record, returns what changes in its fields; None: nothing changes.
         meta: gets the newest record, returns the new packed metadata.
         ttl_seconds: the new TTL, from now on; None: as it was.
         same_version: it is not a new version for people.
     """
 
-    fields: Callable[[bytes], Mapping[str, bytes | memoryview] | None]
+    data: Callable[[bytes], Changes | None]
     meta: Callable[[bytes], bytes] | None = None
     ttl_seconds: float | None = None
     same_version: bool = False
@@ -76,15 +79,18 @@ class Updates:
         sharing: Sharing | None,
     ) -> None:
         self.locks = SessionLocks()
-        self._max_payload_bytes = config.max_bytes + FIXED_BYTES
+        self._max_record_bytes = config.max_bytes + FIXED_BYTES
         self._max_lifetime_seconds = config.max_lifetime_seconds
         self._time = time
         self._now = time.now
+        self._monotonic = time.monotonic
+        self._time_base = time.base
         self._memory = memory
         self._residency = residency
         self._fingerprint = residency.disk.fingerprint
         self._commits = commits
         self._commit_ids = CommitIds()
+        self._new_id = self._commit_ids.next
         self._check_open = check_open
         self._sharing = sharing
 
@@ -101,8 +107,17 @@ class Updates:
 
     # --- updating -----------------------------------------------------------------------------
 
-    def quick_base(self, session_id: str) -> Base | None:
-        """Return what to build an update on if nothing has to be waited for; else None."""
+    def made_now(
+        self, session_id: str, function: Callable[[SessionDraft], object]
+    ) -> Commit | Base | None:
+        """Submit what `function` changes in a draft, if nothing has to be waited for before that.
+
+        The hot path. Never awaits, so nothing comes between looking and submitting.
+
+        Returns:
+            The commit to wait for. Or what there is, if nothing was changed. Or None: something
+            has to be waited for, and `function` was not called; `by_function` does it.
+        """
         if self._commits.is_full:
             return None
         if self._sharing is not None and not self._sharing.is_current(session_id):
@@ -112,25 +127,19 @@ class Updates:
                 return None
         except TypeError:  # not hashable, so no session id: `apply` says it better
             return None
-        return self._residency.base_now(session_id)
+        base = self._residency.base_now(session_id)
+        if base is None:
+            return None
+        changes = drafted(base[0], function)
+        if changes is None:
+            return base
+        return self.next_version(session_id, session_id.encode(), base, changes)
 
     async def by_function(
         self, session_id: str, function: Callable[[SessionDraft], object]
     ) -> Session:
         """Commit what `function` changes in a draft. The manager must be open."""
-        base = self.quick_base(session_id)
-        if base is None:
-            return await self.apply(session_id, Change(lambda record: drafted(record, function)))
-        fields = drafted(base[0], function)
-        if fields is None:
-            return await self.unchanged(session_id, session_id.encode(), base)
-        commit = self.next_version(session_id, session_id.encode(), base, fields)
-        assert commit.done is not None, "submitted to be waited for"
-        try:
-            await commit.done
-        except Overtaken:
-            return await self.apply(session_id, Change(lambda record: drafted(record, function)))
-        return self.view(commit)
+        return await self.apply(session_id, Change(lambda record: drafted(record, function)))
 
     async def apply(self, session_id: str, change: Change) -> Session:
         """Build a version on the newest one and commit it; again when another worker was first."""
@@ -168,8 +177,8 @@ class Updates:
         """Return a view of the version that a commit made."""
         record = commit.record
         assert record is not None, "an update carries its record"
-        session_id, accessed = commit.session_id, commit.accessed
-        return Session.view(session_id, record, accessed, commit.life, commit.cap, self._time)
+        life, cap = commit.life, commit.cap
+        return _view(commit.session_id, record, commit.accessed, life, cap, self._time)
 
     async def unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
         """Answer an update that changed nothing: with an access, and what is there.
@@ -196,42 +205,42 @@ class Updates:
 
     def _changed(self, session_id: str, key: bytes, base: Base, change: Change) -> Commit | None:
         """Submit the changed version; None when nothing changed. Never awaits."""
-        fields = change.fields(base[0])
-        if fields is None:
+        changes = change.data(base[0])
+        if changes is None:
             return None
         if change.meta is None and change.ttl_seconds is None:
-            return self.next_version(session_id, key, base, fields)
-        return self._rebuilt(session_id, key, base, change, fields)
+            return self.next_version(session_id, key, base, changes)
+        return self._rebuilt(session_id, key, base, change, changes)
 
-    def next_version(
-        self, session_id: str, key: bytes, base: Base, fields: Mapping[str, bytes | memoryview]
-    ) -> Commit:
-        """Submit the version after `base` with other fields. Never awaits. The hot path."""
+    def next_version(self, session_id: str, key: bytes, base: Base, changes: Changes) -> Commit:
+        """Submit the version after `base` with other data. Never awaits. The hot path."""
         before, life, cap = base
-        now = self._now()
+        now = self._monotonic() + self._time_base
         deadline = now + life if life > 0 else -life
         deadline = min(deadline, cap)
-        payload, user, renews = rec.successor(before, fields)
-        if len(payload) > self._max_payload_bytes:
-            self._refuse_size(session_id, len(payload))
-        base_ids = before[: 2 * ID_BYTES]
-        commit_id = self._commit_ids.next()
-        ids = base_ids[:ID_BYTES] + commit_id + base_ids[ID_BYTES:]
+        values, fields, layout = changes
+        if fields is None:
+            record = rec.patched(before, self._new_id(), values, layout or rec.layout_of(before))
+        else:
+            record = rec.successor(before, self._new_id(), fields)
+        if len(record) > self._max_record_bytes:
+            self._refuse_size(session_id, len(record))
         commit = Commit(
             PUT,
             session_id,
             key,
             self._fingerprint(key),
-            payload,
-            ids[: 2 * ID_BYTES] + payload,
-            ids,
+            record,
+            record[:_IDS_BYTES] + before[ID_BYTES:_IDS_BYTES],
             now,
             deadline,
             cap,
             life,
-            user | ROW_RENEWS if renews else user,
+            row_user(record),
         )
         commit.before = before
+        if fields is None:
+            commit.changed = values
         self._commits.submit(commit)
         return commit
 
@@ -241,7 +250,7 @@ class Updates:
         key: bytes,
         base: Base,
         change: Change,
-        fields: Mapping[str, bytes | memoryview],
+        changes: Changes,
     ) -> Commit:
         """Submit the version after `base` with another TTL or other metadata. Never awaits."""
         before, life, cap = base
@@ -261,7 +270,7 @@ class Updates:
             flags=head.flags,
             user=head.user,
             meta=rec.packed_meta(before) if change.meta is None else change.meta(before),
-            fields=fields,
+            fields=all_fields(before, changes),
         )
         life = life_of(ttl_seconds, head.renews, deadline)
         return self._submit(session_id, key, record, now, life, cap, base=head.commit)
@@ -324,18 +333,17 @@ class Updates:
         base: bytes,
         creates: bool = False,
     ) -> Commit:
-        payload_bytes = len(record) - 2 * ID_BYTES
-        if payload_bytes > self._max_payload_bytes:
-            self._refuse_size(session_id, payload_bytes)
+        if len(record) > self._max_record_bytes:
+            self._refuse_size(session_id, len(record))
         commit = self._residency.put_commit(session_id, key, record, now, life, cap, base)
         commit.creates = creates
         self._commits.submit(commit)
         return commit
 
-    def _refuse_size(self, session_id: str, payload_bytes: int) -> NoReturn:
+    def _refuse_size(self, session_id: str, record_bytes: int) -> NoReturn:
         raise ValueTooLarge(
-            f"session {printable(session_id)} would have {payload_bytes - FIXED_BYTES} bytes and "
-            f"session.max_bytes is {self._max_payload_bytes - FIXED_BYTES}; nothing was written"
+            f"session {printable(session_id)} would have {record_bytes - FIXED_BYTES} bytes and "
+            f"session.max_bytes is {self._max_record_bytes - FIXED_BYTES}; nothing was written"
         )
 
 
@@ -358,7 +366,7 @@ class Edit:
             updates._check_open()
             await updates.prepare(self._session_id)
             self._base = await self._residency.base(self._session_id, self._key)
-            self._draft = SessionDraft(rec.packed_fields(self._base[0]))
+            self._draft = SessionDraft(self._base[0])
         except BaseException:
             updates.locks.release(self._session_id)
             raise
@@ -387,7 +395,7 @@ class Edit:
         incarnation is another one, or there is none. Or the version that the draft was made of
         was still in flight and failed: nothing may be built on it.
         """
-        fields = self._draft.packed()
+        changes = self._draft.changes()
         now = await self._residency.base(self._session_id, self._key)
         if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
             raise SessionNotFound(self._session_id)
@@ -397,10 +405,10 @@ class Edit:
                 "is not the newest any more (another worker's commit came first, or it could not "
                 "be written); nothing was written: edit again"
             )
-        if fields is None:
+        if changes is None:
             await self._updates.unchanged(self._session_id, self._key, now)
             return None
-        return self._updates.next_version(self._session_id, self._key, now, fields)
+        return self._updates.next_version(self._session_id, self._key, now, changes)
 
 
 def _refuse_awaitable(result: Any) -> NoReturn:
@@ -415,15 +423,20 @@ def _refuse_awaitable(result: Any) -> NoReturn:
     )
 
 
-def drafted(
-    record: bytes, function: Callable[[SessionDraft], object]
-) -> dict[str, bytes | memoryview] | None:
-    """Return the packed fields after `function` has changed a draft; None: unchanged."""
-    draft = SessionDraft(rec.packed_fields(record))
+def drafted(record: bytes, function: Callable[[SessionDraft], object]) -> Changes | None:
+    """Return what `function` changes in a draft of `record`; None: nothing."""
+    draft = SessionDraft(record)
     try:
         result = function(draft)
         if result is not None and hasattr(result, "__await__"):
             _refuse_awaitable(result)
-        return draft.packed()
+        return draft.changes()
     finally:
-        draft.close()
+        draft._closed = True  # `close`, without the call
+
+
+def all_fields(record: bytes, changes: Changes) -> Mapping[str, bytes | memoryview]:
+    """Return all packed fields of `record` once it is changed."""
+    if changes.fields is not None:
+        return changes.fields
+    return {**rec.packed_fields(record), **changes.values}

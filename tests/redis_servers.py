@@ -445,12 +445,14 @@ class Proxy:
     Attributes:
         drops_reply: called with each piece that comes from the server; True: it is swallowed and
             the connection is cut, after the server has executed what it answers.
+        rewrites: called with each of the others; what it returns is passed on instead.
         dropped: how many replies were.
         connections: how many there have been.
     """
 
     def __init__(self, target_port: int) -> None:
         self.drops_reply: Callable[[bytes], bool] = lambda _: False
+        self.rewrites: Callable[[bytes], bytes] = lambda data: data
         self.dropped = 0
         self.connections = 0
         self.port = free_port()
@@ -522,6 +524,7 @@ class Proxy:
                         self.dropped += 1
                         sink.transport.abort()
                         return
+                    data = self.rewrites(data)
                 sink.write(data)
                 await sink.drain()
         except OSError:

@@ -119,6 +119,12 @@ async def test_a_function_that_has_to_be_awaited_is_refused(
     assert await data_of(state, "a") == {"x": 1}
 
 
+async def test_what_is_no_function_is_refused(state: StateManager) -> None:
+    await state.create_session(session_id="a", data={"x": 1})
+    with pytest.raises(InvalidArgument, match=r"^function = None: must be a function"):
+        await state.update_session("a", None)  # type: ignore[arg-type] # the wrong type is the point
+
+
 async def test_get_or_create_returns_what_it_created_however_short_its_life(
     state: StateManager, clock: ManualClock
 ) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -467,3 +468,36 @@ def test_an_undeclared_dependency_is_caught() -> None:
         "manager", "import lmdb\nimport msgpack\nfrom zict.lru import LRU\nimport re"
     )
     assert undeclared(module, {"msgpack"}) == ["manager:1: lmdb", "manager:3: zict.lru"]
+
+
+# What an import costs its user
+
+
+@pytest.mark.parametrize("module", ["redis", "typer", "rich", "pydantic_settings", "aiofiles"])
+def test_the_library_loads_nothing_that_only_some_of_its_users_need(module: str) -> None:
+    # A fresh interpreter: here, other tests have loaded everything.
+    program = f"import persistence, sys; print({module!r} in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_a_manager_without_a_shared_tier_loads_no_client_of_one(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, sys
+from persistence import DiskConfig, StateConfig, StateManager
+
+async def work():
+    config = StateConfig(disk=DiskConfig(path={str(tmp_path / "d")!r}))
+    async with StateManager(config=config) as state:
+        await state.create_session()
+        await state.create_checkpoint()
+
+asyncio.run(work())
+print("redis" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "False"

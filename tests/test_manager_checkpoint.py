@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from persistence import ManualClock, StateConfig, StateManager
 from persistence.errors import CheckpointNotFound, ConfigError, ConflictError, PersistenceError
-from tests.engine import ScriptedFiles, Start, config_for, contents
+from tests.engine import KIB, ScriptedFiles, Start, config_for, contents
 from tests.redis_servers import Group, RedisServer
 from tests.sharing.support import add_one, until, until_delivered, until_up, value
 
@@ -231,6 +232,31 @@ async def test_stats_tell_what_is_unshipped_and_what_may_be(
     info = await state.create_checkpoint()
     after = (await state.stats()).checkpoints
     assert (after.made, after.last_id, after.unshipped_bytes) == (1, info.id, 0)
+
+
+async def test_no_more_is_left_unshipped_than_a_shutdown_can_ship(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    """The grace period is so short that a few hundred KiB are too much."""
+    config = config_for(
+        tmp_path / "state",
+        checkpoint={**store, "min_pause_seconds": 0.0},
+        shutdown={"grace_seconds": 0.03},
+    )
+    async with StateManager(config=config, files=ScriptedFiles()) as state:
+        limit_bytes = (await state.stats()).checkpoints.limit_bytes
+        assert 0 < limit_bytes < 512 * KIB
+        for made in range(3):
+            for number in range(10):
+                sid = await state.create_session(session_id=f"{made} {number}")
+                await state.update_session_data(sid, "blob", random.randbytes(64 * KIB))
+
+            async def little() -> bool:
+                stats = (await state.stats()).checkpoints
+                return stats.unshipped_bytes <= stats.limit_bytes
+
+            await until(little)
+        assert {info.reason for info in await state.list_checkpoints()} == {"unshipped"}
 
 
 async def test_a_store_in_redis_without_one_is_a_configuration_error(tmp_path: Path) -> None:

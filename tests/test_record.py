@@ -618,30 +618,99 @@ def test_a_successor_is_what_assembling_its_parts_gives(
     meta = rec.pack_meta({"source": "web"})
     record = record_with(fields=before, meta=meta)
     expected = record_with(fields=fields, meta=meta, version=PARTS["version"] + 1)
-    assert rec.successor(record, fields) == (expected[32:], PARTS["user"], RENEWS)
+    next_id = bytes(range(32, 48))
+    assert rec.successor(record, next_id, fields) == expected[:16] + next_id + expected[32:]
 
 
-FIELD_SIZES = st.sampled_from([0, 1, 31, 32, 255, 256, 257, 65_535, 65_536, 70_000])
-LARGE_FIELDS = st.dictionaries(
-    st.text(max_size=4) | st.sampled_from([31, 32, 255, 256, 65_536]).map(lambda n: "n" * n),
-    st.builds(bytes, FIELD_SIZES),
-    max_size=20,
+@settings(deadline=None)
+@given(FIELDS, st.data())
+def test_a_patched_record_is_what_assembling_its_parts_gives(
+    before: dict[str, bytes], data: st.DataObject
+) -> None:
+    some = st.sampled_from(list(before)) if before else st.nothing()
+    changed = data.draw(st.dictionaries(some, st.binary(max_size=300), max_size=len(before)))
+    meta = rec.pack_meta({"source": "web"})
+    record = record_with(fields=before, meta=meta)
+    expected = record_with(
+        fields={**before, **changed},
+        meta=meta,
+        commit=bytes(range(32, 48)),
+        version=PARTS["version"] + 1,
+    )
+    layout = rec.layout_of(record)
+    if changed:
+        assert rec.patched(record, bytes(range(32, 48)), changed, layout) == expected
+    assert [rec.packed_field(expected, name) for name in before] == [
+        *{**before, **changed}.values()
+    ]
+    assert rec.packed_field(record, "no such field" * 4) is None
+
+
+def test_a_patch_of_one_field_may_keep_its_size_or_not() -> None:
+    fields = {"a": b"11", "b": b"222", "c": b"3"}
+    record = record_with(fields=fields)
+    for name, value in fields.items():
+        for new in (b"", b"x" * len(value), b"x" * 300):
+            patched = rec.patched(record, bytes(16), {name: new}, rec.layout_of(record))
+            assert rec.packed_fields(patched) == {**fields, name: new}
+            rec.validate(patched)
+
+
+@pytest.mark.parametrize("meta_bytes", [0, 80_000])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"a": bytes(65_535), "b": b""},
+        {"a": bytes(65_535), "b": b"1"},
+        {"a": b"1", "b": bytes(200_000), "c": b"3"},
+        {"n" * 65_532: b"1"},
+        {"n" * 65_533: b"1", "m": b"2"},
+        {f"{number}": bytes(number % 7) for number in range(70_000)},
+    ],
+    ids=["narrow", "values", "one value", "narrow names", "names", "many"],
 )
-
-
-@settings(max_examples=50, deadline=None)
-@given(LARGE_FIELDS, st.integers(0, 80_000))
-def test_the_walk_through_a_large_record_finds_what_unpacking_it_does(
-    fields: dict[str, bytes], meta_bytes: int
+def test_a_record_is_wide_only_where_it_has_to_be(
+    fields: dict[str, bytes], meta_bytes: int, request: pytest.FixtureRequest
 ) -> None:
     meta = rec.pack_meta({"attributes": "x" * meta_bytes})
     record = record_with(fields=fields, meta=meta)
-    start = PREFIX_BYTES + len(meta)
-    walked = rec._walk_fields(memoryview(record)[start:])
-    unpacked = msgpack.unpackb(record[start:], strict_map_key=False)
-    assert [(name, bytes(value)) for name, value in walked.items()] == list(unpacked.items())
-    assert {name: bytes(value) for name, value in rec.packed_fields(record).items()} == fields
+    assert bool(record[rec.FLAGS_AT] & rec.WIDE) == ("narrow" not in request.node.name)
+    assert rec.head(record).flags == PARTS["flags"]
+    assert rec.packed_fields(record) == fields
+    assert rec.packed_field(record, next(iter(fields))) == next(iter(fields.values()))
+    assert rec.with_fields(record[: rec.meta_end_of(record)], fields) == record
+    assert rec.meta_of(record) == {"attributes": "x" * meta_bytes}
     rec.validate(record)
+
+
+def test_a_record_that_grows_becomes_wide_and_one_that_shrinks_may_stay_so() -> None:
+    fields = {"a": b"1", "b": b"2", "c": b"3"}
+    record = record_with(fields=fields)
+    for name, size in [("b", 65_533), ("a", 2), ("b", 5), ("c", 65_536), ("c", 0)]:
+        fields[name] = bytes(size)
+        record = rec.patched(record, bytes(16), {name: fields[name]}, rec.layout_of(record))
+        rec.validate(record)
+        assert rec.packed_fields(record) == fields
+        assert rec.with_fields(record[: rec.meta_end_of(record)], fields) == record
+    assert record[rec.FLAGS_AT] & rec.WIDE
+    assert not rec.successor(record, bytes(16), fields)[rec.FLAGS_AT] & rec.WIDE
+
+
+def test_fields_that_do_not_fit_the_beginning_of_a_record_are_malformed() -> None:
+    start = record_with()[:PREFIX_BYTES]
+    with pytest.raises(MalformedValue, match="larger than the record says"):
+        rec.with_fields(start, {"a": bytes(70_000)})
+
+
+def test_shapes_are_kept_within_bounds() -> None:
+    for number in range(10_000):
+        record = record_with(fields={f"n{number}": b"\x01"})
+        assert rec.packed_field(record, f"n{number}") == b"\x01"
+    record = record_with(fields={"n" * 5000: b"\x01"})
+    assert rec.field_names(record) == ("n" * 5000,)
+    for shapes in (rec._shapes_by_names, rec._shapes_by_packed):
+        assert len(shapes) <= 4096
+        assert max(map(len, shapes)) < 5000
 
 
 def test_values_of_a_large_record_are_views_and_those_of_a_small_one_copies() -> None:

@@ -14,14 +14,20 @@ from typing import Any, NamedTuple
 import pytest
 
 from persistence import StateConfig, StateManager
+from persistence.checkpoint.catalogue import list_checkpoints
+from persistence.checkpoint.directory_store import DirectoryStore
+from persistence.checkpoint.restore import restore_into
+from persistence.clock import SystemClock
 from persistence.disk.filenames import MANIFEST
 from persistence.disk.inspect import scan_directory
 from persistence.disk.segments import Damage
+from persistence.disk.threads import Threads
+from tests.full_size import full_or
 from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parents[1]
 NURSERY = Path(__file__).with_name("worker_nursery.py")
-ROUNDS = 25
+ROUNDS = full_or(200, 25)
 
 
 class End(NamedTuple):
@@ -126,26 +132,44 @@ async def test_what_the_coroutine_raises_is_raised_after_closing(
 async def test_a_signal_ends_a_worker_with_exit_code_0_and_nothing_is_lost(
     nursery: Nursery, tmp_path: Path, name: str
 ) -> None:
-    end = nursery.run(tmp_path, "busy", signals=[name])
+    end = nursery.run(tmp_path, "busy", after="done", signals=[name])
     assert end.code == 0
     found = await contents(tmp_path)
     assert end.counts
     assert all(found[sid]["n"] >= count for sid, count in end.counts.items())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 async def test_a_signal_at_any_moment_of_a_busy_worker_loses_nothing(
     nursery: Nursery, tmp_path: Path
 ) -> None:
+    here, there = tmp_path / "state", tmp_path / "checkpoints"
     dice = random.Random(5)
-    for _ in range(ROUNDS):
-        end = nursery.run(tmp_path, "busy", seconds=dice.random() * 0.3)
+    for number in range(ROUNDS):
+        seconds = dice.random() * 0.3
+        end = nursery.run(here, "busy", seconds=seconds, store=str(there))
         assert end.code == 0
         assert end.seconds < 5
-        assert damages(tmp_path) == []
-        found = await contents(tmp_path)
+        assert damages(here) == []
+        found = await contents(here)
         for sid, count in end.counts.items():
             assert count <= found[sid]["n"] <= count + 1
+        restored = await restored_latest(there, tmp_path / f"restored {number}")
+        assert restored == found
+
+
+async def restored_latest(store: Path, directory: Path) -> dict[str, Any]:
+    """Return what the latest checkpoint of a shutdown has, which has to be whole."""
+    threads = Threads()
+    try:
+        where = DirectoryStore(str(store), threads)
+        infos = await list_checkpoints(where)
+        assert {(info.reason, info.problem) for info in infos} == {("shutdown", None)}
+        info = await restore_into(where, str(directory), SystemClock(), fall_back=False)
+        assert info.id == infos[-1].id
+    finally:
+        threads.close()
+    return await contents(directory)
 
 
 @pytest.mark.timeout(120)

@@ -1,8 +1,9 @@
 """Runs workers that are told to stop: one order a line on stdin, their reports on stdout.
 
-An order is ``{"directory": …, "url": …, "kind": …, "seconds": …, "signals": […]}``. A child is
-forked and runs `persistence.worker.run`; after `seconds` from the moment at which it is open it
-gets the signals, one after the other. `seconds` null: none; negative: while it is opening.
+An order is ``{"directory": …, "url": …, "kind": …, "seconds": …, "signals": […]}``, and where its
+checkpoints go, "store". A child is forked and runs `persistence.worker.run`; after `seconds` from
+the moment at which it is open (or from its first report of the word "after") it gets the signals,
+one after the other. `seconds` null: none; negative: while it is opening.
 
 The child writes a JSON array a line, in one call each: ``["open"]``, ``["done", session, count]``
 for each acknowledged update, and what its kind says. The parent adds ``["end", code, seconds from
@@ -96,6 +97,7 @@ def work(order: dict[str, Any]) -> None:
             "disk": {"path": order["directory"], "segment_bytes": "256KiB"},
             "redis": {"timeout_seconds": 1},
             "shutdown": {"grace_seconds": order.get("grace_seconds", 10)},
+            "checkpoint": {"store": order.get("store", "auto")},
         }
     )
     worker.run(KINDS[order["kind"]], config, url=order["url"])
@@ -118,12 +120,13 @@ def raise_child(order: dict[str, Any]) -> tuple[int, float]:
     os.close(childs_reports)
     seconds = order["seconds"]
     started = None
+    first = json.dumps([order.get("after", "open")])[:-1].encode()
     if seconds is not None and seconds < 0:
         time.sleep(-seconds)
         started = _signal(pid, order["signals"])
     with os.fdopen(reports, "rb", 0) as lines:
         for line in _passed_on(lines):
-            if started is None and seconds is not None and line.startswith(b'["open"'):
+            if started is None and seconds is not None and line.startswith(first):
                 _later(seconds, pid, order["signals"])
                 started = time.monotonic() + seconds
     _, status = os.waitpid(pid, 0)

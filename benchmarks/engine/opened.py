@@ -88,15 +88,15 @@ async def _take(remaining: Iterator[Any], act: Callable[[Any], Awaitable[object]
         await act(item)
 
 
-async def fill(state: Any, session_count: int) -> None:
-    """Create sessions 0 to `session_count` - 1 and flush."""
+async def fill(state: Any, session_count: int, task_count: int = TASK_COUNT) -> None:
+    """Create sessions 0 to `session_count` - 1, by `task_count` tasks, and flush."""
 
     async def create(index: int) -> None:
         await state.create_session(
             session_id=payloads.session_id(index), data=payloads.session(index)
         )
 
-    await in_tasks(range(session_count), create)
+    await in_tasks(range(session_count), create, task_count)
     await state.flush()
 
 

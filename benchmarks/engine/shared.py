@@ -4,16 +4,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
-from benchmarks import payloads
-from benchmarks.contender import Metrics, Stopwatch, check
-from benchmarks.engine.opened import TASK_COUNT, Engine, fill, in_tasks
+from benchmarks import lag, payloads
+from benchmarks.contender import Metric, Metrics, Stopwatch, check
+from benchmarks.engine.opened import MIB, TASK_COUNT, Engine, fill, in_tasks
 from benchmarks.redis_server import RedisServer
 
 THROUGH = "persistence, redis.write=through"
+CHECKPOINTING = "persistence, making checkpoints"
+UNDISTURBED = "persistence, making none"
+READS = Metric("reads", "/s", higher_is_better=True)
+_READS_AT_ONCE = 32  # then the others have their turn, as between two requests
 
 
 @dataclass
@@ -65,6 +72,67 @@ class FullCheckpoint(Engine):
         check(info.kind == "full" and info.sessions == self.session_count, "not all was shipped")
         await self.state.delete_checkpoint(info.id)  # so that the next one is full as well
         return watch.rate(self.session_count)
+
+    async def close(self) -> None:
+        await super().close()
+        self._server.close()
+
+
+@dataclass
+class ReadWhileCheckpointing(Engine):
+    """Hot `get_session`, and the lag, while one full checkpoint to Redis follows the other.
+
+    Attributes:
+        makes_checkpoints: False: the same without them, to compare with.
+    """
+
+    session_count: int
+    sample_count: int
+    makes_checkpoints: bool = True
+
+    def __post_init__(self) -> None:
+        self.name = CHECKPOINTING if self.makes_checkpoints else UNDISTURBED
+
+    async def open(self, directory: Path) -> None:
+        self._server = RedisServer()
+        self._server.start()
+        memory_bytes = max(100 * MIB, self.session_count * 2000)
+        await self.open_state(
+            directory, url=self._server.url, write="checkpoint", memory_bytes=memory_bytes
+        )
+        await fill(self.state, self.session_count)
+        ids = [payloads.session_id(index) for index in range(self.session_count)]
+        random.Random(1).shuffle(ids)
+        self._ids: Iterator[str] = cycle(ids)
+
+    async def measure(self) -> Metrics:
+        self._stop = False
+        self._reads = self._checkpoints = 0
+        work = [asyncio.create_task(self._read())]
+        if self.makes_checkpoints:
+            work.append(asyncio.create_task(self._checkpoint()))
+        with Stopwatch() as watch:
+            metrics = lag.lag_metrics(await lag.sample_lag(self.sample_count))
+        metrics[READS.name] = self._reads / watch.seconds
+        self._stop = True
+        await asyncio.gather(*work)
+        check(bool(self._checkpoints) == self.makes_checkpoints, "not what was to be measured")
+        return metrics
+
+    async def _read(self) -> None:
+        get_session = self.state.get_session
+        while not self._stop:
+            for session_id in islice(self._ids, _READS_AT_ONCE):
+                check(await get_session(session_id) is not None, "a session went missing")
+            self._reads += _READS_AT_ONCE
+            await asyncio.sleep(0)
+
+    async def _checkpoint(self) -> None:
+        while not self._stop:
+            info = await self.state.create_checkpoint("benchmark")
+            check(info.sessions == self.session_count, "not all was shipped")
+            await self.state.delete_checkpoint(info.id)  # so that the next one is full as well
+            self._checkpoints += 1
 
     async def close(self) -> None:
         await super().close()

@@ -23,7 +23,7 @@ from persistence.checkpoint.manifest import (
     worker_of,
 )
 from persistence.checkpoint.stores import CheckpointStore, ChunkKey
-from persistence.disk.format import NewerFormat
+from persistence.disk.format import OtherFormat
 from persistence.errors import CheckpointNotFound, printable
 
 _log = logging.getLogger("persistence.checkpoint")
@@ -105,7 +105,7 @@ class Catalogue:
         for checkpoint_id, data in sorted((await store.manifests()).items()):
             try:
                 found.manifests[checkpoint_id] = decode_manifest(data, checkpoint_id)
-            except NewerFormat as error:
+            except OtherFormat as error:
                 found.newer[checkpoint_id] = str(error)
             except MalformedCheckpoint as error:
                 found.damaged[checkpoint_id] = str(error)

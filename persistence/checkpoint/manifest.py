@@ -7,7 +7,7 @@ share a segment's salt. Little-endian, nothing padded:
 field        size      meaning
 ============ ========= ========================================================================
 magic        8         ``PERSCHK`` and the byte 0x01
-version      2         1; a newer one is refused
+version      2         2; any other is refused
 flags        2         bit 0: the body is an LZ4 frame
 runs         4         how many runs there are
 frames       4         how many frames there are in all runs
@@ -25,12 +25,13 @@ length and its checksum, so a chunk that is intact, but another one, is found ou
 field        size      meaning
 ============ ========= ========================================================================
 magic        8         ``PERSMAN`` and the byte 0x01
-version      2         1; a newer one is refused
+version      2         2; any other is refused
 body         ...       MessagePack map, see `Manifest`
 checksum     4         CRC-32C of everything before
 ============ ========= ========================================================================
 
-Decoders never raise anything but `MalformedCheckpoint` and `NewerFormat`, whatever they are given.
+Decoders never raise anything but `MalformedCheckpoint` and
+`OtherFormat`, whatever they are given.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ import lz4.frame
 import msgpack
 from crc32c import crc32c
 
-from persistence.disk.format import NewerFormat
+from persistence.disk.format import check_version
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 _MANIFEST_MAGIC: Final = b"PERSMAN\x01"
 _MANIFEST_HEADER: Final = Struct("<8sH")
@@ -201,7 +202,7 @@ def decode_manifest(data: bytes, checkpoint_id: str) -> Manifest:
 
     Raises:
         MalformedCheckpoint: it is damaged, or that of another checkpoint.
-        NewerFormat: it is of a newer format version.
+        OtherFormat: it is of another format version.
     """
     behind = len(data) - _CHECKSUM.size
     if behind < _MANIFEST_HEADER.size or checksum_of(data) != crc32c(data[:behind]):
@@ -209,11 +210,7 @@ def decode_manifest(data: bytes, checkpoint_id: str) -> Manifest:
     magic, version = _MANIFEST_HEADER.unpack_from(data)
     if magic != _MANIFEST_MAGIC:
         raise MalformedCheckpoint("the manifest is no manifest")
-    if version > FORMAT_VERSION:
-        raise NewerFormat(
-            f"format version {version}; this library reads up to {FORMAT_VERSION}: use a newer "
-            "version of the library"
-        )
+    check_version(version, FORMAT_VERSION)
     manifest = _manifest_of(data[_MANIFEST_HEADER.size : behind])
     if manifest.id != checkpoint_id:
         raise MalformedCheckpoint(f"the manifest is that of {manifest.id!a}")
@@ -291,7 +288,7 @@ def decode_chunk(data: bytes, ref: ChunkRef) -> list[PackedRun]:
 
     Raises:
         MalformedCheckpoint: it is damaged, or another chunk.
-        NewerFormat: it is of a newer format version.
+        OtherFormat: it is of another format version.
     """
     if len(data) != ref.stored_bytes or len(data) < CHUNK_OVERHEAD_BYTES:
         raise MalformedCheckpoint(f"it has {len(data)} bytes instead of {ref.stored_bytes}")
@@ -302,8 +299,7 @@ def decode_chunk(data: bytes, ref: ChunkRef) -> list[PackedRun]:
     magic, version, flags, count, frames, raw_bytes = _CHUNK_HEADER.unpack_from(data)
     if magic != _CHUNK_MAGIC:
         raise MalformedCheckpoint("it is no chunk")
-    if version > FORMAT_VERSION:
-        raise NewerFormat(f"format version {version}; this library reads up to {FORMAT_VERSION}")
+    check_version(version, FORMAT_VERSION)
     if flags & ~_LZ4 or (frames, raw_bytes) != (ref.frames, ref.raw_bytes):
         raise MalformedCheckpoint("its header and its entry in the manifest differ")
     body_at = _CHUNK_HEADER.size + count * _RUN.size

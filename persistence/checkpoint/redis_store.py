@@ -17,8 +17,9 @@ Commands: GET, SET, STRLEN, UNLINK, HSET, HGET, HGETALL, HDEL; each may be sent 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ from persistence.checkpoint.stores import ChunkKey, ChunkMissing
 from persistence.errors import RemoteUnavailable
 from persistence.remote.keys import Keys
 
-_RESERVED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
+_ANNOUNCED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
 _KEYS_PER_PIPELINE: Final = 500
 
 
@@ -49,7 +50,11 @@ class RedisStore:
         prefix = self._prefix = Keys(namespace).prefix.decode()
         self._manifests = f"{prefix}:checkpoints"
         self._started = f"{prefix}:checkpoints:started"
-        self._reserved: dict[str, int] = {}
+        # One checkpoint at a time is made through this.
+        self._making = ""
+        self._announced = 0  # how many chunk keys it may have, as Redis knows it
+        self._used = 0  # how many it has
+        self._announcing = asyncio.Lock()
 
     @property
     def name(self) -> str:
@@ -64,15 +69,19 @@ class RedisStore:
     async def put_chunk(self, key: ChunkKey, data: bytes) -> None:
         """Keep a chunk."""
         async with self._translated():
-            if key.number >= self._reserved.get(key.checkpoint, 0):
-                await self._reserve(key)
+            async with self._announcing:  # chunks come together: one announces for all of them
+                await self._announce(key)
             await self._client.set(self.chunk_key(key), data)
 
-    async def _reserve(self, key: ChunkKey) -> None:
-        """Announce more chunk keys before the first of them is written."""
-        count = key.number + _RESERVED_AT_ONCE
-        await self._client.hset(self._started, key.checkpoint, str(count))
-        self._reserved = {key.checkpoint: count}  # one checkpoint at a time is made through this
+    async def _announce(self, key: ChunkKey) -> None:
+        """Announce a chunk key, and more of them, before it is written."""
+        if key.checkpoint != self._making:
+            self._making, self._announced, self._used = key.checkpoint, 0, 0
+        if key.number >= self._announced:
+            count = key.number + _ANNOUNCED_AT_ONCE
+            await self._client.hset(self._started, key.checkpoint, str(count))
+            self._announced = count
+        self._used = max(self._used, key.number + 1)
 
     async def get_chunk(self, key: ChunkKey) -> bytes:
         """Return a chunk."""
@@ -94,9 +103,14 @@ class RedisStore:
         return sizes
 
     async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
-        """Keep a manifest, atomically."""
+        """Keep a manifest, atomically; behind it, announce no more chunk keys than there are."""
         async with self._translated():
             await self._client.hset(self._manifests, checkpoint_id, manifest)
+        if checkpoint_id == self._making and self._used < self._announced:
+            self._announced = self._used
+            # Published it is. What stays announced beyond that is swept up as if it were chunks.
+            with suppress(RedisError, RedisClusterException, OSError):
+                await self._client.hset(self._started, checkpoint_id, str(self._used))
 
     async def manifests(self) -> dict[str, bytes]:
         """Return every manifest by its id."""
@@ -132,6 +146,8 @@ class RedisStore:
                     pipeline.execute_command("UNLINK", self.chunk_key(key))
                     removed.setdefault(key.checkpoint, set()).add(key.number)
                 await pipeline.execute()
+            if self._making in removed:
+                self._making = ""  # who puts one again announces it again
             for checkpoint_id, numbers in removed.items():
                 await self._shrink(checkpoint_id, numbers)
 

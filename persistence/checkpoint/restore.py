@@ -42,7 +42,7 @@ from persistence.disk.directory import (
 )
 from persistence.disk.filenames import parse_segment
 from persistence.disk.files import NO_SPACE, Files
-from persistence.disk.format import Frame, NewerFormat
+from persistence.disk.format import Frame, OtherFormat
 from persistence.disk.index import Fingerprints
 from persistence.disk.install import Staging, install, install_fresh, staging_for
 from persistence.disk.manifest import Manifest as DirectoryManifest
@@ -225,7 +225,7 @@ class Restorer:
     async def _decoded(self, data: bytes, ref: ChunkRef) -> list[PackedRun]:
         try:
             return await undisturbed(self._threads.read(decode_chunk, data, ref))
-        except (MalformedCheckpoint, NewerFormat) as error:
+        except (MalformedCheckpoint, OtherFormat) as error:
             raise MalformedCheckpoint(f"chunk {ref.number} of {ref.checkpoint}: {error}") from error
 
     # --- staging ------------------------------------------------------------------------------

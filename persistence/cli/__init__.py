@@ -6,8 +6,11 @@ that know nothing of options and terminals.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from persistence.cli.failure import EXIT_INTERRUPTED
 
 __all__ = ["main"]
 
@@ -18,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the words behind the program's name; None: those of this process.
     """
-    # Imported here: importing a neighbour (the parser, the replayer) should not load a terminal.
-    from persistence.cli.app import run_command  # noqa: PLC0415 - as said
+    try:
+        # Imported here: a neighbour (the parser, the replayer) should not load a terminal.
+        from persistence.cli.app import run_command  # noqa: PLC0415 - as said
+    except KeyboardInterrupt:  # it takes long enough to be interrupted
+        sys.stderr.write("persistence: interrupted\n")
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
     raise SystemExit(run_command(arguments))

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Final, NoReturn, TypeGuard
 
 import typer
 
@@ -124,7 +124,14 @@ def _closed_stream(name: str) -> io.TextIOWrapper:
 
 @contextmanager
 def _standard_streams() -> Iterator[None]:
-    """Put something in the place of closed streams that says so when it is used."""
+    """Let no standard stream fail at what is printed.
+
+    In the place of a closed one there is something that says so when it is used. In a locale that
+    is not Unicode's, characters that it does not have are printed as escapes.
+    """
+    changed = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if _is_narrow(stream)]
+    for stream, _ in changed:
+        stream.reconfigure(errors="backslashreplace")
     closed = [name for name in ("stdin", "stdout") if getattr(sys, name) is None]
     for name in closed:
         setattr(sys, name, _closed_stream(name))
@@ -133,6 +140,13 @@ def _standard_streams() -> Iterator[None]:
     finally:
         for name in closed:
             setattr(sys, name, None)
+        for stream, errors in changed:
+            stream.reconfigure(errors=errors)
+
+
+def _is_narrow(stream: object) -> TypeGuard[io.TextIOWrapper]:
+    """Whether it is a stream that cannot print every character."""
+    return isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf")
 
 
 def _message(error: Exception) -> str:

@@ -21,7 +21,7 @@ from persistence import (
 )
 from persistence.cli import screen
 from persistence.cli.directory import require_directory
-from persistence.cli.failure import EXIT_FAILED, EXIT_OK
+from persistence.cli.failure import EXIT_FAILED, EXIT_OK, CommandError
 from persistence.cli.jsonl import encode
 from persistence.cli.options import DirectoryArgument, deep_values
 from persistence.cli.running import run
@@ -51,11 +51,25 @@ def command(
 
 @contextmanager
 def _opened(output: Path | None) -> Iterator[IO[bytes]]:
-    """Open the output; a file appears under its name only when it is complete."""
+    """Open the output; a file appears under its name only when it is complete.
+
+    What is no file, such as /dev/null or a named pipe, is written to as it is: to put a file in its
+    place would take it away from everybody. Behind a link, the file it leads to is replaced.
+
+    Raises:
+        CommandError: it is a directory.
+    """
     if output is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
+    if output.is_dir():
+        raise CommandError(f"{output} is a directory; name a file for the sessions")
+    if output.exists() and not output.is_file():
+        with output.open("wb") as stream:
+            yield stream
+        return
+    output = output.resolve()
     partial = output.with_name(f"{output.name}.partial")
     try:
         with partial.open("wb") as file:

@@ -16,7 +16,7 @@ from persistence.disk.filenames import (
     temporary_name,
 )
 from persistence.disk.files import NO_SPACE, Files, read_all, replace_file
-from persistence.disk.format import NewerFormat
+from persistence.disk.format import OtherFormat
 from persistence.disk.manifest import (
     MalformedManifest,
     Manifest,
@@ -79,7 +79,11 @@ def not_usable(directory: str, error: OSError) -> PersistenceError:
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",
         errno.EMFILE: "too many open files (raise RLIMIT_NOFILE)",
-    }.get(error.errno or 0, error.strerror or str(error))
+    }.get(error.errno or 0)
+    if what is None:  # it is not the directory's fault as a whole
+        what = error.strerror or str(error)
+        if isinstance(error.filename, str) and os.path.dirname(error.filename) == directory:
+            what = f"{os.path.basename(error.filename)!a}: {what}"
     return DirectoryNotUsable(
         f"{directory} cannot be used: {what}; nothing was changed; choose another disk.path"
     )
@@ -127,7 +131,7 @@ def open_manifest(files: Files, directory: str) -> tuple[Manifest, str | None]:
     again by then.
 
     Raises:
-        DirectoryNotUsable: newer format, damaged manifest, segments without a manifest, or
+        DirectoryNotUsable: other format, damaged manifest, segments without a manifest, or
             files that are not ours. Nothing is changed.
     """
     if any(files.exists(f"{directory}/{name}") for name in (MANIFEST, MANIFEST_COPY)):
@@ -168,7 +172,7 @@ def read_manifest(files: Files, directory: str) -> tuple[Manifest, str | None]:
         The manifest, and what is wrong with the first if it is that of the copy.
 
     Raises:
-        DirectoryNotUsable: both are missing or damaged, or it is of a newer format.
+        DirectoryNotUsable: both are missing or damaged, or it is of a other format.
         OSError: it cannot be read.
     """
     try:
@@ -198,10 +202,8 @@ def _read_one(files: Files, directory: str, name: str) -> Manifest:
             f"{directory} has no {MANIFEST}: it is not a directory of this library"
         )
         raise _Unusable("the manifest is missing", refusal) from None
-    except NewerFormat as error:
-        raise DirectoryNotUsable(
-            f"{path}: {error}; nothing was changed; use a newer version of the library"
-        ) from None
+    except OtherFormat as error:
+        raise DirectoryNotUsable(f"{path}: {error}; nothing was changed") from None
     except (MalformedManifest, ValueError) as error:
         refusal = DirectoryNotUsable(
             f"{path} is damaged ({error}); nothing was changed; restore it from a copy"

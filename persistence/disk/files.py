@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from typing import Final, NamedTuple
 
 _NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
@@ -40,12 +41,12 @@ class Files:
         return sorted(os.listdir(path))
 
     def open_read(self, path: str) -> int:
-        """Open `path` for reading."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Open the file `path` for reading."""
+        return _open_file(path, os.O_RDONLY)
 
     def open_write(self, path: str) -> int:
         """Open the existing file `path` for reading and writing."""
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return _open_file(path, os.O_RDWR)
 
     def create(self, path: str) -> int:
         """Create `path`, which must not exist, for reading and writing."""
@@ -148,6 +149,15 @@ class Files:
         stats = os.statvfs(path)
         free_inodes = stats.f_favail if stats.f_files else UNCOUNTED
         return Space(stats.f_bavail * stats.f_frsize, free_inodes)
+
+
+def _open_file(path: str, access: int) -> int:
+    """Open `path`, which must be a file: a named pipe in its place must not hold us up for ever."""
+    fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
 
 
 def read_all(files: Files, path: str) -> bytes:

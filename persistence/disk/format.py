@@ -9,7 +9,7 @@ segment's random *salt*, so that a stale frame of another file, or a frame insid
 passes for one of this segment. The header checksum covers header and key: a reader knows whose
 frame it is, and how long, even when the payload is damaged.
 
-What a reader does with what it does not know: a segment or manifest of a newer format version is
+What a reader does with what it does not know: a segment or manifest of another format version is
 refused as a whole; a frame of an unknown type with valid checksums is corruption (nothing of this
 version writes one); a hint or index snapshot it does not know is ignored, and the log is scanned.
 """
@@ -23,14 +23,14 @@ from typing import Final, NamedTuple
 import lz4.block
 from crc32c import crc32c
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 # --- segment header ---------------------------------------------------------------------------
 
 SEGMENT_MAGIC: Final = b"PERSSEG\x01"
 SEGMENT_HEADER_FIELDS: Final = (
     ("magic", "8s", "`PERSSEG` and the byte 0x01"),
-    ("format_version", "I", "1; a newer one is refused"),
+    ("format_version", "I", "2; any other is refused"),
     ("kind", "I", "1: log segment, 2: output of a compaction"),
     ("number", "Q", "the number in the file's name"),
     ("base_sequence", "Q", "every frame of a log segment has a higher sequence number"),
@@ -66,8 +66,26 @@ class SegmentHeader(NamedTuple):
         return crc32c(self.salt)
 
 
-class NewerFormat(ValueError):
-    """The bytes are of a format version that this code does not know."""
+class OtherFormat(ValueError):
+    """The bytes are of a format version that this code does not read."""
+
+
+def check_version(version: int, known: int) -> None:
+    """Refuse a format version other than `known`.
+
+    Raises:
+        OtherFormat: it says what to do.
+    """
+    if version > known:
+        raise OtherFormat(
+            f"format version {version}; this library reads {known}: use a newer version of the "
+            "library"
+        )
+    if version < known:
+        raise OtherFormat(
+            f"format version {version}; this library reads {known}: export with the version of "
+            "the library that wrote it, and import here"
+        )
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
@@ -88,7 +106,7 @@ def decode_segment_header(data: bytes) -> SegmentHeader | None:
     """Decode the start of a segment; None when it is torn or damaged.
 
     Raises:
-        NewerFormat: intact, and of a newer format version.
+        OtherFormat: intact, and of another format version.
     """
     if len(data) < SEGMENT_HEADER_BYTES:
         return None
@@ -97,8 +115,7 @@ def decode_segment_header(data: bytes) -> SegmentHeader | None:
     magic, version, kind, number, base, directory_id, salt = _SEGMENT_HEADER.unpack(body)
     if magic != SEGMENT_MAGIC or checksum != crc32c(body):
         return None
-    if version > FORMAT_VERSION:
-        raise NewerFormat(f"format version {version}; this library reads up to {FORMAT_VERSION}")
+    check_version(version, FORMAT_VERSION)
     if kind not in (SegmentKind.LOG, SegmentKind.MERGED):
         return None
     return SegmentHeader(SegmentKind(kind), number, base, directory_id, salt)
@@ -157,7 +174,7 @@ TOUCH: Final = int(FrameType.TOUCH)
 
 COMPRESSED: Final = 1
 COMPRESSION_MIN_BYTES: Final = 1024
-_RECORD_IDS_BYTES: Final = 32
+RECORD_IDS_BYTES: Final = 32
 
 FOOTER_PAYLOAD: Final = Struct("<QQQ")  # frames, lowest sequence, highest sequence
 FOOTER_BYTES: Final = FRAME_OVERHEAD_BYTES + FOOTER_PAYLOAD.size
@@ -235,13 +252,50 @@ def encode_frame(  # noqa: PLR0913, PLR0917 - one parameter a field; keywords ar
     `payload` is as it is to be stored (see `compress`); `ids` are incarnation, commit and base,
     one behind the other; times are wall seconds.
     """
+    front, checksum = frame_ends(
+        salt_checksum,
+        frame_type,
+        key,
+        payload,
+        sequence,
+        durable_sequence,
+        ids,
+        accessed,
+        deadline,
+        cap,
+        user,
+        flags,
+        len(payload) if raw_bytes is None else raw_bytes,
+    )
+    return b"".join((front, payload, checksum))
+
+
+def frame_ends(  # noqa: PLR0913, PLR0917 - as `encode_frame`
+    salt_checksum: int,
+    frame_type: int,
+    key: bytes,
+    payload: bytes | memoryview,
+    sequence: int,
+    durable_sequence: int,
+    ids: bytes,
+    accessed: float,
+    deadline: float,
+    cap: float,
+    user: int,
+    flags: int,
+    raw_bytes: int,
+) -> tuple[bytes, bytes]:
+    """Return what a frame has in front of its payload, and the checksum behind it.
+
+    So that a batch of frames is put together in one piece, without copying each payload twice.
+    """
     header = _pack_header(
         FRAME_MAGIC,
         frame_type,
         flags,
         len(key),
         len(payload),
-        len(payload) if raw_bytes is None else raw_bytes,
+        raw_bytes,
         sequence,
         durable_sequence,
         ids,
@@ -250,9 +304,8 @@ def encode_frame(  # noqa: PLR0913, PLR0917 - one parameter a field; keywords ar
         cap,
         user,
     )
-    header_checksum = _pack_checksum(crc32c(key, crc32c(header, salt_checksum)))
-    body = b"".join((header, header_checksum, key, payload))
-    return body + _pack_checksum(crc32c(body, salt_checksum))
+    front = b"".join((header, _pack_checksum(crc32c(key, crc32c(header, salt_checksum))), key))
+    return front, _pack_checksum(crc32c(payload, crc32c(front, salt_checksum)))
 
 
 def decode_frame(
@@ -390,7 +443,7 @@ def record_of(frame: Frame) -> bytes | None:
 
 
 _IDS_AT: Final = 32
-_IDS_END: Final = _IDS_AT + _RECORD_IDS_BYTES
+_IDS_END: Final = _IDS_AT + RECORD_IDS_BYTES
 
 _INTACT: Final = 0x48674BC7
 """CRC-32C of anything followed by its own CRC-32C: the residue of the polynomial. It does not
@@ -458,7 +511,7 @@ def user_tag(user_id: str | None) -> int:
 CACHE_MAGIC: Final = b"PERSCACH"
 CACHE_HEADER_FIELDS: Final = (
     ("magic", "8s", "`PERSCACH`"),
-    ("format_version", "I", "1; any other is ignored"),
+    ("format_version", "I", "2; any other is ignored"),
     ("body_checksum", "I", "CRC-32C of the body"),
     ("directory_id", "16s", "the directory it belongs to"),
     ("skew", "d", "seconds to add to the rows' times to get wall time"),

@@ -32,11 +32,11 @@ _FINGERPRINT_BYTES: Final = 16
 
 _from_bytes = int.from_bytes
 _unpack = INDEX_ROW.unpack_from
-_TIMES: Final = Struct("<dd")
+TIMES: Final = Struct("<dd")
 _SEQUENCE: Final = Struct("<Q")
 _unpack_sequence = _SEQUENCE.unpack_from
 _SEQUENCE_AT: Final = 16
-_TIMES_AT: Final = 24
+TIMES_AT: Final = 24
 _PLACE: Final = Struct("<III")
 _SEGMENT_OFFSET: Final = Struct("<II")
 _unpack_place = _PLACE.unpack_from
@@ -109,7 +109,8 @@ class Index:
         """Return where the row of `fingerprint` is, and all of it behind the sequence number.
 
         (bucket, place in it, (accessed, deadline, cap, segment, offset, length, user)). Valid
-        until the index changes; `set_times` stores new times there without searching again.
+        until the index changes; until then new times can be packed there (`TIMES` at `TIMES_AT`
+        behind the place) without searching again.
         """
         bits = _from_bytes(fingerprint[:6], "little")
         shard = self._shards[bits & _SHARD_MASK]
@@ -119,7 +120,7 @@ class Index:
             at = _find(bucket, fingerprint)
         if at < 0:
             return None
-        return bucket, at, _unpack_behind_sequence(bucket, at + _TIMES_AT)
+        return bucket, at, _unpack_behind_sequence(bucket, at + TIMES_AT)
 
     def place(self, fingerprint: bytes) -> tuple[int, int] | None:
         """Return (segment, offset) of a session's newest frame."""
@@ -209,8 +210,8 @@ class Index:
             at = _find(bucket, fingerprint)
         if at < 0:
             return None
-        before: float = _TIMES.unpack_from(bucket, at + _TIMES_AT)[0]
-        _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
+        before: float = TIMES.unpack_from(bucket, at + TIMES_AT)[0]
+        TIMES.pack_into(bucket, at + TIMES_AT, accessed, deadline)
         return before
 
     def move(self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int]) -> bool:
@@ -260,11 +261,11 @@ class Index:
             now: rows whose deadline is not after this.
             idle_since: rows that were last accessed before this; -infinity: none.
         """
-        times = _TIMES.unpack_from
+        times = TIMES.unpack_from
         found = []
         for bucket in self._shards[number]:
             for at in range(0, len(bucket), INDEX_ROW_BYTES):
-                accessed, deadline = times(bucket, at + _TIMES_AT)
+                accessed, deadline = times(bucket, at + TIMES_AT)
                 if deadline <= now or accessed < idle_since:
                     found.append(Row._make(_unpack(bucket, at)))
         return found
@@ -289,17 +290,17 @@ class Index:
             shard = self._shards[number] = _doubled(shard)
         unpack = _BEHIND_SEQUENCE.unpack_from
         for bucket in shard:
-            for at in range(_TIMES_AT, len(bucket), INDEX_ROW_BYTES):
+            for at in range(TIMES_AT, len(bucket), INDEX_ROW_BYTES):
                 accessed, deadline, cap, segment, _, length, user = unpack(bucket, at)
                 live_bytes[segment] = live_bytes.get(segment, 0) + length
                 if user >= ROW_RENEWS and deadline < cap:
                     granted = deadline + (deadline - accessed) / divisor
-                    _TIMES.pack_into(bucket, at, accessed, min(cap, granted))
+                    TIMES.pack_into(bucket, at, accessed, min(cap, granted))
 
     def shift_times(self, number: int, seconds: float) -> None:
         """Add `seconds` to all times of one shard: from engine to wall time, after a clock jump."""
         for bucket in self._shards[number]:
-            for at in range(_TIMES_AT, len(bucket), INDEX_ROW_BYTES):
+            for at in range(TIMES_AT, len(bucket), INDEX_ROW_BYTES):
                 accessed, deadline, cap = _THREE_TIMES.unpack_from(bucket, at)
                 _THREE_TIMES.pack_into(
                     bucket, at, accessed + seconds, deadline + seconds, cap + seconds
@@ -333,11 +334,6 @@ class Index:
         self._counts[number] = total // INDEX_ROW_BYTES
         self._shards[number] = buckets
         return at
-
-
-def set_times(bucket: bytearray, at: int, accessed: float, deadline: float) -> None:
-    """Set the times of a row that `Index.find` found."""
-    _TIMES.pack_into(bucket, at + _TIMES_AT, accessed, deadline)
 
 
 def _find(bucket: bytearray, fingerprint: bytes) -> int:

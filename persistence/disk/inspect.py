@@ -76,7 +76,7 @@ def inspect_directory(path: str) -> Iterator[SegmentReport]:
     report; progress is visible through `scan_directory`.
 
     Raises:
-        DirectoryNotUsable: not a directory of this library, or of a newer format.
+        DirectoryNotUsable: not a directory of this library, or of another format.
     """
     scanned = list(scan_directory(path))
     newest: dict[bytes, _Tally] = {}
@@ -94,7 +94,7 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
     """Yield, segment by segment, a report and the newest frame of each session in it.
 
     Raises:
-        DirectoryNotUsable: not a directory of this library, or of a newer format.
+        DirectoryNotUsable: not a directory of this library, or of another format.
     """
     files = Files()
     found, defect = _look(files, path)
@@ -140,7 +140,7 @@ def cache_warnings(path: str) -> Iterator[tuple[str, str]]:
     No data is lost by that: the log is read instead, and they are made again.
 
     Raises:
-        DirectoryNotUsable: not a directory of this library, or of a newer format.
+        DirectoryNotUsable: not a directory of this library, or of another format.
     """
     files = Files()
     found, _ = _look(files, path)

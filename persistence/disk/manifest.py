@@ -18,7 +18,7 @@ from typing import Final
 from crc32c import crc32c
 
 from persistence.disk.filenames import MAX_SEGMENT_NUMBER
-from persistence.disk.format import FORMAT_VERSION, NewerFormat
+from persistence.disk.format import FORMAT_VERSION, check_version
 
 _ID_BYTES: Final = 16
 MAGIC: Final = "persistence directory"
@@ -73,7 +73,7 @@ def decode_manifest(data: bytes) -> Manifest:
 
     Raises:
         MalformedManifest: it is damaged, or no manifest.
-        NewerFormat: it is of a newer format version.
+        OtherFormat: it is of another format version.
     """
     body, _, rest = data.partition(b"\n")
     if rest != b"%08x\n" % crc32c(body):
@@ -83,10 +83,7 @@ def decode_manifest(data: bytes) -> Manifest:
         version = int(entries["format_version"])
         if entries["what"] != MAGIC:
             raise MalformedManifest("it is not one of this library")
-        if version > FORMAT_VERSION:
-            raise NewerFormat(
-                f"format version {version}; this library reads up to {FORMAT_VERSION}"
-            )
+        check_version(version, FORMAT_VERSION)
         manifest = Manifest(
             directory_id=bytes.fromhex(entries["directory_id"]),
             fingerprint_key=bytes.fromhex(entries["fingerprint_key"]),

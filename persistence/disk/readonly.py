@@ -160,7 +160,7 @@ def newest_records(path: str) -> Iterator[StoredRecord | Damage]:
     `Damage`; older versions are never yielded. Memory: the index, 90 bytes for each session.
 
     Raises:
-        DirectoryNotUsable: not a directory of this library, or of a newer format.
+        DirectoryNotUsable: not a directory of this library, or of another format.
         OSError: it cannot be read.
     """
     files = ReadOnlyFiles()

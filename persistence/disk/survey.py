@@ -28,7 +28,7 @@ from persistence.disk.format import (
     SEGMENT_HEADER_BYTES,
     Frame,
     FrameType,
-    NewerFormat,
+    OtherFormat,
     SegmentKind,
     decode_frame,
     decode_segment_header,
@@ -78,7 +78,7 @@ def survey(files: Files, directory: str, manifest: Manifest, names: list[str]) -
     """Look at the segments of a directory.
 
     Raises:
-        DirectoryNotUsable: a segment is of a newer format version, or of another directory.
+        DirectoryNotUsable: a segment is of a other format version, or of another directory.
         OSError: a segment cannot be read.
     """
     found = Survey()
@@ -144,10 +144,8 @@ def _take(
         files.close(fd)
     try:
         header = decode_segment_header(data)
-    except NewerFormat as error:
-        raise DirectoryNotUsable(
-            f"{path}: {error}; nothing was changed; use a newer version of the library"
-        ) from None
+    except OtherFormat as error:
+        raise DirectoryNotUsable(f"{path}: {error}; nothing was changed") from None
     if header is None:
         header = mend_segment_header(data, number, manifest.directory_id)
         if header is None:

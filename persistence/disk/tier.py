@@ -185,7 +185,7 @@ class DiskTier:
 
         Raises:
             DirectoryLocked: another process or manager holds it.
-            DirectoryNotUsable: newer format, foreign, read-only, not a directory.
+            DirectoryNotUsable: other format, foreign, read-only, not a directory.
             DiskFull: there is no space to create or repair it.
         """
         # In a task of its own: a caller that is cancelled must not leave a thread behind that

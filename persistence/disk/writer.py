@@ -32,8 +32,10 @@ from persistence.disk.format import (
     COMPRESSION_MIN_BYTES,
     DELETE,
     FOOTER_PAYLOAD,
+    FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
     PUT,
+    RECORD_IDS_BYTES,
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SALT_BYTES,
@@ -45,6 +47,7 @@ from persistence.disk.format import (
     compress,
     encode_frame,
     encode_segment_header,
+    frame_ends,
 )
 from persistence.disk.reserve import Reserve
 from persistence.disk.segments import Segment
@@ -59,14 +62,14 @@ _ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
 class Write(Protocol):
     """One frame to be written, as the commit queue hands it over.
 
-    `payload` is what the frame stores, before compression. The index row and what follows are
-    filled in when it has been encoded.
+    The frame stores `record` without its two leading ids, which are in its header; None: nothing.
+    The index row and what follows are filled in when it has been encoded.
     """
 
     kind: int
     key: bytes
     fingerprint: bytes
-    payload: bytes
+    record: bytes | None
     ids: bytes
     accessed: float
     deadline: float
@@ -173,49 +176,56 @@ class LogWriter:
         sequence = self.sequence
         end = self._pending_end
         rows = self._pending_rows
-        frames = []
+        pieces: list[bytes] = []
         for write in writes:
             kind = write.kind
-            payload = write.payload
+            record = write.record
+            payload = b"" if record is None else record[RECORD_IDS_BYTES:]
             raw_bytes = len(payload)
             flags = 0
             if raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
                 flags, payload = compress(payload)
             sequence += 1
-            frame = encode_frame(
+            key = write.key
+            accessed = write.accessed
+            deadline = write.deadline
+            cap = write.cap
+            user = write.user
+            front, checksum = frame_ends(
                 salt_checksum,
                 kind,
-                write.key,
+                key,
                 payload,
                 sequence,
                 durable_sequence,
                 write.ids,
-                write.accessed + skew,
-                write.deadline + skew,
-                write.cap + skew,
-                write.user,
+                accessed + skew,
+                deadline + skew,
+                cap + skew,
+                user,
                 flags,
                 raw_bytes,
             )
+            length = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
             write.segment = number
-            write.length = length = len(frame)
+            write.length = length
             write.row = row = _pack_row(
                 write.fingerprint,
                 sequence,
-                write.accessed,
-                write.deadline,
-                write.cap,
+                accessed,
+                deadline,
+                cap,
                 number,
                 end,
                 length if kind == PUT else _ROW_MARKS[kind],
-                write.user,
+                user,
             )
             rows += row
-            frames.append(frame)
+            pieces += (front, payload, checksum)
             end += length
         self.sequence = sequence
         self._pending_end = end
-        return b"".join(frames)
+        return b"".join(pieces)
 
     # --- in the writer thread -----------------------------------------------------------------
 
@@ -422,10 +432,13 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
         WriteOutcomeUnknown: it may or may not be there after a crash; recovery copes with both.
     """
     fd = -1
+    is_opening = True  # what fails for want of descriptors is the opening of something
     try:
         fd = files.create(path)
+        is_opening = False
         write_exactly(files, fd, encode_segment_header(header), 0)
         files.sync(fd)
+        is_opening = True
         files.sync_directory(directory)
     except OSError as error:
         with suppress(OSError):  # the first error is the one to report
@@ -437,7 +450,7 @@ def create_segment(files: Files, directory: str, path: str, header: SegmentHeade
                 f"{path}: no space left for a new segment ({error.strerror}); reads and memory "
                 "go on; free some space, writes then resume by themselves"
             ) from error
-        if fd < 0 and error.errno in (errno.EMFILE, errno.ENFILE):
+        if is_opening and error.errno in (errno.EMFILE, errno.ENFILE):
             raise DirectoryNotUsable(
                 f"{path}: too many open files: the update did not happen; raise RLIMIT_NOFILE, or "
                 "close some, writes then go on by themselves"

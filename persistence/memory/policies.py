@@ -13,7 +13,7 @@ from operator import itemgetter
 
 
 def least_recently_used(shards: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Yield session ids, least recently used first, over all shards.
+    """Return session ids, least recently used first, over all shards.
 
     Exact as far as each shard is in order of access. (A session that was brought in without being
     accessed counts as used when it came.)
@@ -25,8 +25,7 @@ def least_recently_used(shards: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """
     occupied = [shard for shard in shards if shard]
     if len(occupied) == 1:
-        yield from occupied[0]
-        return
+        return iter(occupied[0])
     by_access = itemgetter(1)
-    for session_id, _ in heapq.merge(*(shard.items() for shard in occupied), key=by_access):
-        yield session_id
+    merged = heapq.merge(*(shard.items() for shard in occupied), key=by_access)
+    return map(itemgetter(0), merged)

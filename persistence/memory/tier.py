@@ -33,6 +33,7 @@ the last access (a float, 24), and its places in two dicts (about 30 each), roun
 
 _BYTES_PER_SHARD: Final = 4 * 2**20
 _MAX_SHARDS: Final = 256
+_NEAR_SECONDS: Final = 60.0  # far longer than a commit may take
 
 
 class _Shard:
@@ -55,7 +56,9 @@ class _Shard:
 
 def charge(session_id: str, record: bytes) -> int:
     """Return the bytes that a resident session is charged with."""
-    return len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
+    if session_id.isascii():
+        return len(record) + len(session_id) + ENTRY_OVERHEAD_BYTES
+    return len(record) + len(session_id.encode()) + ENTRY_OVERHEAD_BYTES
 
 
 def id_bytes(session_id: str) -> int:
@@ -127,7 +130,6 @@ class MemoryTier:
         session._accessed = now
         session._life = life
         session._time = self._time
-        session._packed = None
         return session
 
     def _access_unusual(
@@ -148,13 +150,26 @@ class MemoryTier:
         return self._shards[hash(session_id) & self._mask].records.get(session_id)
 
     def renew(self, session_id: str) -> tuple[bytes, float, float] | None:
-        """Like `live`, and count it as an access."""
-        found = self.live(session_id)
-        if found is not None:
-            accessed = self._shards[hash(session_id) & self._mask].accessed
-            del accessed[session_id]
-            accessed[session_id] = self._monotonic() + self._base
-        return found
+        """Like `live`, and see to it that the session lives on while it is being updated.
+
+        An update that succeeds is an access of its own when it is put here, so only a deadline
+        that is near is moved already now.
+        """
+        shard = self._shards[hash(session_id) & self._mask]
+        record = shard.records.get(session_id)
+        if record is None:
+            return None
+        now = self._monotonic() + self._base
+        life = shard.lives.get(session_id, self.default_life) if shard.lives else self.default_life
+        last = shard.accessed[session_id]
+        cap = shard.caps.get(session_id, NEVER) if shard.caps else NEVER
+        left = (last + life if life > 0 else -life) - now
+        if left <= 0 or cap <= now:
+            return None
+        if left < _NEAR_SECONDS:
+            del shard.accessed[session_id]
+            shard.accessed[session_id] = now
+        return record, life, cap
 
     def live(self, session_id: str) -> tuple[bytes, float, float] | None:
         """Return (record, life, cap) of a resident, unexpired session, without accessing it.
@@ -211,9 +226,11 @@ class MemoryTier:
             used -= len(old)
             # A read may have renewed it after this version was submitted.
             last = shard.accessed.pop(session_id)
-            accessed = max(accessed, last)
+            if last > accessed:  # noqa: PLR1730 - every update comes by here; max() is felt
+                accessed = last
         self.used_bytes = used
-        self.peak_bytes = max(self.peak_bytes, used)
+        if used > self.peak_bytes:  # noqa: PLR1730 - as above
+            self.peak_bytes = used
         records[session_id] = record
         shard.accessed[session_id] = accessed
         if life != self.default_life:
@@ -232,10 +249,9 @@ class MemoryTier:
     ) -> None:
         """Keep a session that is not resident, whose last access the index knows already."""
         shard = self._shards[hash(session_id) & self._mask]
-        self.used_bytes = used = (
-            self.used_bytes + len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
-        )
-        self.peak_bytes = max(self.peak_bytes, used)
+        self.used_bytes = used = self.used_bytes + charge(session_id, record)
+        if used > self.peak_bytes:  # noqa: PLR1730 - every restore comes by here
+            self.peak_bytes = used
         shard.records[session_id] = record
         shard.accessed[session_id] = shard.noted[session_id] = accessed
         if life != self.default_life:
@@ -264,8 +280,7 @@ class MemoryTier:
                 rest.append(session_id)
                 continue
             del shard.accessed[session_id]
-            freed_bytes += len(shard.records.pop(session_id))
-            freed_bytes += id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
+            freed_bytes += charge(session_id, shard.records.pop(session_id))
             if shard.lives:
                 shard.lives.pop(session_id, None)
             if shard.caps:
@@ -305,12 +320,13 @@ class MemoryTier:
         """
         excess = self.used_bytes - target_bytes
         chosen: list[str] = []
-        order = least_recently_used([shard.accessed for shard in self._shards])
+        shards, mask = self._shards, self._mask
+        order = least_recently_used([shard.accessed for shard in shards])
         for session_id in islice(order, limit):
             if excess <= 0:
                 break
-            record = self._shards[hash(session_id) & self._mask].records[session_id]
-            excess -= len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
+            records = shards[hash(session_id) & mask].records
+            excess -= charge(session_id, records[session_id])
             chosen.append(session_id)
         return chosen
 

@@ -27,7 +27,7 @@ from persistence.remote.layout import (
     DETAILED,
     FOREIGN_CODE,
     decode_state,
-    request_arguments,
+    pack_requests,
 )
 from persistence.remote.router import Router, Script, ScriptCall, Settled
 
@@ -58,7 +58,7 @@ class Committer:
         self._where = where
         self._script = Script("commit.lua")
         self._announcing = (keys.commits, worker, b"%d" % len(keys.session_prefix))
-        self._tombstone_ms = b"%d" % (config.tombstone_seconds * 1000)
+        self._tombstone_ms = config.tombstone_seconds * 1000
         self._lost_seconds = _LOST_TIMEOUTS * config.timeout_seconds
         self._turn = asyncio.Lock()
 
@@ -100,7 +100,7 @@ class Committer:
         found = []
         for places in self._router.groups([keys[i] for i in todo], REQUESTS_PER_CALL):
             group = [todo[place] for place in places]
-            sizes = [_size(requests[index]) for index in group]
+            sizes = _sizes([requests[index] for index in group])
             if sum(sizes) <= _BYTES_PER_CALL:
                 found.append(group)
             else:
@@ -109,10 +109,8 @@ class Committer:
 
     def arguments(self, requests: Sequence[Request]) -> list[bytes]:
         """Return the arguments of one run of the script."""
-        arguments = list(self._announcing)
-        for request in requests:
-            arguments += request_arguments(request, self._tombstone_ms)
-        return arguments
+        packed = pack_requests(requests, self._tombstone_ms)
+        return [*self._announcing, packed.requests, *packed.outside]
 
     @property
     def script(self) -> Script:
@@ -135,6 +133,10 @@ class Committer:
                 results[index] = self._failed(requests[index], reply, was_lost=was_lost)
             return
         codes = reply[0]
+        if codes.count(b"A") == len(group):  # nearly always
+            for index in group:
+                results[index] = APPLIED
+            return
         details = iter(reply[1:])
         for index, code in zip(group, codes, strict=True):
             if code == APPLIED_CODE:
@@ -204,8 +206,12 @@ def _split(group: list[int], sizes: list[int]) -> list[list[int]]:
     return parts
 
 
-def _size(request: Request) -> int:
-    return len(request.record) if isinstance(request, Put) else _SMALL_REQUEST_BYTES
+def _sizes(requests: list[Request]) -> list[int]:
+    """Return about how many bytes each takes."""
+    return [
+        len(request.record) if type(request) is Put else _SMALL_REQUEST_BYTES
+        for request in requests
+    ]
 
 
 def _is_readonly(result: CommitResult) -> bool:

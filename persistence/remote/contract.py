@@ -16,7 +16,7 @@ Times are wall seconds. Nothing here decodes a value: records are moved as bytes
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -70,7 +70,10 @@ class Put(NamedTuple):
         deadline: wall seconds; infinity: never expires.
         cap: wall seconds; infinity: none.
         old: the record with commit id `base`, if it is at hand: then only what differs is sent.
-            Without it the whole record is.
+            Without it, and without `changed`, the whole record is.
+        changed: names of fields of that record, and their new packed values, if it is known that
+            the new record has the same fields in the same order and differs in these only. It
+            saves comparing the two.
     """
 
     session_id: str
@@ -80,6 +83,7 @@ class Put(NamedTuple):
     deadline: float
     cap: float = NEVER
     old: bytes | None = None
+    changed: Mapping[str, bytes] | None = None
 
 
 class Delete(NamedTuple):

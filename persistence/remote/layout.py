@@ -1,12 +1,15 @@
 r"""What a session's hash holds, and what the scripts are given and give back. Pure, over bytes.
 
 A session is one hash. Its fields are the session's own, each with the very bytes that were packed
-when the value was written, and three more, whose names are not UTF-8 and so never collide:
+when the value was written, and up to four more, whose names are not UTF-8 and so never collide:
 
 ``\xffstate``
     written by the script alone: kind (``L`` lives, ``T`` tombstone, ``t`` tombstone of a session
     that was not there), version (8 bytes), incarnation id (16), then the ids of the latest commits
-    (16 each, newest first, at most 32). They survive a re-creation.
+    (16 each, newest first).
+``\xffolder``
+    written by the script alone: more of these ids, older ones; there are always at least 32
+    together if there were so many commits. They survive a re-creation.
 ``\xffhead``
     accessed, deadline, cap (floats, wall seconds), CRC-32C of the whole record (4 bytes), then the
     record's fixed part and its metadata, as they are in the record.
@@ -19,16 +22,16 @@ is byte for byte the one that was committed, which its checksum proves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgpack
 from crc32c import crc32c
 
 from persistence import record as rec
 from persistence.errors import RemoteDamaged
-from persistence.record import ID_BYTES, NEVER, NO_ID, PREFIX_BYTES
+from persistence.record import ID_BYTES, NO_ID, PREFIX_BYTES
 from persistence.remote.contract import (
     Announcement,
     Delete,
@@ -43,17 +46,27 @@ from persistence.remote.contract import (
 STATE: Final = b"\xffstate"
 HEAD: Final = b"\xffhead"
 ORDER: Final = b"\xfforder"
+OLDER: Final = b"\xffolder"
 
 _STATE: Final = Struct("<cQ16s16s")  # with the newest commit id
 STATE_BYTES: Final = _STATE.size
 _TIMES: Final = Struct("<dd")
 _HEAD: Final = Struct("<dddI")
-_HEADER: Final = Struct("<cII32s16s8s")  # incarnation and commit are one piece, as in a record
+_HEAD_BYTES: Final = _HEAD.size
+# Incarnation, commit and version are one piece, as in a record.
+_HEADER: Final = Struct("<cIII40s16sdI")
+_PUT_HEADER: Final = Struct("<cIII40s16sdIdddI")  # with the start of \xffhead, `_HEAD`
+_LENGTH: Final = Struct("<I")
+_LENGTHS: Final = Struct("<II")
 _EVENT: Final = Struct("<cQ16sH")
 _pack_header = _HEADER.pack
 _NO_VERSION: Final = bytes(8)
 _VERSION_END: Final = 2 * ID_BYTES + 8
-_pack_head = _HEAD.pack
+_pack_put_header = _PUT_HEADER.pack
+_pack_length = _LENGTH.pack
+_pack_lengths = _LENGTHS.pack
+
+_COPY_BELOW_BYTES: Final = 16 * 1024
 
 CODES: Final = {
     b"A": Outcome.APPLIED,
@@ -73,42 +86,132 @@ FOREIGN_CODE: Final = ord("F")
 # --- requests -------------------------------------------------------------------------------------
 
 
-def request_arguments(request: Request, tombstone_ms: bytes) -> list[bytes]:
-    """Return the arguments of `request` for ``commit.lua``: its header and what belongs to it.
+class Packed(NamedTuple):
+    """Requests as ``commit.lua`` takes them.
+
+    Attributes:
+        requests: all of them, but for what is outside.
+        outside: values of fields that are too large to be copied once more.
+    """
+
+    requests: bytes
+    outside: list[bytes]
+
+
+def pack_requests(requests: Iterable[Request], tombstone_ms: float) -> Packed:
+    """Pack requests for ``commit.lua``, whose head describes the format.
 
     Args:
-        request: what to do.
-        tombstone_ms: for how long a tombstone is kept, milliseconds as text.
+        requests: what to do, in order.
+        tombstone_ms: for how long a tombstone is kept, milliseconds.
     """
-    if type(request) is Put:
-        return put_arguments(request)
-    if type(request) is Delete:
-        ids = request.incarnation + request.commit
-        return [_pack_header(b"D", 0, 0, ids, request.base, _NO_VERSION) + tombstone_ms]
-    assert type(request) is Touch, "there are three kinds of requests"
-    header = _pack_header(b"T", 0, 1, NO_ID + request.commit, NO_ID, _NO_VERSION)
-    times = _TIMES.pack(request.accessed, request.deadline)
-    return [header + _milliseconds(request.deadline), times]
+    pieces: list[bytes] = []
+    outside: list[bytes] = []
+    for request in requests:
+        if type(request) is Put:
+            if not _pack_update(request, pieces):
+                _pack_put(request, pieces, outside)
+        elif type(request) is Delete:
+            ids = request.incarnation + request.commit + _NO_VERSION
+            pieces.append(_pack_header(b"D", 0, 0, 0, ids, request.base, tombstone_ms, 0))
+        else:
+            assert type(request) is Touch, "there are three kinds of requests"
+            ids = NO_ID + request.commit + _NO_VERSION
+            time, size = request.deadline * 1000, _TIMES.size
+            pieces.append(_pack_header(b"T", 0, 0, 0, ids, NO_ID, time, size))
+            pieces.append(_TIMES.pack(request.accessed, request.deadline))
+    return Packed(b"".join(pieces), outside)
 
 
-def put_arguments(put: Put) -> list[bytes]:
-    """Return the arguments of a put: names and values to set, then names to remove."""
-    _, record, base, accessed, deadline, cap, old = put
-    changed, removed = difference(old, record)
-    assert old is None or rec.commit_of(old) == base, "old is not what it was built on"
-    head = _pack_head(accessed, deadline, cap, crc32c(record))
-    changed += (HEAD, head + record[: rec.meta_end_of(record)])
-    replaces = b"R" if old is None else b"P"
-    kind = b"C" if base == NO_ID else replaces
-    header = _pack_header(
+def _pack_update(put: Put, pieces: list[bytes]) -> bool:
+    """Pack a put of one known field, small as nearly all are; return whether it is one.
+
+    The same as `_pack_put` makes of it, in half the time: every update comes by here.
+    """
+    _, record, base, accessed, deadline, cap, _, changed = put
+    if changed is None or len(changed) != 1:
+        return False
+    for field, value in changed.items():
+        if len(value) >= _COPY_BELOW_BYTES:
+            return False
+        name = field.encode()
+        meta_end = rec.meta_end_of(record)
+        pieces += (
+            _pack_put_header(
+                b"P",
+                1,
+                0,
+                0,
+                record[:_VERSION_END],
+                base,
+                deadline * 1000,
+                _HEAD_BYTES + meta_end,
+                accessed,
+                deadline,
+                cap,
+                crc32c(record),
+            ),
+            record[:meta_end],
+            _pack_lengths(len(name), len(value)),
+            name,
+            value,
+        )
+    return True
+
+
+def _pack_put(put: Put, pieces: list[bytes], outside: list[bytes]) -> None:
+    """Pack a put into `pieces`."""
+    _, record, base, accessed, deadline, cap, old, known = put
+    removed: Sequence[bytes] = ()
+    kind = b"P"
+    if known is None:
+        assert old is None or rec.commit_of(old) == base, "old is not what it was built on"
+        if old is None:
+            kind = b"C" if base == NO_ID else b"R"
+        changed, removed = difference(old, record)
+    else:
+        changed = []
+        for field, value in known.items():
+            changed += (field.encode(), value)
+    meta_end = rec.meta_end_of(record)
+    at = len(pieces)
+    pieces += (b"", record[:meta_end])  # the first is the header, once the fields are counted
+    later = 0
+    names = iter(changed)
+    for name in names:
+        value = next(names)
+        if len(value) < _COPY_BELOW_BYTES:
+            pieces += (_pack_lengths(len(name), len(value)), name, value)
+        else:
+            later += 1
+            outside.append(value)
+    if later:
+        pieces += _names_of_large(changed)
+    for name in removed:
+        pieces += (_pack_length(len(name)), name)
+    pieces[at] = _pack_put_header(
         kind,
-        len(changed),
+        len(changed) // 2 - later,
+        later,
         len(removed),
-        record[: 2 * ID_BYTES],
+        record[:_VERSION_END],
         base,
-        record[2 * ID_BYTES : _VERSION_END],
+        deadline * 1000,
+        _HEAD_BYTES + meta_end,
+        accessed,
+        deadline,
+        cap,
+        crc32c(record),
     )
-    return [header + _milliseconds(deadline), *changed, *removed]
+
+
+def _names_of_large(changed: list[bytes]) -> list[bytes]:
+    """Return the names of the fields whose values are outside, as they follow the others."""
+    pieces: list[bytes] = []
+    for name, value in zip(changed[::2], changed[1::2], strict=True):
+        if len(value) >= _COPY_BELOW_BYTES:
+            pieces += (_pack_length(len(name)), name)
+    return pieces
 
 
 def difference(old: bytes | None, new: bytes) -> tuple[list[bytes], list[bytes]]:
@@ -135,11 +238,6 @@ def difference(old: bytes | None, new: bytes) -> tuple[list[bytes], list[bytes]]
             changed += (name.encode(), bytes(value))
     changed += (ORDER, msgpack.packb(list(after)))
     return changed, [name.encode() for name in before if name not in after]
-
-
-def _milliseconds(deadline: float) -> bytes:
-    """Return a deadline as the script takes it: text, in ms; empty: never."""
-    return b"" if deadline == NEVER else b"%d" % (deadline * 1000)
 
 
 # --- replies --------------------------------------------------------------------------------------
@@ -188,7 +286,7 @@ def _assemble(fields: Mapping[bytes, bytes]) -> RemoteSession:
     accessed, deadline, cap, checksum = _HEAD.unpack_from(head)
     order = msgpack.unpackb(fields[ORDER])
     names = type(order) is list and all(type(name) is str for name in order)
-    if not names or len(order) != len(fields) - 3:
+    if not names or len(order) != len(fields) - (4 if OLDER in fields else 3):
         raise ValueError("its fields are not those that its order names")
     record = rec.with_fields(head[_HEAD.size :], {name: fields[name.encode()] for name in order})
     if crc32c(record) != checksum:
@@ -229,19 +327,29 @@ def _text(key: bytes) -> str:
 
 # --- the protocol ---------------------------------------------------------------------------------
 
-_COPY_BELOW_BYTES: Final = 16 * 1024
+
+class _LengthLines(dict[int, bytes]):
+    """What the protocol has between two arguments: how long the next one is."""
+
+    def __missing__(self, size: int) -> bytes:
+        """Return the line for a length that is too long to be kept."""
+        return b"\r\n$%d\r\n" % size
+
+
+_LENGTH_LINES: Final = _LengthLines({size: b"\r\n$%d\r\n" % size for size in range(1024)})
 
 
 def pack_command(arguments: Sequence[bytes]) -> list[bytes]:
     """Return one command in the protocol's bytes, in pieces; large arguments are not copied."""
     pieces: list[bytes] = []
-    small = [b"*%d\r\n" % len(arguments)]
+    small = [b"*%d" % len(arguments)]
     for argument in arguments:
-        if len(argument) < _COPY_BELOW_BYTES:
-            small.append(b"$%d\r\n%b\r\n" % (len(argument), argument))
-            continue
-        small.append(b"$%d\r\n" % len(argument))
-        pieces += (b"".join(small), argument)
-        small = [b"\r\n"]
+        size = len(argument)
+        small += (_LENGTH_LINES[size], argument)
+        if size >= _COPY_BELOW_BYTES:
+            small.pop()
+            pieces += (b"".join(small), argument)
+            small = []
+    small.append(b"\r\n")
     pieces.append(b"".join(small))
     return pieces

@@ -205,9 +205,10 @@ class Link:
         try:
             async with self.lease() as lease:
                 for pieces, count in _slices(calls):
+                    if sent:
+                        await asyncio.sleep(0)
                     sent = True
                     await lease.send(pieces, count)
-                    await asyncio.sleep(0)
                 while len(replies) < len(calls):
                     wanted = min(_REPLIES_PER_SLICE, len(calls) - len(replies))
                     await lease.receive_into(replies, wanted)

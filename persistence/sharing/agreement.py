@@ -28,6 +28,7 @@ from persistence.errors import (
 )
 from persistence.record import ID_BYTES, NO_ID
 from persistence.remote.contract import (
+    APPLIED,
     CommitResult,
     Delete,
     Outcome,
@@ -75,6 +76,8 @@ class _Fate:
 
     def decision(self, batch: Sequence[Commit]) -> Decision:
         """Return what may be written of `batch`, in its order."""
+        if not self.refused:
+            return Decision(list(batch), [])
         lost = {id(commit) for commit, _ in self.refused}
         return Decision([commit for commit in batch if id(commit) not in lost], self.refused)
 
@@ -87,23 +90,26 @@ def request_of(commit: Commit, skew: float, base: bytes | None = None) -> Reques
         skew: wall time minus engine time, seconds.
         base: build it on this commit instead of its own base.
     """
-    own = commit.ids[_COMMIT_AT:_BASE_AT]
-    if commit.kind == TOUCH:
-        if own == NO_ID:
-            return None
-        return Touch(commit.session_id, own, commit.accessed + skew, commit.deadline + skew)
+    ids = commit.ids
+    if commit.kind == PUT:
+        record = commit.record
+        assert record is not None, "a put carries its record"
+        return Put(
+            commit.session_id,
+            record,
+            ids[_BASE_AT:] if base is None else base,
+            commit.accessed + skew,
+            commit.deadline + skew,
+            commit.cap + skew,
+            commit.before if base is None else None,
+            commit.changed if base is None else None,  # what it changed of its own base
+        )
+    own = ids[_COMMIT_AT:_BASE_AT]
     if commit.kind == DELETE:
-        return Delete(commit.session_id, own, commit.ids[:ID_BYTES])
-    assert commit.record is not None, "a put carries its record"
-    return Put(
-        commit.session_id,
-        commit.record,
-        commit.ids[_BASE_AT:] if base is None else base,
-        commit.accessed + skew,
-        commit.deadline + skew,
-        commit.cap + skew,
-        commit.before if base is None else None,
-    )
+        return Delete(commit.session_id, own, ids[:ID_BYTES])
+    if own == NO_ID:
+        return None
+    return Touch(commit.session_id, own, commit.accessed + skew, commit.deadline + skew)
 
 
 def tier_is_behind(commit: Commit, stored: Stored) -> bool:
@@ -161,26 +167,37 @@ class Agreement:
 
     async def decide(self, batch: Sequence[Commit]) -> Decision:
         """Ask for a batch; never raises a PersistenceError."""
-        asked: list[tuple[Commit, Request]] = []
         fate = _Fate()
+        commits, requests = self._requests(batch, fate)
+        if requests:
+            await self._ask(commits, requests, fate)
+        await self._begin_branches(fate)
+        return fate.decision(batch)
+
+    def _requests(self, batch: Sequence[Commit], fate: _Fate) -> tuple[list[Commit], list[Request]]:
+        """Return which commits to ask for, and how; those that begin branches go to `fate`."""
+        commits: list[Commit] = []
+        requests: list[Request] = []
         skew = self._time.skew()
         on_branch: set[str] = set()
+        # Nearly always: then no session has to be looked up in either.
+        is_plain = self.is_up and not self.delivering and not self._outbox.branches
         for commit in batch:
-            session_id = commit.session_id
             if commit.local or commit.spills:
                 continue
-            if not self._accepts_outages and not self.is_up:
-                asked_for = None if commit.kind == TOUCH else self._request(commit, skew, on_branch)
-            elif not self.is_up or session_id in self.delivering:
+            if is_plain:
+                request = request_of(commit, skew)
+            elif not self._accepts_outages and not self.is_up:
+                request = None if commit.kind == TOUCH else self._request(commit, skew, on_branch)
+            elif not self.is_up or commit.session_id in self.delivering:
                 fate.branches.append(commit)
                 continue
             else:
-                asked_for = self._request(commit, skew, on_branch)
-            if asked_for is not None:
-                asked.append((commit, asked_for))
-        await self._ask(asked, fate)
-        await self._begin_branches(fate)
-        return fate.decision(batch)
+                request = self._request(commit, skew, on_branch)
+            if request is not None:
+                commits.append(commit)
+                requests.append(request)
+        return commits, requests
 
     async def postpone(self, batch: Sequence[Commit]) -> Decision:
         """Remember a batch for later (``redis.write = "behind"``)."""
@@ -208,20 +225,41 @@ class Agreement:
             on_branch.add(session_id)
         return request_of(commit, skew, base)
 
-    async def _ask(self, asked: list[tuple[Commit, Request]], fate: _Fate) -> None:
+    async def _ask(self, commits: list[Commit], requests: list[Request], fate: _Fate) -> None:
         """Send the requests and take what becomes of them."""
-        if not asked:
-            return
-        repeated: list[Commit] = []
         fate.generation = self._copies.generation
-        for commit, _ in asked:
-            self._copies.forget(commit.session_id)
-        results = await self._remote.commit([request for _, request in asked])
+        self._copies.forget_all([commit.session_id for commit in commits])
+        results = await self._remote.commit(requests)
+        if results.count(APPLIED) == len(results) and not self._outbox.branches:
+            self._take_applied(commits, fate)
+        else:
+            await self._take_each(commits, requests, results, fate)
+
+    def _take_applied(self, commits: list[Commit], fate: _Fate) -> None:
+        """Take results that all say the same, and what is nearly always said."""
+        put: list[str] = []
+        for commit in commits:
+            if commit.kind == PUT:
+                commit.shared = True
+                put.append(commit.session_id)
+            elif commit.kind == DELETE:
+                commit.shared = True
+        self._copies.validate_all(put, fate.generation)
+
+    async def _take_each(
+        self,
+        commits: list[Commit],
+        requests: list[Request],
+        results: list[CommitResult],
+        fate: _Fate,
+    ) -> None:
+        """Take results of all kinds."""
+        repeated: list[Commit] = []
         behind: dict[str, bytes] = {}
         # Only the first put of a session can tell that the tier went back: behind a refused one
         # every later version number is far from what is stored.
         decided: set[str] = set()
-        for (commit, request), result in zip(asked, results, strict=True):
+        for commit, request, result in zip(commits, requests, results, strict=True):
             base = None
             if commit.session_id not in decided:
                 base = self._restored_base(commit, result)
@@ -284,7 +322,7 @@ class Agreement:
             if session_id in self._outbox:
                 await self._outbox.remove(session_id)
             if commit.kind == PUT:
-                self._validate(session_id, fate)
+                self._copies.validate_all((session_id,), fate.generation)
             return
         if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
             if not isinstance(result.error, RemoteDamaged):
@@ -307,25 +345,18 @@ class Agreement:
         stored = result.stored
         self._copies.announced(session_id, NO_ID if stored is None else stored.commit)
 
-    def _validate(self, session_id: str, fate: _Fate) -> None:
-        """What was just committed is current, unless more was announced since it was sent.
-
-        The race: another worker builds on our commit, and its announcement overtakes the reply to
-        ours. Valid now, our version would stay for good.
-        """
-        copies = self._copies
-        if fate.generation == copies.generation and not copies.is_stale(session_id):
-            copies.validate(session_id)
-
     async def _begin_branches(self, fate: _Fate) -> None:
         """Let the shared tier learn of what it could not be asked, later."""
+        if not fate.branches:
+            return
         branches: dict[str, Branch] = {}
         kept = [commit for commit in fate.branches if commit.kind != TOUCH]
         for commit in kept:
             branches.setdefault(commit.session_id, branch_of(commit))
         sent = [(commit.session_id, commit.ids[_COMMIT_AT:_BASE_AT]) for commit in fate.unsure]
+        ended = [(each.session_id, each.ids[:ID_BYTES]) for each in kept if each.kind == DELETE]
         try:
-            await self._outbox.add(branches, sent)
+            await self._outbox.add(branches, sent, ended)
         except PersistenceError as error:
             fate.refused += [(commit, again(error)) for commit in kept]
 

@@ -8,6 +8,7 @@ The table is split into many small sets, so that none of them grows in one long 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 _SHARDS: Final = 256
@@ -18,10 +19,17 @@ _MAX_PER_SHARD: Final = 8192
 class Copies:
     """Valid, known to be out of date, or neither: then it has to be compared.
 
-    Invariant: no session is both valid and stale.
+    Invariants:
+    - no session is both valid and stale;
+    - while announcements do not arrive, none is valid.
+
+    Attributes:
+        generation: changes whenever announcements may have been missed.
+        is_listening: whether announcements arrive.
     """
 
     def __init__(self) -> None:
+        self.is_listening = False
         self._valid: list[set[str]] = [set() for _ in range(_SHARDS)]
         self._stale: set[str] = set()
         self._filling: dict[str, list[bytes]] = {}
@@ -36,17 +44,38 @@ class Copies:
         return session_id in self._stale
 
     def validate(self, session_id: str) -> None:
-        """The local copy was compared, or is what was just committed."""
-        valid = self._valid[hash(session_id) & _MASK]
-        if len(valid) >= _MAX_PER_SHARD:
-            valid.clear()  # they are compared again when they are next read
-        valid.add(session_id)
+        """The local copy was compared, and is what the shared tier has."""
         self._stale.discard(session_id)
+        self.validate_all((session_id,), self.generation)
+
+    def validate_all(self, session_ids: Iterable[str], generation: int) -> None:
+        """Commits to these, sent in `generation`, are in the shared tier.
+
+        So they are current there and here, unless more was announced since they were sent. The
+        race: another worker builds on our commit, and its announcement overtakes the reply to
+        ours. Valid now, our version would stay for good.
+        """
+        if generation != self.generation or not self.is_listening:
+            return
+        shards, stale = self._valid, self._stale
+        for session_id in session_ids:
+            if session_id in stale:
+                continue
+            valid = shards[hash(session_id) & _MASK]
+            if len(valid) >= _MAX_PER_SHARD:
+                valid.clear()  # they are compared again when they are next read
+            valid.add(session_id)
 
     def forget(self, session_id: str) -> None:
         """Nothing is known about a session any more; there may be no local copy."""
-        self._valid[hash(session_id) & _MASK].discard(session_id)
-        self._stale.discard(session_id)
+        self.forget_all((session_id,))
+
+    def forget_all(self, session_ids: Sequence[str]) -> None:
+        """Nothing is known about these sessions any more."""
+        shards = self._valid
+        for session_id in session_ids:
+            shards[hash(session_id) & _MASK].discard(session_id)
+        self._stale.difference_update(session_ids)
 
     def announced(self, session_id: str, commit: bytes) -> None:
         """Another worker committed: the local copy, and any fill under way, may be older."""
@@ -56,9 +85,14 @@ class Copies:
         if seen is not None:
             seen.append(commit)
 
-    def reset(self) -> None:
-        """Announcements may have been missed: every local copy has to be compared again."""
+    def reset(self, *, is_listening: bool) -> None:
+        """Announcements may have been missed: every local copy has to be compared again.
+
+        Args:
+            is_listening: whether they arrive from now on.
+        """
         self.generation += 1
+        self.is_listening = is_listening
         self._valid = [set() for _ in range(_SHARDS)]
         self._stale.clear()
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from persistence import record as rec
 from persistence.commit import Commit, committed
-from persistence.errors import PersistenceError, RemoteDamaged
+from persistence.errors import CorruptionError, PersistenceError, RemoteDamaged
 from persistence.ids import CommitIds
 from persistence.record import NO_ID
 from persistence.remote.contract import (
@@ -37,7 +37,7 @@ from persistence.sharing.outbox import Branch, Outbox
 _log = logging.getLogger("persistence.sharing")
 
 _PER_ROUND: Final = 256
-_RETRY_SECONDS: Final = 1.0
+_ENDS_KEPT: Final = 50_000
 
 
 class Delivery:
@@ -50,6 +50,7 @@ class Delivery:
         conflicts: where refused branches are kept.
         local: this worker's own side.
         flush_interval_seconds: how long a branch may wait.
+        tombstone_seconds: for how long an end is remembered.
     """
 
     def __init__(
@@ -61,8 +62,13 @@ class Delivery:
         local: Local,
         *,
         flush_interval_seconds: float,
+        tombstone_seconds: float,
     ) -> None:
         self.delivered = 0
+        self._tombstone_seconds = tombstone_seconds
+        # The incarnations that this worker ended lately, the latest last, and until when that is
+        # remembered. A tier that loses its content loses its tombstones with it.
+        self._ends: dict[str, tuple[bytes, float]] = {}
         self._remote = remote
         self._agreement = agreement
         self._outbox = outbox
@@ -90,6 +96,13 @@ class Delivery:
         """Bring every local session to a tier whose content is new to this worker."""
         self._refill_epoch = epoch
         self._wake.set()
+
+    def ended(self, session_id: str, incarnation: bytes) -> None:
+        """This worker ended a session; that is acknowledged."""
+        self._ends.pop(session_id, None)
+        self._ends[session_id] = incarnation, self._wall() + self._tombstone_seconds
+        if len(self._ends) > _ENDS_KEPT:
+            del self._ends[next(iter(self._ends))]
 
     async def end(self) -> None:
         """Deliver what the tier takes now, and end."""
@@ -160,20 +173,48 @@ class Delivery:
             asked: list[tuple[str, Request, bytes | None]] = []
             for session_id in session_ids:
                 branch = self._outbox.branches.get(session_id)
-                if branch is not None:
+                if branch is None:
+                    continue
+                try:
                     record = await self._residency.peek(session_id, session_id.encode())
-                    asked.append((session_id, self._request(session_id, record, branch), record))
+                except CorruptionError as error:  # it must not hold up the others
+                    _log.warning("a session cannot be delivered: %s", error)
+                    continue
+                request = self._request(session_id, record, branch)
+                if request is None:
+                    await self._advance(session_id, None)
+                else:
+                    asked.append((session_id, request, record))
             results = await self._remote.commit([request for _, request, _ in asked])
             for (session_id, request, record), result in zip(asked, results, strict=True):
-                await self._delivered(session_id, request, record, result)
+                try:
+                    await self._delivered(session_id, request, record, result)
+                except RemoteDamaged as error:  # the same
+                    _log.warning("a session cannot be delivered: %s", error)
         finally:
             delivering.difference_update(session_ids)
 
-    def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request:
+    def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request | None:
+        """Return what delivers a branch; None: the tier has nothing to learn of it."""
         if record is None:
-            return Delete(session_id, self._commit_ids.next(), base=branch.base)
+            return self._end(session_id, branch)
         accessed, deadline, cap = self._residency.wall_times(session_id)
         return Put(session_id, record, branch.base, accessed, deadline, cap)
+
+    def _end(self, session_id: str, branch: Branch) -> Request | None:
+        """Return what delivers the end of a session.
+
+        If the tier never had it, another worker's session may live there under the same id.
+        """
+        commit = self._commit_ids.next()
+        if branch.base != NO_ID:
+            # With the incarnation, the tombstone holds also where the tier has lost the session.
+            incarnation, _ = self._ends.get(session_id, (NO_ID, 0.0))
+            return Delete(session_id, commit, incarnation, branch.base)
+        ended = self._outbox.ended.get(session_id)
+        if not ended:
+            return None  # its time was over before it got there
+        return Delete(session_id, commit, NO_ID if NO_ID in ended else ended[-1])
 
     async def _delivered(
         self, session_id: str, request: Request, record: bytes | None, result: CommitResult
@@ -200,7 +241,19 @@ class Delivery:
             await self._outbox.advance(session_id, base, lambda: None)
             self._wake.set()  # again, on what the tier has now
             return
+        if record is None and branch.base == NO_ID:
+            await self._end_again(session_id, result.stored)
+            return
         await self._keep_conflict(session_id, record, branch, result.stored)
+
+    async def _end_again(self, session_id: str, stored: Stored | None) -> None:
+        """Another incarnation lives there than the one that was asked to end."""
+        ended = self._outbox.ended.get(session_id, ())
+        if stored is None or stored.incarnation not in ended:
+            await self._advance(session_id, None)  # it is somebody else's, and was never ours
+            return
+        await self._outbox.advance(session_id, Branch(stored.commit, stored.version), lambda: None)
+        self._wake.set()
 
     async def _advance(self, session_id: str, record: bytes | None) -> None:
         self.delivered += 1
@@ -256,25 +309,51 @@ class Delivery:
 
     async def _refill(self, epoch: bytes) -> None:
         """Bring every local session to the tier, which may have got some from other workers."""
+        await self._seed_ends()
         some: list[str] = []
+        in_flight: list[str] = []
         async for session_id in self._all_ids():
-            if session_id in self._outbox or session_id in self._commits.tails:
+            if session_id in self._outbox:
+                continue
+            if session_id in self._commits.tails:
+                in_flight.append(session_id)
                 continue
             some.append(session_id)
             if len(some) == _PER_ROUND:
                 await self._seed(some)
                 some = []
         await self._seed(some)
+        # Not every commit in flight goes to the tier: one may only bring a session to the log.
+        for session_id in in_flight:
+            await self._commits.decided(session_id)
+            await self._seed([] if session_id in self._outbox else [session_id])
         if not self._agreement.is_up:
             return  # again when it is back
         await self._outbox.set_epoch(epoch)
         if self._refill_epoch == epoch:
             self._refill_epoch = None
 
+    async def _seed_ends(self) -> None:
+        """Bring the tombstones: another worker may have missed an end, and bring the session."""
+        now = self._wall()
+        ends = [(sid, each) for sid, (each, until) in self._ends.items() if until > now]
+        for start in range(0, len(ends), _PER_ROUND):
+            some = ends[start : start + _PER_ROUND]
+            asked = [Delete(sid, self._commit_ids.next(), each) for sid, each in some]
+            for result in await self._remote.commit(asked):
+                refused = result.outcome in (Outcome.REFUSED, Outcome.UNKNOWN)
+                if refused and not isinstance(result.error, RemoteDamaged):
+                    self._agreement.went_away()
+                    return
+
     async def _seed(self, session_ids: list[str]) -> None:
         asked: list[tuple[bytes, Put]] = []
         for session_id in session_ids:
-            record = await self._residency.peek(session_id, session_id.encode())
+            try:
+                record = await self._residency.peek(session_id, session_id.encode())
+            except CorruptionError as error:
+                _log.warning("a session cannot be brought back: %s", error)
+                continue
             if record is not None:
                 accessed, deadline, cap = self._residency.wall_times(session_id)
                 asked.append((record, Put(session_id, record, NO_ID, accessed, deadline, cap)))
@@ -288,6 +367,8 @@ class Delivery:
                     stored.version < rec.version_of(record)
                 ):
                     again.append(put._replace(base=stored.commit))
+            elif isinstance(result.error, RemoteDamaged):
+                _log.warning("a session cannot be brought back: %s", result.error)
             elif result.outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
                 self._agreement.went_away()
                 return

@@ -13,7 +13,7 @@ tier lost it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -25,7 +25,9 @@ _REMOVED: Final = 0
 _BRANCH: Final = 1
 _EPOCH: Final = 2
 _SENT: Final = 3
-_ENTRY: Final = Struct("<B16sQ")  # what it is, a commit id or the epoch, a version
+_ENDED: Final = 4
+_ENTRY: Final = Struct("<B16sQ")  # what it is, the id it is about, a version
+_ENDS_KEPT: Final = 16
 _MIN_REWRITE_BYTES: Final = 256 * 1024
 _ENTRY_BYTES: Final = 64  # about, with the session id
 
@@ -49,11 +51,20 @@ class Outbox:
         journal: where it is kept.
         threads: runs the journal's calls.
         sync: whether entries are synced before they count (``disk.fsync = "always"``).
+
+    Attributes:
+        branches: by session id.
+        sent: of some branches, commits that the shared tier may have.
+        ended: of branches that begin with nothing, the incarnations that were ended here, the
+            latest ones. If the shared tier has another one, that is somebody else's and goes on.
+            `NO_ID` among them: whichever lives there is to end.
+        epoch: whose content everything that is not in the outbox is part of.
     """
 
     def __init__(self, journal: Journal, threads: Threads, *, sync: bool) -> None:
         self.branches: dict[str, Branch] = {}
         self.sent: dict[str, set[bytes]] = {}
+        self.ended: dict[str, list[bytes]] = {}
         self.epoch = NO_ID
         self._journal = journal
         self._threads = threads
@@ -80,6 +91,10 @@ class Outbox:
             self._set(session_id, Branch(base, version))
         elif kind == _SENT:
             self.sent.setdefault(session_id, set()).add(base)
+        elif kind == _ENDED:
+            ended = self.ended.setdefault(session_id, [])
+            ended.append(base)
+            del ended[:-_ENDS_KEPT]
         else:
             self._end(session_id)
 
@@ -90,9 +105,13 @@ class Outbox:
     def _end(self, session_id: str) -> None:
         self.branches.pop(session_id, None)
         self.sent.pop(session_id, None)
+        self.ended.pop(session_id, None)
 
     async def add(
-        self, branches: Mapping[str, Branch], sent: Iterable[tuple[str, bytes]] = ()
+        self,
+        branches: Mapping[str, Branch],
+        sent: Iterable[tuple[str, bytes]] = (),
+        ended: Iterable[tuple[str, bytes]] = (),
     ) -> None:
         """Begin the branches of sessions that are not in it yet; return when that is durable.
 
@@ -100,6 +119,7 @@ class Outbox:
             branches: by session id.
             sent: commits of branches (session id, commit id) that were sent to the shared tier
                 without a reply. It may have any of them: then the branch goes on from there.
+            ended: incarnations (session id, incarnation id) that end on their branches.
 
         Raises:
             DiskFull, WriteOutcomeUnknown: nothing was added.
@@ -109,6 +129,10 @@ class Outbox:
             new = {sid: each for sid, each in branches.items() if sid not in self.branches}
             entries = [_entry(_BRANCH, each, sid) for sid, each in new.items()]
             entries += [_entry(_SENT, Branch(commit, 0), sid) for sid, commit in sent]
+            for sid, incarnation in ended:
+                branch = self.branches.get(sid) or new.get(sid)
+                if branch is not None and branch.base == NO_ID:
+                    entries.append(_entry(_ENDED, Branch(incarnation, 0), sid))
             if entries:
                 await self._append(entries, sync=self._sync)
                 for entry in entries:
@@ -142,10 +166,19 @@ class Outbox:
                 await self._append([_entry(_REMOVED, _NOTHING, session_id)], sync=False)
                 await self._rewrite_if_long()
 
-    async def begin_anew(self, branches: Mapping[str, Branch]) -> None:
-        """Begin branches here, whatever there was of them: the local state was replaced."""
+    async def begin_anew(
+        self, branches: Mapping[str, Branch], replaces: Collection[str] = ()
+    ) -> None:
+        """Begin branches here, whatever there was of them: the local state was replaced.
+
+        Args:
+            branches: by session id.
+            replaces: of which sessions nobody knows what the shared tier has: if they have ended
+                here, whichever lives there is to end.
+        """
         async with self._lock:
             entries = [_entry(_BRANCH, each, sid) for sid, each in branches.items()]
+            entries += [_entry(_ENDED, _NOTHING, sid) for sid in replaces]
             await self._append(entries, sync=self._sync)
             for entry in entries:
                 self._replay(entry)
@@ -168,6 +201,7 @@ class Outbox:
         for sid, branch in self.branches.items():
             entries.append(_entry(_BRANCH, branch, sid))
             entries += [_entry(_SENT, Branch(sent, 0), sid) for sent in self.sent.get(sid, ())]
+            entries += [_entry(_ENDED, Branch(each, 0), sid) for each in self.ended.get(sid, ())]
         await asyncio.shield(self._threads.write(self._journal.rewrite, entries))
 
     async def close(self) -> None:

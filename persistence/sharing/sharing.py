@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Iterable, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
-from persistence import record as rec
 from persistence.commit import Commit
 from persistence.config import RedisConfig
 from persistence.disk.format import DELETE
-from persistence.errors import PersistenceError, RemoteUnavailable
+from persistence.errors import ManagerClosed, PersistenceError, RemoteUnavailable
 from persistence.record import ID_BYTES, NO_ID
-from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Stored
+from persistence.remote.contract import Announcement, RemoteSession, RemoteTier
 from persistence.sharing.agreement import Agreement, Decision, unavailable
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.copies import Copies
 from persistence.sharing.delivery import Delivery
+from persistence.sharing.fills import Fills
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
 from persistence.stats import SharingStats
@@ -37,6 +36,7 @@ _log = logging.getLogger("persistence.sharing")
 
 _PROBE_SECONDS: Final = 0.5
 _IMPOSED_AT_ONCE: Final = 1000
+_ENDS_AT_ONCE: Final = 64
 _LISTENING_TIMEOUTS: Final = 2  # one to subscribe, one for the first heartbeat to come back
 
 
@@ -62,7 +62,6 @@ class Sharing:
         self.copies = Copies()
         self.outbox = outbox
         self.conflicts = conflicts
-        self.refreshed = 0
         self._remote = remote
         self._config = config
         self._residency = local.residency
@@ -70,11 +69,10 @@ class Sharing:
         self._time = local.time
         self._all_ids = local.all_ids
         self._accepts_outages = config.on_outage == "local"
-        self._is_listening = False
         self._connected = asyncio.Event()
         self._has_subscribed = False
-        self._fills: dict[str, asyncio.Task[None]] = {}
-        self._changes: set[asyncio.Task[None]] = set()
+        self._ended: dict[str, None] = {}
+        self._ending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
         self._closing = False
         self.agreement = Agreement(
@@ -93,7 +91,9 @@ class Sharing:
             conflicts,
             local,
             flush_interval_seconds=config.flush_interval_seconds,
+            tombstone_seconds=config.tombstone_seconds,
         )
+        self._fills = Fills(remote, self.copies, outbox, local, self._delivery.wake)
 
     def stats(self) -> SharingStats:
         """Return numbers about the shared tier."""
@@ -101,21 +101,24 @@ class Sharing:
             is_up=self.is_up,
             undelivered=len(self.outbox),
             delivered=self._delivery.delivered,
-            refreshed=self.refreshed,
+            refreshed=self._fills.refreshed,
             conflicts=self.conflicts.count,
         )
 
     @property
     def is_up(self) -> bool:
-        """Whether the shared tier answers and announcements arrive."""
+        """Whether the shared tier answers, and announcements have arrived since it does."""
         return self.agreement.is_up
 
     # --- opening and closing ------------------------------------------------------------------
 
-    async def open(self) -> None:
+    async def open(self, *, again: bool = False) -> None:
         """Connect, and start listening and delivering. It listens when this returns.
 
         With ``on_outage = "local"`` a shared tier that is away is no reason not to start.
+
+        Args:
+            again: this worker was connected before, so whatever fails now is an outage.
 
         Raises:
             ConfigError: it can never work like this.
@@ -124,14 +127,15 @@ class Sharing:
         """
         try:
             await self._remote.open()
-        except RemoteUnavailable as error:
-            if not self._accepts_outages:
-                raise
-            _log.warning("starting without the shared tier: %s", error)
-            self._probe()
-        else:
             await self._subscribe()
             await self._wait_until_listening()
+        except PersistenceError as error:
+            may_be_away = self._accepts_outages and isinstance(error, RemoteUnavailable)
+            if not may_be_away and not again:
+                raise
+            _log.warning("starting without the shared tier: %s", error)
+            if not self._has_subscribed:  # else the subscription connects by itself
+                self._probe(_PROBE_SECONDS)
         self._delivery.start()
 
     async def _subscribe(self) -> None:
@@ -143,15 +147,17 @@ class Sharing:
 
         Work that began before that would be done as in an outage: on local copies that other
         workers, or this one before it was killed, may have left behind.
+
+        Raises:
+            RemoteUnavailable: it did not come about.
         """
         try:
             async with asyncio.timeout(_LISTENING_TIMEOUTS * self._config.timeout_seconds):
                 await self._connected.wait()
         except TimeoutError:
-            problem = "announcements of other workers' commits do not arrive"
-            if not self._accepts_outages:
-                raise RemoteUnavailable(f"opening the shared tier: {problem}") from None
-            _log.warning("starting without the shared tier: %s", problem)
+            raise RemoteUnavailable(
+                "opening the shared tier: announcements of other workers' commits do not arrive"
+            ) from None
 
     async def deliver(self) -> None:
         """Deliver what the shared tier has not seen and takes now; to be followed by `close`."""
@@ -164,35 +170,43 @@ class Sharing:
         Args:
             before: the sessions that were here: those that are gone are ended there as well.
         """
-        self.copies.reset()
+        self.copies.reset(is_listening=self.copies.is_listening)
         everything = dict.fromkeys(before)
         everything.update(dict.fromkeys([each async for each in self._all_ids()]))
         rest = iter(everything)
         while some := list(islice(rest, _IMPOSED_AT_ONCE)):
+            unseen: list[str] = []
             try:
                 found = await self._remote.stored(some)
             except RemoteUnavailable as error:
                 _log.warning("restored while the shared tier is away: %s", error)
                 found = [None] * len(some)
+                unseen = some
             await self.outbox.begin_anew(
                 {
                     session_id: Branch(stored.commit, stored.version)
                     if stored is not None and stored.lives
                     else Branch(NO_ID, 0)
                     for session_id, stored in zip(some, found, strict=True)
-                }
+                },
+                unseen,
             )
         self._delivery.wake()
 
-    async def close(self) -> None:
-        """Disconnect. What was not delivered is in the outbox."""
+    async def close(self, why: PersistenceError | None = None) -> None:
+        """Disconnect. What was not delivered is in the outbox.
+
+        Args:
+            why: what whoever waits for an answer is told; None: the manager is closed.
+        """
         self._closing = True
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
-        for task in (*self._fills.values(), *self._changes):
-            task.cancel()
-        await asyncio.gather(*self._fills.values(), *self._changes, return_exceptions=True)
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
+        await self._fills.close(why or ManagerClosed("the manager is closed"))
         await self._delivery.close()
         await self._remote.close()
 
@@ -210,13 +224,13 @@ class Sharing:
             self.copies.announced(session_id, item.commit)
             if item.ended:
                 # It is absent everywhere from now on, also in lists, so do not wait for a reader.
-                self._in_background(self.refresh(session_id))
+                self._ended[session_id] = None
+        self._start_following()
 
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
         epoch = blake2b(epoch, digest_size=ID_BYTES).digest()  # on Cluster it is longer
-        self.copies.reset()
-        self._is_listening = True
+        self.copies.reset(is_listening=True)
         self._connected.set()
         if epoch != self.outbox.epoch:
             if self.outbox.epoch != NO_ID:
@@ -225,10 +239,13 @@ class Sharing:
         self._up()
 
     def disconnected(self) -> None:
-        """Announcements may be missing."""
-        self._is_listening = False
-        self.copies.reset()
-        self._down()
+        """Announcements may be missing: from now on every read asks.
+
+        That alone is no outage. Updates that were made here, without asking, while others still
+        reach the shared tier, would be conflicts.
+        """
+        self.copies.reset(is_listening=False)
+        self._probe(0.0)
 
     def _up(self) -> None:
         if not self.agreement.is_up:
@@ -244,11 +261,13 @@ class Sharing:
     def _suspect(self) -> None:
         """A request was not answered: do not ask again before a probe was."""
         self._down()
-        self._probe()
+        self._probe(_PROBE_SECONDS)
 
-    def _probe(self) -> None:
+    def _probe(self, pause_seconds: float) -> None:
         if self._probing is None and not self._closing:
-            self._probing = asyncio.create_task(self._probe_until_up(), name="persistence-probe")
+            self._probing = asyncio.create_task(
+                self._probe_until_up(pause_seconds), name="persistence-probe"
+            )
             self._probing.add_done_callback(self._probed)
 
     def _probed(self, task: asyncio.Task[None]) -> None:
@@ -256,10 +275,15 @@ class Sharing:
         if not task.cancelled() and task.exception() is not None:
             _log.error("probing the shared tier stopped", exc_info=task.exception())
 
-    async def _probe_until_up(self) -> None:
-        """Ask until there is an answer; the first one makes the shared tier usable again."""
+    async def _probe_until_up(self, pause_seconds: float) -> None:
+        """Ask until there is an answer; the first one makes the shared tier usable again.
+
+        Args:
+            pause_seconds: before the first question.
+        """
         while True:
-            await asyncio.sleep(_PROBE_SECONDS)
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = _PROBE_SECONDS
             try:
                 if not self._has_subscribed:
                     await self._remote.open()
@@ -267,23 +291,42 @@ class Sharing:
                     return  # `connected` does the rest
                 await self._remote.ping()
             except PersistenceError:
+                self._down()
                 continue
             except Exception:  # noqa: BLE001 - logged; nobody else would ask again
                 _log.exception("probing the shared tier failed")
+                self._down()
                 continue
-            if self._is_listening:
+            if self.copies.is_listening:
                 self._up()
             return
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="persistence-refresh")
-        self._changes.add(task)
-        task.add_done_callback(self._changed)
+    def _start_following(self) -> None:
+        if self._ended and self._ending is None and not self._closing:
+            self._ending = asyncio.create_task(self._follow_ends(), name="persistence-ends")
+            self._ending.add_done_callback(self._followed)
 
-    def _changed(self, task: asyncio.Task[None]) -> None:
-        self._changes.discard(task)
+    async def _follow_ends(self) -> None:
+        """Look at sessions that ended elsewhere; a few at a time, so that readers get a turn."""
+        while self._ended:
+            some = list(islice(self._ended, _ENDS_AT_ONCE))
+            for session_id in some:
+                del self._ended[session_id]
+            looked = (self._fills.refresh(session_id) for session_id in some)
+            errors = await asyncio.gather(*looked, return_exceptions=True)
+            for session_id, error in zip(some, errors, strict=True):
+                if isinstance(error, RemoteUnavailable):
+                    self._ended[session_id] = None
+                elif isinstance(error, PersistenceError):
+                    _log.warning("after an announcement: %s", error)
+            if any(isinstance(error, RemoteUnavailable) for error in errors):
+                await asyncio.sleep(_PROBE_SECONDS)
+
+    def _followed(self, task: asyncio.Task[None]) -> None:
+        self._ending = None
         if not task.cancelled() and task.exception() is not None:
-            _log.warning("after an announcement: %s", task.exception())
+            _log.error("following announcements stopped", exc_info=task.exception())
+        self._start_following()  # some may have come since its last look
 
     # --- the commit queue's calls -------------------------------------------------------------
 
@@ -308,6 +351,9 @@ class Sharing:
             # A version counts as valid since the shared tier took it, if nothing came after it.
             if commit.kind == DELETE:
                 self.copies.forget(commit.session_id)
+                incarnation = commit.ids[:ID_BYTES]
+                if not commit.local and incarnation != NO_ID:
+                    self._delivery.ended(commit.session_id, incarnation)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -340,6 +386,7 @@ class Sharing:
             fresh: ask even if the local copy counts as current.
 
         Raises:
+            ManagerClosed, ConflictError: see `close`.
             RemoteUnavailable: it cannot be asked, and ``on_outage`` is ``"fail"``.
         """
         if not fresh and self.is_current(session_id) and self._residency.has_copy(session_id):
@@ -349,141 +396,38 @@ class Sharing:
                 return
             raise unavailable("the shared tier")
         try:
-            await self.refresh(session_id)
+            await self._fills.refresh(session_id)
         except RemoteUnavailable:
             self._suspect()
             if not self._accepts_outages:
                 raise
 
-    async def refresh(self, session_id: str) -> None:
-        """Compare a session with the shared tier and take over what is newer there."""
-        task = self._fills.get(session_id)
-        if task is None:
-            task = asyncio.create_task(self._fill(session_id), name="persistence-fill")
-            self._fills[session_id] = task
-            task.add_done_callback(partial(self._filled, session_id))
-        await asyncio.shield(task)
-
-    def _filled(self, session_id: str, task: asyncio.Task[None]) -> None:
-        del self._fills[session_id]
-        if not task.cancelled():
-            task.exception()  # whoever waits is told; nobody may
-
-    async def _fill(self, session_id: str) -> None:
-        key = session_id.encode()
-        while True:
-            generation = self.copies.generation
-            mine = await self._residency.peek(session_id, key)
-            self.copies.begin_fill(session_id)
-            try:
-                found = await self._ask(session_id, mine)
-            finally:
-                announced = self.copies.end_fill(session_id)
-            if generation != self.copies.generation:
-                continue  # it disconnected meanwhile: what came may be out of date
-            if not announced or _commit_id(found, mine) == announced[-1]:
-                break
-        if session_id in self._commits.tails or session_id in self.outbox:
-            return  # this worker went ahead meanwhile
-        self.copies.forget(session_id)  # what is announced from here on is newer than `found`
-        await self._take_over(session_id, key, found)
-
-    async def _ask(
-        self, session_id: str, mine: bytes | None
-    ) -> RemoteSession | Stored | bytes | None:
-        """Return what the shared tier has; the local record itself if it is the same version."""
-        if mine is not None and not self.copies.is_stale(session_id):
-            [stored] = await self._remote.stored([session_id])
-            if stored is None or not stored.lives:
-                return stored
-            if stored.commit == rec.commit_of(mine):
-                return mine
-        return await self._remote.load(session_id)
-
-    async def _take_over(
-        self, session_id: str, key: bytes, found: RemoteSession | Stored | bytes | None
-    ) -> None:
-        """Let the local state follow what the shared tier has."""
-        if isinstance(found, bytes):
-            if self._residency.commit_of(session_id) == rec.commit_of(found):
-                self.copies.validate(session_id)
-            return
-        if found is None:
-            await self._missing_there(session_id, key)
-            return
-        if isinstance(found, Stored):
-            await self._ended_there(session_id, key, found)
-            return
-        await self._adopt(session_id, key, found)
-
-    async def _adopt(self, session_id: str, key: bytes, found: RemoteSession) -> None:
-        mine = await self._residency.peek(session_id, key)
-        if session_id in self._commits.tails or session_id in self.outbox:
-            return  # this worker went ahead meanwhile
-        if mine_is_newer(mine, found):
-            # It failed over to an older copy: everything acknowledged was there before.
-            record = found.record
-            branch = Branch(rec.commit_of(record), rec.version_of(record))
-            await self.outbox.add({session_id: branch})
-            self._delivery.wake()
-            return
-        generation = self.copies.generation
-        await self._residency.adopt(session_id, *self._residency.times_of_remote(found))
-        self.refreshed += 1
-        if generation == self.copies.generation and not self.copies.is_stale(session_id):
-            self.copies.validate(session_id)
-
-    async def _ended_there(self, session_id: str, key: bytes, tombstone: Stored) -> None:
-        """Another worker terminated it."""
-        self.copies.forget(session_id)
-        if self._residency.has_copy(session_id):
-            commit = self._residency.submit_delete(session_id, key, local=True)
-            assert commit.done is not None, "submitted to be waited for"
-            await commit.done
-
-    async def _missing_there(self, session_id: str, key: bytes) -> None:
-        """The shared tier has nothing, not even a tombstone.
-
-        So nobody terminated it: it expired there while a renewal was on its way, or the tier lost
-        it. What lives here goes there again.
-        """
-        if self._residency.is_acknowledged(session_id, key):
-            await self.outbox.add({session_id: Branch(NO_ID, 0)})
-            self._delivery.wake()
-
-    async def confirm_end(self, session_id: str, key: bytes) -> bool:
-        """Whether a session that expired here is over in the shared tier too.
+    async def confirm_end(self, session_id: str, key: bytes, idle_since: float) -> bool:
+        """Whether a session that is over here is over in the shared tier too.
 
         Another worker may have renewed it; then it goes on with the newer times.
+
+        Args:
+            session_id: which one.
+            key: its id as UTF-8.
+            idle_since: it is over if nobody has accessed it since then, engine seconds; it is in
+                any case when its deadline is past.
         """
         if not self.agreement.is_up or session_id in self.outbox:
             return True
         try:
-            found = await self._remote.load(session_id)
+            found = await self._fills.look(session_id)
         except PersistenceError:
             return True
         now = self._time.now()
-        if isinstance(found, RemoteSession) and found.deadline - self._time.skew() > now:
-            if session_id not in self._commits.tails:
-                await self._adopt(session_id, key, found)
+        skew = self._time.skew()
+        if (
+            isinstance(found, RemoteSession)
+            and found.deadline - skew > now
+            and found.accessed - skew >= idle_since
+        ):
+            mine = await self._residency.peek(session_id, key)
+            if session_id not in self._commits.tails and session_id not in self.outbox:
+                await self._fills.adopt(session_id, mine, found)
             return False
         return True
-
-
-def mine_is_newer(mine: bytes | None, found: RemoteSession) -> bool:
-    """Whether the local record is a later version of the same incarnation.
-
-    Only what the shared tier has, or what is in the outbox, is ever acknowledged: so if it is in
-    no outbox, the shared tier had it and lost it.
-    """
-    if mine is None or rec.incarnation_of(mine) != rec.incarnation_of(found.record):
-        return False
-    return rec.version_of(mine) > rec.version_of(found.record)
-
-
-def _commit_id(found: RemoteSession | Stored | bytes | None, mine: bytes | None) -> bytes | None:
-    if found is None:
-        return None
-    if isinstance(found, bytes):
-        return rec.commit_of(found)
-    return found.commit if isinstance(found, Stored) else rec.commit_of(found.record)

@@ -11,7 +11,7 @@ from persistence.checkpoint.create import Plan, create_checkpoint
 from persistence.checkpoint.restore import RestoredInfo, restore_into
 from persistence.checkpoint.stores import CheckpointStore, ChunkKey, ChunkMissing
 from persistence.disk.files import Files
-from tests.engine import config_for, disk_of, residency_of
+from tests.engine import ScriptedFiles, config_for, disk_of, residency_of
 
 CLOCK = ManualClock()
 
@@ -98,7 +98,8 @@ async def restored(
 async def data_in(path: Path, *, clock: Any = CLOCK) -> dict[str, dict[str, Any]]:
     """Return the data of every session in a directory."""
     found = {}
-    async with StateManager(config=config_for(path), clock=clock) as state:
+    config = config_for(path)
+    async with StateManager(config=config, clock=clock, files=ScriptedFiles()) as state:
         async for sid in state.iter_sessions():
             session = await state.get_session(sid, renew=False)
             if session is not None:

@@ -20,10 +20,10 @@ from persistence import StateConfig, StateManager
 from persistence.checkpoint.catalogue import list_checkpoints
 from persistence.checkpoint.manifest import decode_manifest
 from persistence.checkpoint.redis_store import RedisStore
-from persistence.checkpoint.restore import restore_into
+from persistence.checkpoint.restore import RestoredInfo, restore_into
 from persistence.checkpoint.stores import ChunkKey
 from persistence.clock import SystemClock
-from tests.engine import config_for, contents
+from tests.engine import ScriptedFiles, config_for, contents
 from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def config_of(directory: Path, url: str, namespace: str) -> StateConfig:
     )
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 async def test_a_killed_worker_leaves_the_checkpoints_before_and_no_orphan_after_the_next(
     raise_worker: Raise, redis: Any, namespace: str, shared_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -113,7 +113,8 @@ async def test_a_killed_worker_leaves_the_checkpoints_before_and_no_orphan_after
                 await assert_restorable(store, one, infos[one].reason, tmp_path / f"{number} {one}")
         orphans += len(await chunk_keys(redis, namespace) - await listed_keys(store))
         if number % 2:  # else the next worker's first one does it
-            async with StateManager(config=config_of(here, shared_server.url, namespace)) as state:
+            config = config_of(here, shared_server.url, namespace)
+            async with StateManager(config=config, files=ScriptedFiles()) as state:
                 last = (await state.create_checkpoint("tidy")).id
                 found = await contents(state)
             assert await chunk_keys(redis, namespace) == await listed_keys(store)
@@ -121,19 +122,26 @@ async def test_a_killed_worker_leaves_the_checkpoints_before_and_no_orphan_after
             assert {one.decode() for one in started} <= {
                 key.rpartition("{")[2].rpartition("-")[0] for key in await listed_keys(store)
             } | set(await store.manifests())
-            info = await restore_into(store, str(tmp_path / f"tidy {number}"), SystemClock(), last)
+            info = await restored_into(store, tmp_path / f"tidy {number}", last)
             assert (info.id, info.skipped) == (last, ())
             assert await contents_of(tmp_path / f"tidy {number}") == found
     assert orphans  # or no kill was of interest
 
 
 async def contents_of(directory: Path) -> dict[str, dict[str, Any]]:
-    async with StateManager(config=config_for(directory)) as state:
+    async with StateManager(config=config_for(directory), files=ScriptedFiles()) as state:
         return await contents(state)
 
 
+async def restored_into(
+    store: RedisStore, directory: Path, one: str, **options: Any
+) -> RestoredInfo:
+    files = ScriptedFiles()  # nobody looks at it after a power loss
+    return await restore_into(store, str(directory), SystemClock(), one, files=files, **options)
+
+
 async def assert_restorable(store: RedisStore, one: str, reason: str, directory: Path) -> None:
-    info = await restore_into(store, str(directory), SystemClock(), one, fall_back=False)
+    info = await restored_into(store, directory, one, fall_back=False)
     assert info.id == one
     found = await contents_of(directory)
     assert len(found) == info.sessions

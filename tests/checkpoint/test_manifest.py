@@ -25,7 +25,7 @@ from persistence.checkpoint.manifest import (
     ref_of,
     worker_of,
 )
-from persistence.disk.format import NewerFormat
+from persistence.disk.format import OtherFormat
 
 ID = make_id(7, "20260131T235959Z", "0123456789abcdef", b"\xff\x00\xff\x00")
 MANIFEST = Manifest(
@@ -85,7 +85,7 @@ def test_a_manifest_with_any_bit_flipped_or_cut_off_anywhere_is_refused() -> Non
 def test_a_newer_manifest_is_told_from_a_damaged_one() -> None:
     data = bytearray(encode_manifest(MANIFEST)[:-4])
     data[8] = FORMAT_VERSION + 1
-    with pytest.raises(NewerFormat, match="newer version"):
+    with pytest.raises(OtherFormat, match="newer version"):
         decode_manifest(signed(bytes(data)), ID)
 
 
@@ -141,7 +141,7 @@ def test_a_chunk_whose_checksums_were_made_right_again_raises_nothing_else(
     forged = signed(bytes(chunk))
     ref = ref_of(encode_chunk(RUNS, 2, compress=True), ID, 0)
     ref = ref._replace(checksum=checksum_of(forged), stored_bytes=len(forged))
-    with suppress(MalformedCheckpoint, NewerFormat):
+    with suppress(MalformedCheckpoint, OtherFormat):
         decode_chunk(forged, ref)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,32 @@ def test_chunks_of_one_checkpoint_spread_over_a_cluster() -> None:
     slots = {key_slot(store.chunk_key(ChunkKey(IDS[0], n)).encode()) for n in range(50)}
     assert len(slots) > 45
     assert len({slot * 3 // 16384 for slot in slots}) == 3
+
+
+async def test_a_published_checkpoint_announces_no_chunks_that_it_has_not(
+    redis: Any, namespace: str
+) -> None:
+    store = RedisStore(redis, namespace)
+    keys = [ChunkKey(IDS[0], number) for number in range(21)]
+    await asyncio.gather(*(store.put_chunk(key, b"chunk") for key in keys))
+    assert set(keys) < set(await store.chunks()), "announced ahead, all of them"
+    await store.publish(IDS[0], b"manifest")
+    assert await store.chunks() == keys
+    await store.put_chunk(ChunkKey(IDS[0], 21), b"late")
+    assert ChunkKey(IDS[0], 21) in await store.chunks()
+
+
+async def test_a_chunk_that_is_put_again_after_it_was_removed_is_announced_again(
+    redis: Any, namespace: str
+) -> None:
+    store = RedisStore(redis, namespace)
+    keys = [ChunkKey(IDS[0], number) for number in range(2)]
+    for key in keys:
+        await store.put_chunk(key, b"chunk")
+    await store.remove_chunks(await store.chunks())
+    assert await store.chunks() == []
+    await store.put_chunk(keys[1], b"chunk")
+    assert keys[1] in await store.chunks()
 
 
 async def test_a_server_that_is_gone_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,11 @@ def test_a_reader_that_has_seen_enough_is_no_error_message() -> None:
         process.wait()
 
 
+async def make_directory(path: Path) -> None:
+    async with StateManager(config=StateConfig(disk=DiskConfig(path=path))) as state:
+        await state.create_session()
+
+
 @pytest.mark.parametrize(
     ("command_line", "code", "said"),
     [
@@ -135,12 +141,7 @@ def test_a_reader_that_has_seen_enough_is_no_error_message() -> None:
 def test_a_closed_stream_is_no_internal_error(
     tmp_path: Path, command_line: str, code: int, said: str
 ) -> None:
-    async def make() -> None:
-        config = StateConfig(disk=DiskConfig(path=str(tmp_path / "d")))
-        async with StateManager(config=config) as state:
-            await state.create_session()
-
-    asyncio.run(make())
+    asyncio.run(make_directory(tmp_path / "d"))
     program = f"{sys.executable} -m persistence.cli "
     done = subprocess.run(
         ["bash", "-c", program + command_line.format(dir=tmp_path / "d")],
@@ -153,3 +154,37 @@ def test_a_closed_stream_is_no_internal_error(
     assert said in done.stderr
     assert "internal error" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_where_the_locale_has_few_characters_the_others_are_escaped(tmp_path: Path) -> None:
+    directory = tmp_path / "größe…"
+    asyncio.run(make_directory(directory))
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "persistence.cli", "inspect", directory],
+        capture_output=True,
+        env=environ,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe\u2026" in done.stdout
+    assert b"live sessions" in done.stdout
+
+
+def test_an_interruption_while_the_commands_are_loaded_is_one_line() -> None:
+    # A finder that stands for Ctrl-C in the middle of the import.
+    program = """
+import sys
+import persistence.cli
+class CtrlC:
+    def find_spec(name, *_):
+        if name == "persistence.cli.replay":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC)
+persistence.cli.main([])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"persistence: interrupted\n")

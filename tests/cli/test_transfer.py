@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -225,6 +226,42 @@ def test_an_export_that_fails_leaves_the_file_of_before(
         "sessions.jsonl",
         "source",
     ]
+
+
+def test_what_is_no_file_is_written_to_and_stays_what_it_is(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        assert command("export", source, "--output", pipe).code == 0
+        assert len(reader.read().splitlines()) == len(contents(source))
+    assert pipe.is_fifo()
+
+
+def test_a_full_device_fails_an_export(command: Command, source: Path, tmp_path: Path) -> None:
+    full = tmp_path / "link"  # what goes wrong here must not harm the machine
+    full.symlink_to("/dev/full")
+    command("export", source, "--output", full).assert_refused("No space left on device")
+    assert Path("/dev/full").is_char_device()
+    assert full.is_symlink()
+
+
+def test_behind_a_link_the_file_is_replaced_and_not_the_link(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    target.write_bytes(b"")
+    link.symlink_to(target)
+    assert command("export", source, "--output", link).code == 0
+    assert link.is_symlink()
+    assert len(target.read_bytes().splitlines()) == len(contents(source))
+
+
+def test_a_directory_is_no_file_to_export_to(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    command("export", source, "--output", tmp_path).assert_refused(str(tmp_path), "is a directory")
 
 
 def write_lines(path: Path, *lines: bytes) -> Path:

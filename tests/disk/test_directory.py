@@ -20,7 +20,7 @@ from crc32c import crc32c
 from persistence import ManualClock, StateManager, errors
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import Files
-from persistence.disk.format import FORMAT_VERSION, SEGMENT_HEADER_BYTES, NewerFormat
+from persistence.disk.format import FORMAT_VERSION, SEGMENT_HEADER_BYTES, OtherFormat
 from persistence.disk.manifest import (
     MalformedManifest,
     Manifest,
@@ -170,10 +170,16 @@ def manifest_with(files: MemoryFiles, **changes: Any) -> bytes:
     return stamped(json.dumps(kept).encode())
 
 
-async def test_a_manifest_of_a_newer_version_is_refused(files: MemoryFiles) -> None:
-    newer = FORMAT_VERSION + 1
-    files.set_data(MANIFEST, manifest_with(files, format_version=newer, new_things=[1]))
-    await assert_refused(files, errors.DirectoryNotUsable, f"format version {newer}")
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [(FORMAT_VERSION + 1, "use a newer version"), (FORMAT_VERSION - 1, "export with")],
+)
+async def test_a_manifest_of_another_version_is_refused(
+    files: MemoryFiles, version: int, advice: str
+) -> None:
+    files.set_data(MANIFEST, manifest_with(files, format_version=version, new_things=[1]))
+    words = f"format version {version}; this library reads {FORMAT_VERSION}: {advice}"
+    await assert_refused(files, errors.DirectoryNotUsable, words)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -331,7 +337,7 @@ def test_a_manifest_comes_back() -> None:
 
 def test_a_newer_manifest_is_told_from_a_damaged_one() -> None:
     body = json.dumps({"what": "persistence directory", "format_version": 99}).encode()
-    with pytest.raises(NewerFormat):
+    with pytest.raises(OtherFormat):
         decode_manifest(stamped(body))
 
 
@@ -377,6 +383,23 @@ async def test_a_file_in_the_place_of_the_directory_is_refused() -> None:
     files = MemoryFiles()
     files.set_data(PATH, b"a file")
     await assert_refused(files, errors.DirectoryNotUsable, "not a directory")
+
+
+@pytest.mark.parametrize("name", ["MANIFEST", segment_name(1)])
+@pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
+async def test_what_is_no_file_in_the_place_of_one_is_refused_by_name(
+    tmp_path: Path, name: str, put_there: Callable[[Path], None]
+) -> None:
+    directory = str(tmp_path / "state")
+    async with StateManager(config=config(directory)) as state:
+        await state.create_session()
+    os.unlink(f"{directory}/{name}")
+    put_there(tmp_path / "state" / name)
+
+    async with asyncio.timeout(30):  # the opening of a named pipe could wait for ever
+        error = await refusal(Files(), directory)
+    assert isinstance(error, errors.DirectoryNotUsable)
+    assert f"'{name}': " in str(error)
 
 
 async def test_a_directory_below_a_file_is_refused(tmp_path: Path) -> None:

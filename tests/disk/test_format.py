@@ -30,7 +30,7 @@ from persistence.disk.format import (
     Corrupt,
     Frame,
     FrameType,
-    NewerFormat,
+    OtherFormat,
     SegmentHeader,
     SegmentKind,
     Torn,
@@ -424,7 +424,7 @@ def test_an_intact_segment_header_of_a_newer_version_is_refused_by_name() -> Non
     header = SegmentHeader(SegmentKind.LOG, 1, 0, bytes(16), bytes(12))
     body = bytearray(encode_segment_header(header)[:-4])
     body[8:12] = (layouts.FORMAT_VERSION + 1).to_bytes(4, "little")
-    with pytest.raises(NewerFormat, match=f"format version {layouts.FORMAT_VERSION + 1}"):
+    with pytest.raises(OtherFormat, match=f"format version {layouts.FORMAT_VERSION + 1}"):
         decode_segment_header(stamped(bytes(body)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 from collections.abc import Iterator
@@ -38,12 +39,19 @@ async def fill(state: StateManager, most: int = 1000) -> int:
 
 async def empty(state: StateManager) -> None:
     for sid in await state.get_active_sessions():
-        try:
-            assert await state.terminate_session(sid)
-        except errors.DiskFull:  # a merge under way may have taken what was left: once it has ended
-            await state._disk.compactor.settle()
-            assert await state.terminate_session(sid)
+        async with asyncio.timeout(60):
+            while not await is_ended(state, sid):
+                await state._disk.compactor.settle()
     await state.compact()
+
+
+async def is_ended(state: StateManager, sid: str) -> bool:
+    """End a session; False if a merge under way has taken what was left of the disk."""
+    try:
+        assert await state.terminate_session(sid)
+    except errors.DiskFull:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("spare_bytes", [0, 30, 63, 64, 100, 5000])

@@ -333,14 +333,21 @@ MUTANTS: Final = (
     Mutant(
         "Redis takes a commit on any base",
         SCRIPT,
-        " and sub(state, IDS_AT, SHOWN_BYTES) == base then\n    return nil",
-        " then\n    return nil",
+        "  if lives and newest == base and kind ~= 'C' and kind ~= 'D' then return nil end\n",
+        "  if lives and kind ~= 'C' and kind ~= 'D' then return nil end\n",
         ("tests/remote/test_contract.py",),
+    ),
+    Mutant(
+        "Redis takes a change of one field on any base",
+        SCRIPT,
+        "\n    and sub(state, IDS_AT, SHOWN_BYTES) == base then\n",
+        " then\n",
+        ("tests/remote/test_contract.py", "tests/sharing/test_sharing.py"),
     ),
     Mutant(
         "Redis does not know a repeated commit again",
         SCRIPT,
-        "  if knows(state, commit) then\n",
+        "  if knows(key, state, commit) then\n",
         "  if false then\n",
         ("tests/remote/test_contract.py",),
     ),
@@ -354,7 +361,7 @@ MUTANTS: Final = (
     Mutant(
         "a late touch moves a deadline back",
         SCRIPT,
-        "  if struct.unpack('<d', times) < struct.unpack('<d', head) then return 'A' end\n",
+        "  if read('<d', times) < read('<d', head) then return 'A' end\n",
         "",
         ("tests/remote/test_contract.py",),
     ),

@@ -119,13 +119,6 @@ async def test_a_checkpoint_of_a_log_that_cannot_be_read_says_so_in_the_engines_
         assert info.sessions == 20
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=errors.WriteOutcomeUnknown,
-    reason="writer.create_segment: only a creation that lacks a descriptor is told from an "
-    "unknown outcome, not the sync of the directory behind it, which needs one too; sealing has "
-    "just given one back, so it is the sync that fails",
-)
 async def test_a_rotation_without_descriptors_is_said_not_to_have_happened() -> None:
     files = MemoryFiles()
     async with opened(files, SMALL) as state:

@@ -98,7 +98,7 @@ async def test_namespaces_do_not_hear_each_other(
 async def test_a_subscription_that_breaks_or_falls_silent_is_told_and_comes_back(
     open_tier: Open, proxy: Proxy, how: Callable[[Proxy], None]
 ) -> None:
-    tier = await open_tier(proxy.url, heartbeat_seconds=0.05, timeout_seconds=0.2)
+    tier = await open_tier(proxy.url, heartbeat_seconds=0.05, timeout_seconds=0.5)
     heard = await listening(tier)
     assert tier.is_listening
     how(proxy)

@@ -12,6 +12,7 @@ from persistence import record as rec
 from persistence.record import NEVER, NO_ID
 from persistence.remote.contract import (
     APPLIED,
+    IDS_REMEMBERED,
     Outcome,
     Put,
     RemoteSession,
@@ -156,6 +157,36 @@ async def test_the_last_32_commits_are_recognised(tier: RedisTier) -> None:
     assert await tier.commit(requests) == [APPLIED] * 39
     again = [result.outcome for result in await tier.commit(requests)]
     assert again == [Outcome.CONFLICT] * 7 + [Outcome.ALREADY_APPLIED] * 32
+
+
+@pytest.mark.parametrize("commits", [5, 8, 9, 17, 40])
+async def test_commits_are_recognised_however_the_session_went_on(
+    tier: RedisTier, commits: int
+) -> None:
+    """Their ids move from place to place; an end and a re-creation take them along."""
+    chain = [await created(tier, "a", {"n": 0})]
+    for n in range(1, commits):
+        chain.append(next_record(chain[-1], {"n": n}))
+    requests: list[Request] = [update("a", old, new) for old, new in pairwise(chain)]
+    # Whole ones and ones of two fields go other ways through the script.
+    requests[2::3] = [
+        request._replace(old=None) for request in requests[2::3] if isinstance(request, Put)
+    ]
+    assert await tier.commit(requests) == [APPLIED] * (commits - 1)
+    ended = end("a")
+    anew = new_record({"n": 0, "m": 1})
+    last = next_record(anew, {"n": 1, "m": 2})
+    assert await tier.commit([ended]) == [APPLIED]
+    assert await tier.commit([create("a", anew), update("a", anew, last)]) == [APPLIED] * 2
+    requests += [ended, create("a", anew), update("a", anew, last)]
+    outcomes = [result.outcome for result in await tier.commit(requests)]
+    known = min(IDS_REMEMBERED, len(requests))
+    # What is forgotten is an update of an incarnation that has ended, on a session that lives.
+    assert outcomes[-known:] == [Outcome.ALREADY_APPLIED] * known
+    assert set(outcomes[:-known]) <= {Outcome.CONFLICT}
+    found = await tier.load("a")
+    assert isinstance(found, RemoteSession)
+    assert found.record == last
 
 
 async def test_a_creation_conflicts_with_a_live_session(tier: RedisTier) -> None:

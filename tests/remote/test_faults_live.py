@@ -52,7 +52,7 @@ async def test_a_thousand_lost_replies_apply_nothing_twice_and_lose_nothing(
             records = new
         return {name: (record, updates) for name, record in records.items()}
 
-    tiers = [await open_tier(proxy.url) for _ in range(8)]
+    tiers = [await open_tier(proxy.url, timeout_seconds=30) for _ in range(8)]
     # Results of the script come as arrays; now and then it hits the handshake of a connection.
     proxy.drops_reply = lambda data: chance.random() < (0.5 if data[:1] == b"*" else 0.02)
     names = [[f"worker{worker}:{n}" for n in range(5)] for worker in range(8)]
@@ -80,7 +80,7 @@ async def test_an_end_whose_reply_is_lost_is_told_apart_from_one_by_somebody_els
 async def test_what_stays_without_a_reply_is_unknown_and_not_refused(
     open_tier: Open, proxy: Proxy, shared_server: RedisServer
 ) -> None:
-    tier = await open_tier(proxy.url, timeout_seconds=0.1)
+    tier = await open_tier(proxy.url, timeout_seconds=0.5)
     first = new_record({"n": 0})
     second = next_record(first, {"n": 1})
     await tier.commit([create("a", first)])
@@ -98,7 +98,7 @@ async def test_what_stays_without_a_reply_is_unknown_and_not_refused(
 async def test_a_part_of_a_batch_that_was_answered_is_known_when_the_rest_is_not(
     open_tier: Open, proxy: Proxy
 ) -> None:
-    tier = await open_tier(proxy.url, timeout_seconds=0.2)
+    tier = await open_tier(proxy.url, timeout_seconds=0.5)
     await tier.commit([create("warm", new_record({}))])
     seen = 0
 
@@ -184,7 +184,7 @@ async def test_a_cancelled_commit_is_undecided_and_may_be_sent_again(
 async def test_a_server_that_hangs_makes_the_outcome_unknown_until_it_goes_on(
     open_tier: Open, own_server: RedisServer
 ) -> None:
-    tier = await open_tier(own_server.url, timeout_seconds=0.1)
+    tier = await open_tier(own_server.url, timeout_seconds=0.3)
     first = new_record({"n": 0})
     await tier.commit([create("a", first)])
     own_server.hang()
@@ -388,11 +388,12 @@ async def test_damage_in_a_session_is_never_returned_as_data(
 async def test_when_all_connections_are_busy_calls_wait_and_not_for_ever(
     open_tier: Open, proxy: Proxy
 ) -> None:
-    tier = await open_tier(proxy.url, max_connections=2, timeout_seconds=0.3)
-    await tier.commit([create("a", new_record({}))])
-    found = await asyncio.gather(*(tier.load("a") for _ in range(50)))
+    patient = await open_tier(proxy.url, max_connections=2, timeout_seconds=20)
+    await patient.commit([create("a", new_record({}))])
+    found = await asyncio.gather(*(patient.load("a") for _ in range(50)))
     assert all(isinstance(session, RemoteSession) for session in found)
     assert proxy.connections <= 3
+    tier = await open_tier(proxy.url, max_connections=2, timeout_seconds=0.3)
     proxy.hold()
     started = time.monotonic()
     failed = await asyncio.gather(*(tier.load("a") for _ in range(6)), return_exceptions=True)

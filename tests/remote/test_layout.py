@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from persistence import record as rec
 from persistence.errors import RemoteDamaged
 from persistence.record import NEVER, NO_ID
-from persistence.remote.contract import Announcement, Put, RemoteSession, Stored
+from persistence.remote.contract import Announcement, Put, RemoteSession, Request, Stored
 from persistence.remote.layout import (
     HEAD,
+    OLDER,
     ORDER,
     STATE,
     decode_announcements,
@@ -19,9 +20,9 @@ from persistence.remote.layout import (
     decode_state,
     difference,
     pack_command,
-    request_arguments,
+    pack_requests,
 )
-from tests.remote.sessions import new_id, new_record, next_record, touch
+from tests.remote.sessions import end, new_id, new_record, next_record, touch, unpack
 
 DATA = st.dictionaries(
     st.text(max_size=5), st.one_of(st.integers(), st.binary(max_size=40)), max_size=6
@@ -32,10 +33,9 @@ def stored_hash(
     record: bytes, accessed: float = 1.0, deadline: float = NEVER
 ) -> dict[bytes, bytes]:
     """Return the hash that the script makes of a creation."""
-    put = Put("a", record, NO_ID, accessed, deadline)
-    pairs = request_arguments(put, b"")[1:]
-    fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
-    fields[STATE] = b"L" + bytes(8) + record[:32]
+    [put] = unpack(pack_requests([Put("a", record, NO_ID, accessed, deadline)], 0))
+    fields: dict[bytes, bytes] = {STATE: b"L" + bytes(8) + record[:32]}
+    put.apply(fields)
     return fields
 
 
@@ -53,14 +53,11 @@ def test_a_difference_makes_the_new_record_of_the_old_one(
     old = new_record(before)
     new = next_record(old, after)
     fields = stored_hash(old)
-    arguments = request_arguments(Put("a", new, rec.commit_of(old), 1.0, NEVER, old=old), b"")
+    [put] = unpack(pack_requests([Put("a", new, rec.commit_of(old), 1.0, NEVER, old=old)], 0))
     changed, removed = difference(old, new)
-    sets = len(changed) + 2
-    assert len(arguments) == 1 + sets + len(removed)
-    pairs = arguments[1 : 1 + sets]
-    fields.update(zip(pairs[::2], pairs[1::2], strict=True))
-    for name in arguments[1 + sets :]:
-        del fields[name]
+    assert len(put.sets) + len(put.outside) == len(changed) // 2 + 1
+    assert put.removes == removed
+    put.apply(fields)
     fields[STATE] = b"L" + bytes(8) + new[:32]
     found = decode_session(b"k", "a", fields)
     assert isinstance(found, RemoteSession)
@@ -87,7 +84,7 @@ def test_large_values_are_compared_as_bytes_too() -> None:
 def test_a_difference_to_another_version_than_the_base_is_a_bug() -> None:
     old = new_record({"n": 1})
     with pytest.raises(AssertionError, match="built on"):
-        request_arguments(Put("a", next_record(old, {}), new_id(), 1, 2, old=old), b"")
+        pack_requests([Put("a", next_record(old, {}), new_id(), 1, 2, old=old)], 0)
 
 
 @given(data=DATA, place=st.integers(0, 2**16), field=st.integers(0, 20))
@@ -103,6 +100,14 @@ def test_any_changed_byte_is_found(data: dict[str, object], place: int, field: i
     fields[name] = value[:at] + bytes([value[at] ^ 0x40]) + value[at + 1 :]
     with pytest.raises(RemoteDamaged):
         decode_session(b"k", "a", fields)
+
+
+def test_older_commit_ids_beside_a_session_are_no_field_of_it() -> None:
+    record = new_record({"n": 1})
+    fields = {**stored_hash(record), OLDER: bytes(31 * 16)}
+    found = decode_session(b"k", "a", fields)
+    assert isinstance(found, RemoteSession)
+    assert found.record == record
 
 
 @pytest.mark.parametrize("missing", [STATE, HEAD, ORDER, b"n"])
@@ -145,9 +150,64 @@ def test_announcements_are_decoded_in_order_and_cut_ones_refused() -> None:
 
 def test_a_session_that_never_expires_has_no_expiry() -> None:
     record = new_record({})
-    never = request_arguments(touch("a", record, 1.0, NEVER), b"")[0]
-    timed = request_arguments(touch("a", record, 1.0, 12.3456), b"")[0]
-    assert timed.removeprefix(never) == b"12345"
+    touches = [touch("a", record, 1.0, NEVER), touch("a", record, 1.0, 12.5)]
+    never, timed = unpack(pack_requests(touches, 0))
+    assert never.expires_ms == NEVER
+    assert timed.expires_ms == 12_500
+
+
+def test_requests_of_all_kinds_are_told_apart_again() -> None:
+    record = new_record({"a": 1, "b": 2, "c": 3})
+    new = next_record(record, {"b": 5, "c": bytes(20_000), "d": bytes(30_000)})
+    base = rec.commit_of(record)
+    requests: list[Request] = [
+        Put("a", record, NO_ID, 1.0, 2.0),
+        Put("a", new, base, 1.0, 2.0, old=record),
+        end("a", rec.incarnation_of(record), base),
+        touch("a", record, 3.0, 4.0),
+        Put("a", new, base, 1.0, 2.0),
+    ]
+    packed = pack_requests(requests, 60_000)
+    found = unpack(packed)
+    assert [request.kind for request in found] == [b"C", b"P", b"D", b"T", b"R"]
+    assert [request.base for request in found] == [NO_ID, base, base, NO_ID, base]
+    assert [request.expires_ms for request in found] == [2_000, 2_000, 60_000, 4_000, 2_000]
+    assert found[1].removes == [b"a"]
+    values = rec.packed_fields(new)
+    assert found[1].outside == {b"c": values["c"], b"d": values["d"]}, "large ones are not copied"
+    assert max(map(len, packed.outside)) > 16_384 > len(packed.requests)
+
+
+@given(data=DATA, pick=st.integers(0, 5), value=st.binary(max_size=40))
+def test_naming_what_changed_packs_the_same_as_comparing(
+    data: dict[str, object], pick: int, value: bytes
+) -> None:
+    if not data:
+        return
+    name = list(data)[pick % len(data)]
+    old = new_record(data)
+    new = next_record(old, {**data, name: value})
+    put = Put("a", new, rec.commit_of(old), 1.0, 2.0, old=old)
+    changed = {} if data[name] == value else {name: rec.pack_value(value, name)}
+    assert pack_requests([put], 0) == pack_requests([put._replace(changed=changed)], 0)
+
+
+def test_a_large_value_that_changed_is_not_copied() -> None:
+    old = new_record({"blob": b"", "n": 1})
+    blob = rec.pack_value(bytes(100_000), "blob")
+    new = next_record(old, {"blob": bytes(100_000), "n": 1})
+    put = Put("a", new, rec.commit_of(old), 1.0, 2.0, changed={"blob": blob})
+    packed = pack_requests([put], 0)
+    assert packed.outside[0] is blob
+    assert unpack(packed)[0].outside == {b"blob": blob}
+
+
+@given(sizes=st.lists(st.integers(0, 1100), max_size=5))
+def test_arguments_of_any_length_are_announced_with_it(sizes: list[int]) -> None:
+    arguments = [b"x" * size for size in sizes]
+    expected = b"*%d\r\n" % len(sizes)
+    expected += b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in arguments)
+    assert b"".join(pack_command(arguments)) == expected
 
 
 def test_commands_are_packed_as_the_protocol_has_it() -> None:

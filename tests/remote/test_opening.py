@@ -20,6 +20,7 @@ from tests.redis_servers import (
     BINARIES,
     HOST,
     Group,
+    Proxy,
     RedisServer,
     free_port,
     need_binary,
@@ -143,6 +144,26 @@ async def unchanged(shared_server: RedisServer) -> AsyncIterator[RedisServer]:
 async def test_a_database_that_does_not_exist(open_tier: Open, unchanged: RedisServer) -> None:
     with pytest.raises(ConfigError, match="has no such database"):
         await open_tier(f"{unchanged.url}/99")
+
+
+async def test_a_server_older_than_6_2_is_refused_and_left_as_it_was(
+    open_tier: Open, own_server: RedisServer, proxy_of_own: Proxy
+) -> None:
+    version = ".".join(map(str, own_server.binary.version)).encode()
+    older = b"6.0" + version[version.rindex(b".") :]
+    assert len(older) == len(version)
+    proxy_of_own.rewrites = lambda data: data.replace(version, older)
+    with pytest.raises(ConfigError, match=rf"Redis {older.decode()}; 6\.2 or newer is needed"):
+        await open_tier(proxy_of_own.url)
+    assert own_server.ask("DBSIZE") == 0
+
+
+@pytest.fixture
+async def proxy_of_own(own_server: RedisServer) -> AsyncIterator[Proxy]:
+    """A proxy in front of the test's own server."""
+    running = await Proxy(own_server.port).start()
+    yield running
+    await running.close()
 
 
 async def test_a_server_that_evicts_is_refused_unless_allowed(

@@ -23,7 +23,7 @@ from persistence.remote.contract import (
     Touch,
 )
 from persistence.remote.keys import Keys
-from persistence.remote.layout import CODES, decode_session, request_arguments
+from persistence.remote.layout import CODES, decode_session, pack_requests
 from persistence.remote.router import Script
 from tests.redis_servers import RedisServer
 from tests.remote.sessions import new_id, new_record, next_record
@@ -155,8 +155,8 @@ def run(client: Any, requests: Sequence[Request]) -> list[Outcome]:
     """Run the script over `requests`; return their outcomes."""
     keys = [KEYS.session(request.session_id) for request in requests]
     arguments = [KEYS.commits, b"w" * 16, b"%d" % len(KEYS.session_prefix)]
-    for request in requests:
-        arguments += request_arguments(request, b"60000")
+    packed = pack_requests(requests, 60_000)
+    arguments += [packed.requests, *packed.outside]
     codes = client.eval(SCRIPT.source, len(keys), *keys, *arguments)[0]
     return [CODES[bytes([code])] for code in codes]
 

@@ -142,7 +142,7 @@ async def test_a_slot_that_moves_is_followed_at_every_step(open_tier: Open, clus
 async def test_a_batch_over_all_nodes_is_applied_though_one_of_them_is_gone(
     open_tier: Open, cluster: Group
 ) -> None:
-    tier = await open_tier(cluster.url, timeout_seconds=0.3)
+    tier = await open_tier(cluster.url, timeout_seconds=0.6)
     names = [f"s{n}" for n in range(60)]
     lost = cluster.servers[2]
     theirs = {

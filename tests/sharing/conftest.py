@@ -35,7 +35,9 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
         **redis: Any,
     ) -> StateManager:
         sections: dict[str, dict[str, Any]] = {
-            "redis": {"timeout_seconds": 1, "heartbeat_seconds": 1, **redis},
+            # On a slow machine an answer may take a second, and that is no outage. Tests of
+            # servers that hang say how long a worker waits.
+            "redis": {"timeout_seconds": 10, "heartbeat_seconds": 1, **redis},
             "session": session or {},
             "shutdown": {"checkpoint": False},  # it would wait for servers that hang
             "memory": memory or {},

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from persistence import StateManager
 from persistence.sharing.sharing import Sharing
 
@@ -30,7 +32,8 @@ async def until_up(*states: StateManager) -> None:
     """Wait until workers are connected and listening."""
 
     async def all_up() -> bool:
-        return all(sharing_of(state).is_up for state in states)
+        sides = [sharing_of(state) for state in states]
+        return all(side.is_up and side.copies.is_listening for side in sides)
 
     await until(all_up)
 
@@ -62,3 +65,37 @@ async def value(state: StateManager, session_id: str, field: str = "n") -> Any:
 def add_one(data: Any) -> None:
     """Count up."""
     data["n"] += 1
+
+
+class HeldReplies:
+    """Holds what the shared tier answers to a worker that asks about sessions.
+
+    Args:
+        state: the worker.
+        monkeypatch: of the test.
+    """
+
+    def __init__(self, state: StateManager, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._arrived = asyncio.Event()
+        self._go_on = asyncio.Event()
+        questions = sharing_of(state)._fills._questions
+        for name in ("load", "stored"):
+            monkeypatch.setattr(questions, name, self._later(getattr(questions, name)))
+
+    def _later(self, ask: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def asked(*arguments: Any) -> Any:
+            reply = await ask(*arguments)
+            self._arrived.set()
+            await self._go_on.wait()
+            return reply
+
+        return asked
+
+    async def arrived(self) -> None:
+        """Wait until there is one."""
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            await self._arrived.wait()
+
+    def release(self) -> None:
+        """Pass on what was held, and everything from now on."""
+        self._go_on.set()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
+from persistence import StateManager
+from persistence.disk.filenames import segment_name
+from tests.engine import directory_of, disk_of
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import add_one, sharing_of, until, until_delivered, until_up, value
@@ -30,7 +34,9 @@ async def test_updates_arrive_coalesced_within_the_interval(
 async def test_what_was_not_delivered_at_a_kill_is_delivered_by_the_next_worker(
     worker: Worker, own_server: RedisServer
 ) -> None:
-    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    a = await worker(
+        own_server.url, write="behind", flush_interval_seconds=1000.0, timeout_seconds=1
+    )
     await until_up(a)
     kept = await a.create_session(data={"n": 0})
     await a.update_session(kept, add_one)
@@ -110,3 +116,54 @@ async def test_a_session_updated_without_a_pause_is_delivered_too(
     await asyncio.gather(*counting)
     await until_delivered(a)
     assert sharing_of(a).conflicts.count == 0
+
+
+async def test_an_end_of_what_only_one_worker_had_ends_nobody_elses_session(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    b = await worker(own_server.url, write="behind", flush_interval_seconds=0.05)
+    await until_up(a, b)
+    await a.create_session(session_id="one", data={"n": 1})
+    await a.terminate_session("one")
+    await b.create_session(session_id="one", data={"n": 2})
+    await until_delivered(b)
+    sharing_of(a)._delivery.wake()
+    await until_delivered(a)
+    session = await b.get_session("one", fresh=True)
+    assert session is not None
+    assert session["n"] == 2
+    assert await value(a, "one") == 2
+    assert sharing_of(a).conflicts.count == 0
+
+
+async def test_a_damaged_session_does_not_hold_up_the_delivery_of_the_others(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    b = await worker(own_server.url)
+    await until_up(a, b)
+    for sid in ("damaged", "intact"):
+        await a.create_session(session_id=sid, data={"n": 7})
+    await a.spill_session("damaged")
+    damage(a, "damaged")
+    sharing_of(a)._delivery.wake()
+
+    async def arrived() -> bool:
+        return bool(await value(b, "intact") == 7)
+
+    await until(arrived)
+    assert await value(b, "damaged") is None
+    assert list(sharing_of(a).outbox.branches) == ["damaged"]  # told, and tried again
+
+
+def damage(state: StateManager, session_id: str) -> None:
+    """Flip a bit of what is in the log of a session."""
+    disk = disk_of(state)
+    row = disk.index.get(disk.fingerprint(session_id.encode()))
+    assert row is not None
+    with (directory_of(state) / segment_name(row.segment)).open("r+b") as log:
+        log.seek(row.offset + row.length - 8)
+        byte = log.read(1)[0]
+        log.seek(-1, os.SEEK_CUR)
+        log.write(bytes([byte ^ 1]))

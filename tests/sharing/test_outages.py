@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from persistence import StateManager
-from persistence.errors import PersistenceError, RemoteUnavailable
+from persistence.checkpoint.restore import StagedRestore
+from persistence.errors import DiskFull, PersistenceError, RemoteUnavailable
 from tests.redis_servers import Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import (
@@ -69,7 +70,7 @@ async def test_a_worker_that_hangs_on_a_server_goes_on_alone_within_the_timeout(
 async def test_what_the_server_has_not_seen_survives_a_restart_of_the_worker(
     worker: Worker, own_server: RedisServer
 ) -> None:
-    a = await worker(own_server.url)
+    a = await worker(own_server.url, timeout_seconds=1)
     await until_up(a)
     kept, ended = [await a.create_session(data={"n": 0}) for _ in range(2)]
     own_server.hang()
@@ -126,6 +127,35 @@ async def test_of_two_branches_the_first_wins_and_the_other_is_kept_as_a_conflic
     assert sharing_of(b).conflicts.count == 1
     again = await worker(own_server.url, path=(await closed(b)).config.disk.path)
     assert sharing_of(again).conflicts.count == 1
+
+
+@pytest.mark.parametrize("on_outage", ["local", "fail"])
+async def test_a_worker_that_has_become_deaf_asks_and_goes_on_with_the_others(
+    worker: Worker, own_server: RedisServer, proxy: Proxy, on_outage: str
+) -> None:
+    """No message gets through, everything else does: that is no outage, and makes no conflict."""
+    a, b = await worker(own_server.url), await worker(proxy.url, on_outage=on_outage)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    proxy.drops_reply = lambda data: b"message" in data
+
+    async def deaf() -> bool:
+        return not sharing_of(b).copies.is_listening
+
+    await until(deaf)
+    for count in range(1, 20, 2):
+        await a.update_session(sid, add_one)
+        assert await value(b, sid) == count
+        assert (await b.update_session(sid, add_one))["n"] == count + 1
+        assert await value(b, sid) == count + 1
+    await a.terminate_session(sid)
+    assert await b.get_session(sid) is None
+    assert sharing_of(b).is_up
+    assert not sharing_of(b).copies.is_listening
+    assert sharing_of(b).conflicts.count == 0
+    proxy.drops_reply = lambda _: False
+    await until_up(b)
 
 
 async def closed(state: StateManager) -> StateManager:
@@ -289,3 +319,107 @@ async def test_a_foreign_key_fails_only_its_own_session(
         await a.update_session(sid, add_one)
     assert own_server.ask("GET", key) == b"something else"
     assert (await a.update_session(other, add_one))["n"] == 1
+
+
+async def test_a_foreign_key_does_not_keep_a_server_that_forgot_from_being_filled_again(
+    worker: Worker, own_server: RedisServer, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = await worker(proxy.url), await worker(own_server.url)
+    await until_up(a, b)
+    for sid in ("mine", "other"):
+        await a.create_session(session_id=sid, data={"n": 5})
+    key, _ = dump(own_server, "mine")
+    proxy.refuse()
+    proxy.cut()
+    await until_down(a)
+    own_server.restart_empty()
+    own_server.ask("SET", key, "something else")
+    before = sharing_of(a).outbox.epoch
+    caplog.clear()
+    await proxy.start()
+    await until_up(a, b)
+
+    async def filled() -> bool:
+        return sharing_of(a).outbox.epoch != before
+
+    await until(filled)
+    assert await value(b, "other") == 5
+    assert own_server.ask("GET", key) == b"something else"
+    assert sharing_of(a).is_up
+    assert "away" not in caplog.text
+
+
+async def test_a_worker_that_must_not_go_alone_comes_back_after_a_restore_during_an_outage(
+    worker: Worker, own_server: RedisServer, tmp_path: Path
+) -> None:
+    store = {"store": str(tmp_path / "checkpoints")}
+    a = await worker(own_server.url, checkpoint=store, on_outage="fail")
+    sid = await a.create_session(data={"n": 0})
+    await a.create_checkpoint()
+    own_server.kill()
+    await until_down(a)
+    await a.restore_checkpoint("latest")
+    own_server.start()
+    await until_up(a)
+    await until_delivered(a)
+    assert await value(a, sid) == 0
+    assert (await a.update_session(sid, add_one))["n"] == 1
+
+
+async def test_a_worker_whose_restore_failed_goes_on_sharing(
+    worker: Worker, shared_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await worker(shared_server.url, checkpoint={"store": str(tmp_path / "checkpoints")})
+    b = await worker(shared_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    await a.create_checkpoint()
+    await a.update_session(sid, add_one)
+
+    async def install(_: StagedRestore) -> None:
+        raise DiskFull("no space for the restored state")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedRestore, "install", install)
+        with pytest.raises(DiskFull):
+            await a.restore_checkpoint("latest")
+    await until_up(a)
+    assert (await b.update_session(sid, add_one))["n"] == 2
+    assert (await a.get_session(sid, fresh=True))["n"] == 2  # type: ignore[index]
+    assert (await a.update_session(sid, add_one))["n"] == 3
+    assert (await b.get_session(sid, fresh=True))["n"] == 3  # type: ignore[index]
+    assert len(sharing_of(a).outbox) == 0
+
+
+@pytest.mark.parametrize("ended", ["before the server died", "during the outage"])
+async def test_an_end_that_another_worker_missed_holds_on_a_server_that_forgot_it(
+    worker: Worker, own_server: RedisServer, proxy: Proxy, ended: str
+) -> None:
+    a, b = await worker(own_server.url), await worker(proxy.url)
+    await until_up(a, b)
+    sid, other = [await a.create_session(data={"n": 0}) for _ in range(2)]
+    for each in (sid, other):
+        assert await value(b, each) == 0
+    proxy.refuse()
+    proxy.cut()
+    await until_down(b)
+    if ended == "during the outage":
+        own_server.kill()
+        await until_down(a)
+        await a.terminate_session(sid)
+    else:
+        await a.terminate_session(sid)
+        own_server.kill()
+        await until_down(a)
+    own_server.start()
+    await proxy.start()
+    await until_up(a, b)
+
+    async def filled() -> bool:
+        sides = [sharing_of(state) for state in (a, b)]
+        return all(each._delivery._refill_epoch is None and not len(each.outbox) for each in sides)
+
+    await until(filled)
+    assert await b.get_session(sid, fresh=True) is None
+    assert await a.get_session(sid, fresh=True) is None
+    assert await value(a, other) == await value(b, other) == 0

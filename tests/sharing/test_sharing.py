@@ -224,10 +224,10 @@ async def test_a_worker_that_hears_nothing_of_the_others_starts_all_the_same_or_
 ) -> None:
     """A server that answers everything but subscribers."""
     proxy.drops_reply = lambda data: b"subscribe" in data
-    a = await worker(proxy.url, timeout_seconds=0.2)
+    a = await worker(proxy.url, timeout_seconds=1.0)
     assert not sharing_of(a).is_up
     with pytest.raises(RemoteUnavailable, match="announcements"):
-        await worker(proxy.url, timeout_seconds=0.2, on_outage="fail")
+        await worker(proxy.url, timeout_seconds=1.0, on_outage="fail")
     proxy.drops_reply = lambda _: False
     await until_up(a)
 
@@ -348,3 +348,59 @@ async def test_however_many_are_pipelined_none_is_accepted_behind_a_refused_one(
     session = await b.get_session(sid, fresh=True)
     assert session is not None
     assert (session["n"], session.version) == (35, 36)
+
+
+async def test_terminating_an_id_that_has_begun_anew_elsewhere_ends_what_it_is_now(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    await a.create_session(session_id="one", data={"n": 1})
+    assert await value(b, "one") == 1
+    monkeypatch.setattr(sharing_of(a), "announced", lambda _: None)  # they are still on their way
+    await b.terminate_session("one")
+    await b.create_session(session_id="one", data={"n": 2})
+    assert await a.terminate_session("one") is True
+    assert await a.get_session("one", fresh=True) is None
+    assert await b.get_session("one", fresh=True) is None
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_session_that_is_idle_here_and_used_elsewhere_is_not_old(
+    pair: Pair, *, cold: bool
+) -> None:
+    a, b = pair
+    used, old = [await a.create_session(data={"n": 0}) for _ in range(2)]
+    assert await value(b, used) == 0
+    if cold:
+        await a.spill_session(used)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+
+    async def used_for_a_while() -> bool:
+        await b.update_session(used, add_one)
+        return loop.time() > begun + 1.6
+
+    await until(used_for_a_while)
+    count = await value(b, used)
+    assert await a.cleanup_old_sessions(1.5) == 1
+    assert await value(a, used) == count
+    assert await value(b, used) == count
+    assert await a.get_active_sessions() == [used]
+    assert await b.get_session(old, fresh=True) is None
+
+
+async def test_thousands_of_sessions_that_end_elsewhere_are_gone_here_too(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    a = await worker(shared_server.url, max_connections=1, timeout_seconds=2)
+    b = await worker(shared_server.url)
+    await until_up(a, b)
+    ids = [f"s{number}" for number in range(1500)]
+    await asyncio.gather(*(a.create_session(session_id=sid) for sid in ids))
+    await asyncio.gather(*(b.terminate_session(sid) for sid in ids))
+
+    async def all_gone() -> bool:
+        return not (await a.stats()).sessions
+
+    await until(all_gone)
+    assert await a.get_active_sessions() == []
