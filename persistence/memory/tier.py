@@ -61,11 +61,6 @@ def charge(session_id: str, record: bytes) -> int:
     return len(record) + len(session_id.encode()) + ENTRY_OVERHEAD_BYTES
 
 
-def id_bytes(session_id: str) -> int:
-    """Return the bytes of a session id, as UTF-8."""
-    return len(session_id) if session_id.isascii() else len(session_id.encode())
-
-
 def shard_count(max_bytes: int) -> int:
     """Return how many shards a budget gets: a power of two, one per 4 MiB, at most 256."""
     wanted = max(1, min(_MAX_SHARDS, max_bytes // _BYTES_PER_SHARD))
@@ -219,11 +214,11 @@ class MemoryTier:
         shard = self._shards[hash(session_id) & self._mask]
         records = shard.records
         old = records.get(session_id)
-        used = self.used_bytes + len(record)
+        used = self.used_bytes
         if old is None:
-            used += id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
+            used += charge(session_id, record)
         else:
-            used -= len(old)
+            used += len(record) - len(old)
             # A read may have renewed it after this version was submitted.
             last = shard.accessed.pop(session_id)
             if last > accessed:  # noqa: PLR1730 - every update comes by here; max() is felt
@@ -294,7 +289,7 @@ class MemoryTier:
         record = shard.records.pop(session_id, None)
         if record is None:
             return None
-        self.used_bytes -= len(record) + id_bytes(session_id) + ENTRY_OVERHEAD_BYTES
+        self.used_bytes -= charge(session_id, record)
         accessed = shard.accessed.pop(session_id)
         life = shard.lives.pop(session_id, self.default_life) if shard.lives else self.default_life
         cap = shard.caps.pop(session_id, NEVER) if shard.caps else NEVER
