@@ -100,8 +100,11 @@ MUTANTS: Final = (
     Mutant(
         "no sync of a new segment's header",
         WRITER,
-        "        files.sync(fd)\n        files.sync_directory(directory)\n    except OSError",
-        "        files.sync_directory(directory)\n    except OSError",
+        (
+            "        files.sync(fd)\n        is_opening = True\n"
+            "        files.sync_directory(directory)\n    except OSError"
+        ),
+        ("        is_opening = True\n        files.sync_directory(directory)\n    except OSError"),
         (MONITORED, f"{WRITING}::test_a_segment_that_cannot_be_created_leaves_nothing_behind"),
     ),
     Mutant(
@@ -146,8 +149,11 @@ MUTANTS: Final = (
     Mutant(
         "no directory sync behind a new segment",
         WRITER,
-        "        files.sync(fd)\n        files.sync_directory(directory)\n    except OSError",
-        "        files.sync(fd)\n    except OSError",
+        (
+            "        files.sync(fd)\n        is_opening = True\n"
+            "        files.sync_directory(directory)\n    except OSError"
+        ),
+        "        files.sync(fd)\n        is_opening = True\n    except OSError",
         (MONITORED,),
     ),
     Mutant(
