@@ -141,6 +141,14 @@ class Agreement:
         accepts_outages: ``redis.on_outage = "local"``.
         writes_through: ``redis.write = "through"``.
         went_away: called when a request could not be decided.
+        deliver: called when a branch has to be delivered before anything else can go on.
+
+    Attributes:
+        is_up: whether the shared tier answers.
+        delivering: sessions whose branch is being delivered: what comes meanwhile is part of it.
+        contested: sessions in the outbox of which the shared tier has refused an update: nothing
+            that is built on their branch is accepted, so it has to end, and must not grow.
+        touches: renewals to be sent.
     """
 
     def __init__(
@@ -153,9 +161,12 @@ class Agreement:
         accepts_outages: bool,
         writes_through: bool,
         went_away: Callable[[], None],
+        deliver: Callable[[], None],
     ) -> None:
         self.is_up = False
         self.delivering: set[str] = set()
+        self.contested: set[str] = set()
+        self._deliver = deliver
         self._remote = remote
         self._outbox = outbox
         self._copies = copies
@@ -189,6 +200,11 @@ class Agreement:
                 request = request_of(commit, skew)
             elif not self._accepts_outages and not self.is_up:
                 request = None if commit.kind == TOUCH else self._request(commit, skew, on_branch)
+            elif self.is_up and self.waits_for_delivery(commit.session_id):
+                # As part of the branch it would be acknowledged without having been agreed to.
+                if commit.kind != TOUCH:
+                    fate.refused.append((commit, _overtaken(commit.session_id)))
+                continue
             elif not self.is_up or commit.session_id in self.delivering:
                 fate.branches.append(commit)
                 continue
@@ -198,6 +214,12 @@ class Agreement:
                 commits.append(commit)
                 requests.append(request)
         return commits, requests
+
+    def waits_for_delivery(self, session_id: str) -> bool:
+        """Whether no update of a session is accepted until its branch has been delivered."""
+        if session_id not in self.delivering or not self.writes_through:
+            return False
+        return not self._accepts_outages or session_id in self.contested
 
     async def postpone(self, batch: Sequence[Commit]) -> Decision:
         """Remember a batch for later (``redis.write = "behind"``)."""
@@ -320,6 +342,7 @@ class Agreement:
         ):
             commit.shared = True
             if session_id in self._outbox:
+                self.contested.discard(session_id)
                 await self._outbox.remove(session_id)
             if commit.kind == PUT:
                 self._copies.validate_all((session_id,), fate.generation)
@@ -344,6 +367,11 @@ class Agreement:
             fate.refused.append((commit, _overtaken(session_id)))
         stored = result.stored
         self._copies.announced(session_id, NO_ID if stored is None else stored.commit)
+        if session_id in self._outbox:
+            # The race: whoever was refused tries again, finds the branch, is refused again, and
+            # with a commit in flight at any time the branch is never delivered.
+            self.contested.add(session_id)
+            self._deliver()
 
     async def _begin_branches(self, fate: _Fate) -> None:
         """Let the shared tier learn of what it could not be asked, later."""

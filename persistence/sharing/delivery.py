@@ -80,6 +80,7 @@ class Delivery:
         self._flush_interval_seconds = flush_interval_seconds
         self._commit_ids = CommitIds()
         self._wake = asyncio.Event()
+        self._round_over = asyncio.Event()
         self._refill_epoch: bytes | None = None
         self._closing = False
         self._task: asyncio.Task[None] | None = None
@@ -91,6 +92,10 @@ class Delivery:
     def wake(self) -> None:
         """Deliver now, not only at the next interval."""
         self._wake.set()
+
+    async def round_over(self) -> None:
+        """Wait until what is being delivered now is decided."""
+        await self._round_over.wait()
 
     def refill(self, epoch: bytes) -> None:
         """Bring every local session to a tier whose content is new to this worker."""
@@ -164,12 +169,16 @@ class Delivery:
 
     async def _deliver(self, session_ids: list[str]) -> None:
         """Deliver some branches in one round trip."""
-        delivering = self._agreement.delivering
+        delivering, contested = self._agreement.delivering, self._agreement.contested
         if self._agreement.writes_through:
             # A commit in flight may be delivering the branch itself.
-            session_ids = [sid for sid in session_ids if sid not in self._commits.tails]
+            tails = self._commits.tails
+            session_ids = [sid for sid in session_ids if sid in contested or sid not in tails]
         delivering.update(session_ids)
+        self._round_over.clear()
         try:
+            for session_id in contested.intersection(session_ids):
+                await self._commits.decided(session_id)  # what comes from now on is refused
             asked: list[tuple[str, Request, bytes | None]] = []
             for session_id in session_ids:
                 branch = self._outbox.branches.get(session_id)
@@ -193,6 +202,8 @@ class Delivery:
                     _log.warning("a session cannot be delivered: %s", error)
         finally:
             delivering.difference_update(session_ids)
+            contested.difference_update(session_ids)
+            self._round_over.set()
 
     def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request | None:
         """Return what delivers a branch; None: the tier has nothing to learn of it."""
@@ -286,6 +297,8 @@ class Delivery:
             Conflict(session_id, self._wall(), record or b"", branch.base, version, ended)
         )
         mine = None if record is None else rec.commit_of(record)
+        while session_id in self._agreement.contested and session_id in self._commits.tails:
+            await self._commits.decided(session_id)  # it is refused
         if self._residency.commit_of(session_id) != mine:
             return  # it went on here meanwhile: the next round keeps that too
         # From here to the submission nothing awaits, so what is replaced is what was kept.

@@ -19,7 +19,8 @@ from persistence import record as rec
 from persistence.commit import Commit, committed
 from persistence.errors import PersistenceError, again
 from persistence.record import NO_ID
-from persistence.remote.contract import RemoteSession, RemoteTier, Stored
+from persistence.remote.contract import IDS_REMEMBERED, RemoteSession, RemoteTier, Stored
+from persistence.sharing.conflicts import Conflict, Conflicts
 from persistence.sharing.copies import Copies
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
@@ -49,6 +50,7 @@ class Fills:
         remote: the shared tier.
         copies: which local copies are valid.
         outbox: what the shared tier has not seen.
+        conflicts: where what the shared tier has lost is kept.
         local: this worker's own side.
         wake_delivery: called when something was put into the outbox that may be delivered now.
     """
@@ -58,6 +60,7 @@ class Fills:
         remote: RemoteTier,
         copies: Copies,
         outbox: Outbox,
+        conflicts: Conflicts,
         local: Local,
         wake_delivery: Callable[[], None],
     ) -> None:
@@ -65,6 +68,9 @@ class Fills:
         self._questions = Questions(remote)
         self._copies = copies
         self._outbox = outbox
+        self._conflicts = conflicts
+        self._kept: dict[str, bytes] = {}
+        self._wall = local.clock.wall
         self._residency = local.residency
         self._commits = local.commits
         self._wake_delivery = wake_delivery
@@ -178,8 +184,35 @@ class Fills:
             return tail is not in_flight and tail.shared and not tail.failed
         if not self._is_here(session_id, mine):
             return False  # what is here changed meanwhile, and may be newer than what was found
+        if await self._kept_now(session_id, key, mine, found):
+            return False
         self._copies.forget(session_id)  # what is announced from here on is newer than `found`
         await self._follow(session_id, key, mine, found)
+        return True
+
+    async def _kept_now(
+        self,
+        session_id: str,
+        key: bytes,
+        mine: bytes | None,
+        found: RemoteSession | Stored | bytes | None,
+    ) -> bool:
+        """Keep the local version as a conflict record if the shared tier has lost it.
+
+        Returns:
+            Whether it has been kept just now: meanwhile there may be something newer there.
+        """
+        if mine is None or not isinstance(found, RemoteSession) or not was_lost(mine, found):
+            return False
+        commit = rec.commit_of(mine)
+        if self._kept.get(session_id) == commit or not self._residency.is_alive(session_id, key):
+            self._kept.pop(session_id, None)
+            return False
+        version = rec.version_of(found.record)
+        await self._conflicts.keep(
+            Conflict(session_id, self._wall(), mine, NO_ID, version, ended=False)
+        )
+        self._kept[session_id] = commit
         return True
 
     def _is_here(self, session_id: str, record: bytes | None) -> bool:
@@ -267,6 +300,21 @@ def mine_is_newer(mine: bytes | None, found: RemoteSession) -> bool:
     if mine is None or rec.incarnation_of(mine) != rec.incarnation_of(found.record):
         return False
     return rec.version_of(mine) > rec.version_of(found.record)
+
+
+def was_lost(mine: bytes, found: RemoteSession) -> bool:
+    """Whether the shared tier went on without an acknowledged version that is here.
+
+    It failed over to an older copy, or came back empty, and somebody else was there first. Then
+    its history does not have what was acknowledged, and is not that of a later version either.
+    """
+    if rec.commit_of(mine) in found.history:
+        return False
+    theirs = found.record
+    if rec.incarnation_of(mine) != rec.incarnation_of(theirs):
+        return len(found.history) < IDS_REMEMBERED  # else it may be further back
+    same = rec.version_of(mine) == rec.version_of(theirs)
+    return same and rec.packed_fields(mine) != rec.packed_fields(theirs)
 
 
 def _commit_id(found: RemoteSession | Stored | bytes | None) -> bytes | None:

@@ -83,6 +83,7 @@ class Sharing:
             accepts_outages=self._accepts_outages,
             writes_through=config.write == "through",
             went_away=self._suspect,
+            deliver=self._wake_delivery,
         )
         self._delivery = Delivery(
             remote,
@@ -93,7 +94,7 @@ class Sharing:
             flush_interval_seconds=config.flush_interval_seconds,
             tombstone_seconds=config.tombstone_seconds,
         )
-        self._fills = Fills(remote, self.copies, outbox, local, self._delivery.wake)
+        self._fills = Fills(remote, self.copies, outbox, conflicts, local, self._delivery.wake)
 
     def stats(self) -> SharingStats:
         """Return numbers about the shared tier."""
@@ -258,6 +259,9 @@ class Sharing:
             self.agreement.is_up = False
             _log.warning("the shared tier is away")
 
+    def _wake_delivery(self) -> None:
+        self._delivery.wake()
+
     def _suspect(self) -> None:
         """A request was not answered: do not ask again before a probe was."""
         self._down()
@@ -389,6 +393,8 @@ class Sharing:
             ManagerClosed, ConflictError: see `close`.
             RemoteUnavailable: it cannot be asked, and ``on_outage`` is ``"fail"``.
         """
+        if self.agreement.waits_for_delivery(session_id):
+            await self._delivery.round_over()
         if not fresh and self.is_current(session_id) and self._residency.has_copy(session_id):
             return
         if not self.agreement.is_up:

@@ -43,7 +43,7 @@ def stored_hash(
 def test_a_record_taken_apart_is_put_together_byte_for_byte(data: dict[str, object]) -> None:
     record = new_record(data)
     found = decode_session(b"k", "a", stored_hash(record, 5.0, 7.0))
-    assert found == RemoteSession(record, 5.0, 7.0, NEVER)
+    assert found == RemoteSession(record, 5.0, 7.0, NEVER, (rec.commit_of(record),))
 
 
 @given(before=DATA, after=DATA)

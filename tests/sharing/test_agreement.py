@@ -69,7 +69,7 @@ class Remembered:
 class Agreed:
     """An agreement, and what it works on."""
 
-    def __init__(self, **results: CommitResult) -> None:
+    def __init__(self, *, accepts_outages: bool = True, **results: CommitResult) -> None:
         self.tier = ToldTier(results)
         self.outbox = Remembered()
         self.copies = Copies()
@@ -78,9 +78,10 @@ class Agreed:
             cast(Outbox, self.outbox),
             self.copies,
             EngineTime(ManualClock()),
-            accepts_outages=True,
+            accepts_outages=accepts_outages,
             writes_through=True,
             went_away=lambda: None,
+            deliver=lambda: None,
         )
         self.agreement.is_up = True
         self.copies.reset(is_listening=True)
@@ -126,6 +127,21 @@ async def test_a_batch_that_is_applied_is_agreed_and_its_copies_are_current() ->
     first = agreed.tier.asked[0]
     assert isinstance(first, Put)
     assert first.old == batch[0].before
+
+
+async def test_where_all_must_agree_nothing_is_agreed_to_while_its_branch_is_being_delivered() -> (
+    None
+):
+    """As part of the branch it would be acknowledged, and then another worker's might win."""
+    agreed = Agreed(accepts_outages=False)
+    agreed.agreement.delivering.add("a")
+    batch = [put("a", new_record({"n": 1})), put("b"), touch("a")]
+    decision = await agreed.decide(*batch)
+    assert decision.agreed == [batch[1], batch[2]]
+    [(commit, error)] = decision.refused
+    assert commit is batch[0]
+    assert isinstance(error, ConflictError)
+    assert agreed.outbox.branches == {}
 
 
 async def test_what_the_shared_tier_need_not_learn_of_is_agreed_without_asking() -> None:

@@ -129,6 +129,75 @@ async def test_of_two_branches_the_first_wins_and_the_other_is_kept_as_a_conflic
     assert sharing_of(again).conflicts.count == 1
 
 
+async def test_a_branch_that_has_lost_ends_also_while_its_session_is_written_to_all_the_time(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    a, b = await worker(own_server.url), await worker(proxy.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    assert await value(b, sid) == 0
+    proxy.refuse()
+    proxy.cut()
+    await until_down(b)
+    await b.update_session_data(sid, "n", 100)
+    await a.update_session_data(sid, "n", 7)
+    stop = asyncio.Event()
+
+    async def write() -> None:
+        while not stop.is_set():
+            await b.update_session(sid, add_one)
+
+    writers = [asyncio.create_task(write()) for _ in range(3)]
+
+    async def is_kept() -> bool:
+        return sharing_of(b).conflicts.count > 0 and sid not in sharing_of(b).outbox
+
+    await proxy.start()
+    await until(is_kept)
+    stop.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*writers)
+    await until_delivered(b)
+    assert await value(b, sid) == await value(a, sid) < 100
+
+
+async def test_what_the_server_lost_and_another_worker_made_anew_is_kept_as_a_conflict_record(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    """It came back older or empty, and the other worker was there first."""
+    a, b = await worker(proxy.url), await worker(own_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(session_id="a", data={"n": 1})
+    proxy.refuse()
+    proxy.cut()
+    await until_down(a)
+    own_server.ask("DEL", "persistence:session:{a}")
+    await b.create_session(session_id=sid, data={"n": 2})
+    await proxy.start()
+    await until_up(a)
+    assert await value(a, sid) == 2
+    assert sharing_of(a).conflicts.count == 1
+    assert await value(a, sid) == 2
+    assert sharing_of(a).conflicts.count == 1
+
+
+async def test_a_session_that_ended_and_was_made_anew_elsewhere_is_no_conflict(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    a, b = await worker(proxy.url), await worker(own_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(session_id="a", data={"n": 1})
+    proxy.refuse()
+    proxy.cut()
+    await until_down(a)
+    await b.terminate_session(sid)
+    await b.create_session(session_id=sid, data={"n": 2})
+    await proxy.start()
+    await until_up(a)
+    assert await value(a, sid) == 2
+    assert sharing_of(a).conflicts.count == 0
+
+
 @pytest.mark.parametrize("on_outage", ["local", "fail"])
 async def test_a_worker_that_has_become_deaf_asks_and_goes_on_with_the_others(
     worker: Worker, own_server: RedisServer, proxy: Proxy, on_outage: str
