@@ -5,6 +5,7 @@
     python -m tests.faults sequences                        all 584, every crash point
     python -m tests.faults kills --kills 10000 --directory DIR     SIGKILLs
     python -m tests.faults cuts --kills 200                        power cuts of a loop-mounted ext4
+    python -m tests.faults simulation --seed 7                     simulated worlds, seed after seed
     python -m tests.faults mutants                                 the engine with one guard removed
 
 Each suite prints what it has done when its time is over, and the first failure with all that is
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -31,6 +33,7 @@ from tests.faults.kernel import NotHere, ext4
 from tests.faults.killpoints import POINTS
 from tests.faults.kills import Kills
 from tests.faults.powercuts import PowerCuts
+from tests.faults.simworld import simulate
 from tests.faults.simulation import stepped
 
 _PROGRESS_SECONDS = 30.0
@@ -42,6 +45,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, seconds: float) -> None:
         self.seed: int = arguments.seed
         self.kills: int = arguments.kills
+        self.worlds: int = arguments.worlds
         part, parts = map(int, arguments.part.split("/"))
         self.part = slice(part - 1, None, parts)
         self.only: str = arguments.only
@@ -107,6 +111,30 @@ def sequence(run: Run) -> None:
     )
 
 
+def simulation(run: Run) -> None:
+    """Run simulated worlds, seed after seed."""
+    done: Counter[str] = Counter()
+    worlds = views = 0
+    for seed in range(run.seed * 1_000_000, run.seed * 1_000_000 + run.worlds)[run.part]:
+        if not run.goes_on():
+            break
+        try:
+            world = simulate(seed)
+        except Exception as error:  # noqa: BLE001 - reported
+            run.failed(f"seed {seed} (simulate({seed}) in tests.faults.simworld)", error)
+        else:
+            done += world.done
+            views += world.model.views
+        worlds += 1
+        run.say(f"simulation: {worlds} of {run.worlds}", at_once=False)
+    faults = {name.removeprefix("chaos "): n for name, n in done.items() if "chaos" in name}
+    calls = sum(n for name, n in done.items() if "chaos" not in name and name != "conflicts")
+    run.say(
+        f"simulation: {worlds} worlds, {calls} calls, {views} views compared, "
+        f"{done['conflicts']} conflict records, {run.failures} failed; faults: {faults}"
+    )
+
+
 def kills(run: Run) -> None:
     """Kill workers at named points and at random times."""
     with tempfile.TemporaryDirectory(dir=run.directory) as scratch:
@@ -160,6 +188,7 @@ def mutated(run: Run) -> None:
 SUITES: dict[str, Callable[[Run], None]] = {
     "nth": nth,
     "sequences": sequence,
+    "simulation": simulation,
     "kills": kills,
     "cuts": cuts,
     "mutants": mutated,
@@ -177,10 +206,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="for all suites together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10_000, help="SIGKILLs, or power cuts")
+    parser.add_argument("--worlds", type=int, default=1_000_000, help="simulated worlds")
     parser.add_argument("--part", default="1/1", help="2/3: the second of every three")
     parser.add_argument("--only", default="", help="mutants whose name contains this")
     parser.add_argument("--directory", help="where the kills write; default: a temporary one")
     arguments = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings must have the same order again
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        command = [sys.executable, "-m", "tests.faults", *sys.argv[1:]]
+        os.execve(sys.executable, command, environment)  # noqa: S606 - this program once more
     logging.disable(logging.CRITICAL)
     names = arguments.suites or list(SUITES)
     failures = 0
