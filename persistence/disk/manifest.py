@@ -18,7 +18,7 @@ from typing import Final
 from crc32c import crc32c
 
 from persistence.disk.filenames import MAX_SEGMENT_NUMBER
-from persistence.disk.format import FORMAT_VERSION, check_version
+from persistence.disk.format import FORMAT_VERSION, OtherFormat, check_version
 
 _ID_BYTES: Final = 16
 MAGIC: Final = "persistence directory"
@@ -91,7 +91,9 @@ def decode_manifest(data: bytes) -> Manifest:
             dropped=frozenset(map(int, entries["dropped"])),
             next_number=int(entries["next_number"]),
         )
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except (MalformedManifest, OtherFormat):
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MalformedManifest(f"its content is wrong ({error})") from error
     _check(manifest)
     return manifest

@@ -54,12 +54,14 @@ class Stored(NamedTuple):
         version: the session's version (of a tombstone: the last one it had).
         incarnation: its incarnation id.
         commit: id of its latest commit; of a tombstone, the one that ended it.
+        history: as of a `RemoteSession`, if this is a tombstone that was loaded; else empty.
     """
 
     lives: bool
     version: int
     incarnation: bytes
     commit: bytes
+    history: tuple[bytes, ...] = ()
 
 
 class Put(NamedTuple):

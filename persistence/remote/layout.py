@@ -268,8 +268,9 @@ def decode_session(
         return None
     try:
         stored = decode_state(fields[STATE])
+        history = _history(fields[STATE], fields.get(OLDER, b""))
         if not stored.lives:
-            return stored
+            return stored._replace(history=history)
         session = _assemble(fields)
     except KeyError as error:
         raise RemoteDamaged(_text(key), f"it has no {error.args[0]!r}", session_id) from None
@@ -277,7 +278,7 @@ def decode_session(
         raise RemoteDamaged(_text(key), str(error), session_id) from None
     if session.record[ID_BYTES : 2 * ID_BYTES] != stored.commit:
         raise RemoteDamaged(_text(key), "its head is of another commit than its state", session_id)
-    return session._replace(history=_history(fields[STATE], fields.get(OLDER, b"")))
+    return session._replace(history=history)
 
 
 def _history(state: bytes, older: bytes) -> tuple[bytes, ...]:

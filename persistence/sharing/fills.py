@@ -186,8 +186,9 @@ class Fills:
             return False  # what is here changed meanwhile, and may be newer than what was found
         if await self._kept_now(session_id, key, mine, found):
             return False
+        was_stale = self._copies.is_stale(session_id)
         self._copies.forget(session_id)  # what is announced from here on is newer than `found`
-        await self._follow(session_id, key, mine, found)
+        await self._follow(session_id, key, mine, found, was_stale=was_stale)
         return True
 
     async def _kept_now(
@@ -202,15 +203,18 @@ class Fills:
         Returns:
             Whether it has been kept just now: meanwhile there may be something newer there.
         """
-        if mine is None or not isinstance(found, RemoteSession) or not was_lost(mine, found):
+        if mine is None or not isinstance(found, (RemoteSession, Stored)):
+            return False
+        if not was_lost(mine, found):
             return False
         commit = rec.commit_of(mine)
         if self._kept.get(session_id) == commit or not self._residency.is_alive(session_id, key):
             self._kept.pop(session_id, None)
             return False
-        version = rec.version_of(found.record)
+        ended = isinstance(found, Stored)
+        version = found.version if isinstance(found, Stored) else rec.version_of(found.record)
         await self._conflicts.keep(
-            Conflict(session_id, self._wall(), mine, NO_ID, version, ended=False)
+            Conflict(session_id, self._wall(), mine, NO_ID, version, ended)
         )
         self._kept[session_id] = commit
         return True
@@ -226,7 +230,9 @@ class Fills:
         """Return what the shared tier has; the local record itself if it is the same version."""
         if mine is not None and not self._copies.is_stale(session_id):
             stored = await self._questions.stored(session_id)
-            if stored is None or not stored.lives:
+            if stored is None:
+                return None
+            if not stored.lives and stored.incarnation == rec.incarnation_of(mine):
                 return stored
             if stored.commit == rec.commit_of(mine):
                 return mine
@@ -238,10 +244,24 @@ class Fills:
         key: bytes,
         mine: bytes | None,
         found: RemoteSession | Stored | bytes | None,
+        *,
+        was_stale: bool,
     ) -> None:
-        """Let the local state, which is `mine`, follow what the shared tier has."""
+        """Let the local state, which is `mine`, follow what the shared tier has.
+
+        Args:
+            session_id: whose.
+            key: its id as UTF-8.
+            mine: what is here.
+            found: what is there.
+            was_stale: it has been announced that there was something newer there.
+        """
         if isinstance(found, bytes):
             self._copies.validate(session_id)
+        elif found is None and was_stale:
+            # What was newer is over. The race: its time was shorter, and what is here lives on;
+            # brought back there, it would be a session that had ended.
+            await self._ended_there(session_id, key)
         elif found is None:
             await self._missing_there(session_id, key)
         elif isinstance(found, Stored):
@@ -276,7 +296,7 @@ class Fills:
             self._copies.validate(session_id)
 
     async def _ended_there(self, session_id: str, key: bytes) -> None:
-        """Another worker terminated it."""
+        """It was terminated elsewhere, or has expired."""
         if self._residency.has_copy(session_id):
             await committed(self._residency.submit_delete(session_id, key, local=True))
 
@@ -302,7 +322,7 @@ def mine_is_newer(mine: bytes | None, found: RemoteSession) -> bool:
     return rec.version_of(mine) > rec.version_of(found.record)
 
 
-def was_lost(mine: bytes, found: RemoteSession) -> bool:
+def was_lost(mine: bytes, found: RemoteSession | Stored) -> bool:
     """Whether the shared tier went on without an acknowledged version that is here.
 
     It failed over to an older copy, or came back empty, and somebody else was there first. Then
@@ -310,9 +330,12 @@ def was_lost(mine: bytes, found: RemoteSession) -> bool:
     """
     if rec.commit_of(mine) in found.history:
         return False
+    if isinstance(found, Stored):  # an end: if it is that of this incarnation, it was meant
+        other = found.incarnation != rec.incarnation_of(mine)
+        return other and len(found.history) < IDS_REMEMBERED  # else it may be further back
     theirs = found.record
     if rec.incarnation_of(mine) != rec.incarnation_of(theirs):
-        return len(found.history) < IDS_REMEMBERED  # else it may be further back
+        return len(found.history) < IDS_REMEMBERED
     same = rec.version_of(mine) == rec.version_of(theirs)
     return same and rec.packed_fields(mine) != rec.packed_fields(theirs)
 

@@ -6,6 +6,7 @@
     python -m tests.faults kills --kills 10000 --directory DIR     SIGKILLs
     python -m tests.faults cuts --kills 200                        power cuts of a loop-mounted ext4
     python -m tests.faults simulation --seed 7                     simulated worlds, seed after seed
+    python -m tests.faults fuzz                                    hostile bytes for every decoder
     python -m tests.faults mutants                                 the engine with one guard removed
 
 Each suite prints what it has done when its time is over, and the first failure with all that is
@@ -28,7 +29,7 @@ from pathlib import Path
 from random import Random
 
 from tests.crashes import Nursery
-from tests.faults import mutants, nthcall, sequences
+from tests.faults import fuzzing, mutants, nthcall, sequences
 from tests.faults.kernel import NotHere, ext4
 from tests.faults.killpoints import POINTS
 from tests.faults.kills import Kills
@@ -51,6 +52,7 @@ class Run:
         self.only: str = arguments.only
         self.directory: str | None = arguments.directory
         self.failures = 0
+        self.seconds = seconds
         self._end = time.monotonic() + seconds
         self._told = time.monotonic()
 
@@ -179,6 +181,21 @@ def cuts(run: Run) -> None:
         nursery.close()
 
 
+def fuzz(run: Run) -> None:
+    """Feed hostile bytes to every decoder, for an equal part of the time each."""
+    names = [name for name in fuzzing.TARGETS if run.only in name][run.part]
+    how = "guided by coverage" if fuzzing.is_guided() else "by chance: atheris is not installed"
+    run.say(f"fuzz: {how}")
+    total = 0
+    for name in names:
+        count, problem = fuzzing.run_one(name, run.seconds / len(names), run.seed)
+        total += count
+        run.say(f"fuzz: {name}: {count} inputs")
+        if problem:
+            run.failed(f"fuzz {name}, seed {run.seed}", AssertionError(problem))
+    run.say(f"fuzz: {total} inputs, {len(names)} decoders, {run.failures} failed")
+
+
 def mutated(run: Run) -> None:
     """Let the tests kill every mutant."""
     survivors = mutants.run_all(run.say, run.goes_on, run.only, run.part)
@@ -191,6 +208,7 @@ SUITES: dict[str, Callable[[Run], None]] = {
     "simulation": simulation,
     "kills": kills,
     "cuts": cuts,
+    "fuzz": fuzz,
     "mutants": mutated,
 }
 
@@ -208,7 +226,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10_000, help="SIGKILLs, or power cuts")
     parser.add_argument("--worlds", type=int, default=1_000_000, help="simulated worlds")
     parser.add_argument("--part", default="1/1", help="2/3: the second of every three")
-    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--only", default="", help="mutants or decoders whose name contains this")
     parser.add_argument("--directory", help="where the kills write; default: a temporary one")
     arguments = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings must have the same order again

@@ -23,10 +23,16 @@ class Stuck(AssertionError):
 
 
 class Life:
-    """A process, as far as the loop knows it: the tasks that were begun in its name."""
+    """A process, as far as the loop knows it: the tasks that were begun in its name.
+
+    Attributes:
+        tasks: those tasks.
+        is_over: it is dead.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.is_over = False
         self.tasks: list[asyncio.Task[Any]] = []
 
     def running(self) -> list[asyncio.Task[Any]]:
@@ -76,7 +82,7 @@ class SimulatedLoop(base_events.BaseEventLoop):
         self.now = 1000.0
         self.complaints: list[str] = []
         self._selector = _Selector(self)
-        self.set_task_factory(_begin)
+        self.set_task_factory(_begin)  # type: ignore[arg-type]  # it takes what tasks take
         self.set_exception_handler(self._complain)
 
     def time(self) -> float:
@@ -112,6 +118,8 @@ def _begin(
     life = LIFE.get()
     if life is not None:
         life.tasks.append(task)
+        if life.is_over:
+            task.cancel()  # what a dead process would begin
     return task
 
 

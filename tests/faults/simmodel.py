@@ -84,6 +84,7 @@ class Model:
         born: by token of the creation.
         by_id: the same by session id, in order of submission.
         ending: until when an end that was asked for may come to whoever lives under an id.
+        shortening: the same of new TTLs, and the shortest of them.
         under_way: tokens of the calls that change a session just now.
         views: how many were checked.
     """
@@ -92,6 +93,7 @@ class Model:
         self.born: dict[str, Born] = {}
         self.by_id: dict[str, list[Born]] = {}
         self.ending: dict[str, float] = {}
+        self.shortening: dict[str, tuple[float, float]] = {}
         self.under_way: dict[str, dict[str, None]] = {}
         self.views = 0
 
@@ -107,6 +109,9 @@ class Model:
             born.lives_until = now + ttl_seconds
         if now <= self.ending.get(session_id, 0.0):
             born.end = "open"
+        until, shortest = self.shortening.get(session_id, (0.0, math.inf))
+        if now <= until:
+            born.lives_until = min(born.lives_until, now + shortest)
         self.born[token] = born
         self.by_id.setdefault(session_id, []).append(born)
         return born

@@ -110,9 +110,8 @@ class Server:
         entry = self.find(session_id)
         if entry is None:
             return None
-        if entry.session is None:
-            return entry.stored
-        return entry.session._replace(history=tuple(entry.ids[:IDS_REMEMBERED]))
+        history = tuple(entry.ids[:IDS_REMEMBERED])
+        return (entry.stored if entry.session is None else entry.session)._replace(history=history)
 
     def commit(
         self, requests: Sequence[Request], worker: bytes

@@ -136,6 +136,7 @@ class Worker:
         self.files.kill()
         if self.tier is not None:
             self.tier.kill()
+        self.life.is_over = True
         for _ in range(50):
             running = self.life.running()
             if not running:
@@ -278,7 +279,7 @@ class World:
             memory=MemoryConfig(check_interval_seconds=0, max_bytes=self._budget_bytes),
             disk=DiskConfig(
                 path=f"/{name}",
-                fsync=self._fsync,
+                fsync=self._fsync,  # type: ignore[arg-type]  # one of them
                 flush_interval_seconds=0.2,
                 segment_bytes=64 * 1024,
                 queue_bytes=self._queue_bytes,
@@ -477,6 +478,8 @@ class World:
                 model.check_not_over(alive, asked_at - self.leeway)
             branches = [None if data is None else tokens_in(data)[0] for data in kept]
             lost_end = any(branch != alive.token for branch in branches)  # it was part of a branch
+            if self._has_forgotten_end(sid, alive):
+                lost_end = True
             if not (lost_end or self.has_gone_back or self.restarts_after_loss):
                 model.check_not_ended(alive, asked_at)
         for data in kept:
@@ -490,6 +493,15 @@ class World:
             if self.has_lost and born is alive:
                 continue  # of one incarnation the highest version wins: docs/redis.md, the limit
             model.check_has(born, there, born.acknowledged, "were acknowledged")
+
+    def _has_forgotten_end(self, sid: str, alive: Born) -> bool:
+        """Whether a later life took the place of a tombstone, and is over as well.
+
+        Then nothing is left that says so to a worker which was away: docs/redis.md, the limit.
+        """
+        lives = self.model.by_id[sid]
+        later = lives[lives.index(alive) + 1 :]
+        return any(born.exists and self.loop.now >= born.lives_until for born in later)
 
     @property
     def leeway(self) -> float:
@@ -732,7 +744,12 @@ class Client:
             if ttl:
                 born.lives_until = min(born.lives_until, asked_at + ttl)
             born.over_from = float("inf")  # several of these at once: nobody can tell
+        shortening = self._model.shortening
+        _, shortest = shortening.get(sid, (0.0, float("inf")))
+        shortest = min(shortest, ttl or float("inf"))
+        shortening[sid] = float("inf"), shortest
         result = await self._call(worker, lambda state: state.set_ttl(sid, ttl))
+        shortening[sid] = world.loop.now + _STRAY_SECONDS, shortest
         return type(result).__name__ if isinstance(result, BaseException) else "done"
 
     # --- looking ----------------------------------------------------------------------------------
