@@ -354,6 +354,10 @@ def _unpack_elements(data: bytes, depth: int) -> list[object]:
             elements.append(unpacker.unpack())
     except msgpack.OutOfData:
         raise MalformedValue("a set ends in the middle of an element") from None
+    except MalformedValue:
+        raise
+    except (ValueError, TypeError, InvalidOperation, OverflowError) as error:
+        raise MalformedValue(f"a set holds no packed values: {error}") from error
     return elements
 
 

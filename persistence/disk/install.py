@@ -29,6 +29,7 @@ from persistence.disk.manifest import Manifest
 from persistence.disk.segments import Segment
 from persistence.disk.threads import Threads, undisturbed
 from persistence.disk.tier import DiskTier
+from persistence.errors import DiskFull
 from persistence.slices import Slices
 
 SEQUENCE_GAP: Final = 2**32
@@ -198,8 +199,14 @@ async def install(tier: DiskTier, staging: Staging, slices: Slices) -> None:
     """
     assert tier.writer.sequence < staging.sequence or not staging.outputs, "the gap was crossed"
     async with tier.compactor.paused:
-        await undisturbed(tier.replace_segments(staging.outputs))
-        staging.outputs = []  # they belong to the tier now
+        # From here on the manifest may name them, whatever this call ends with. Removed then,
+        # there would be nothing left: neither they nor what they have replaced.
+        outputs, staging.outputs = staging.outputs, []
+        try:
+            await undisturbed(tier.replace_segments(outputs))
+        except (DiskFull, OSError):
+            staging.outputs = outputs
+            raise
         tier.writer.sequence = tier.writer.durable_sequence = staging.sequence
         for shard, image in enumerate(staging.index.images()):
             tier.index.load_image(shard, memoryview(image), 0)

@@ -213,9 +213,7 @@ class Fills:
             return False
         ended = isinstance(found, Stored)
         version = found.version if isinstance(found, Stored) else rec.version_of(found.record)
-        await self._conflicts.keep(
-            Conflict(session_id, self._wall(), mine, NO_ID, version, ended)
-        )
+        await self._conflicts.keep(Conflict(session_id, self._wall(), mine, NO_ID, version, ended))
         self._kept[session_id] = commit
         return True
 

@@ -371,7 +371,7 @@ TARGETS: Final[dict[str, Target]] = {
     "configuration": Target(
         _decode_config, [b'[memory]\nmax_bytes = "1GiB"\n[disk]\nfsync = "never"\n', b"a = 1e999"]
     ),
-    "access log": Target(_decode_access, [_LINE, b"::1 - - [x] \"\\x00\" - -\n"]),
+    "access log": Target(_decode_access, [_LINE, b'::1 - - [x] "\\x00" - -\n']),
     "import": Target(
         _decode_import,
         [

@@ -168,9 +168,7 @@ class Model:
             last[client] = int(number)
 
     @staticmethod
-    def check_has(
-        born: Born, found: set[str], wanted: Iterable[str], why: str
-    ) -> None:
+    def check_has(born: Born, found: set[str], wanted: Iterable[str], why: str) -> None:
         """Assert that a view shows all of some calls."""
         missing = [token for token in wanted if token not in found]
         if missing:

@@ -111,8 +111,9 @@ class Worker:
         life = self.life = Life(self.name)
         LIFE.set(life)
         self.tier = None
-        self.state = StateManager(config=self._world.config(self.name), clock=self.clock,
-                                  files=self.files)
+        self.state = StateManager(
+            config=self._world.config(self.name), clock=self.clock, files=self.files
+        )
         opening = asyncio.ensure_future(self.state.open())
         await asyncio.wait([opening], timeout=_CALL_SECONDS)
         LIFE.set(None)
@@ -147,7 +148,8 @@ class Worker:
         else:
             raise Wrong(f"{self.name}: does not end: {self.life.running()}")
         self.files = (
-            self.files.after_kill() if power_loss is None
+            self.files.after_kill()
+            if power_loss is None
             else self.files.after_power_loss(power_loss)
         )
 
@@ -360,7 +362,8 @@ class World:
     def check_complaints(self) -> None:
         """Assert that nothing went wrong that nobody was told of."""
         complaints = [
-            text for text in self.loop.complaints
+            text
+            for text in self.loop.complaints
             if not any(name in text for name in ("Killed", "PersistenceError", "ManagerClosed"))
         ]
         if complaints:
@@ -421,7 +424,12 @@ class World:
             if self.loop.now > end:
                 left = [dict(side.outbox.branches) for side in sides if side is not None]
                 why = [
-                    (side.stats(), side.copies.is_listening, side._ended, side._delivery._refill_epoch)
+                    (
+                        side.stats(),
+                        side.copies.is_listening,
+                        side._ended,
+                        side._delivery._refill_epoch,
+                    )
                     for side in sides
                     if side is not None
                 ]
@@ -729,7 +737,12 @@ class Client:
         if result is False:
             return "none"
         ended = [born for born in lives if born.exists and born.end != "done"]
-        if world.is_strict or len(ended) == 1:  # else each worker may have had one of its own
+        possible = [
+            born
+            for born in self._model.by_id.get(sid, ())
+            if born.token not in born.refused and born.end != "done"
+        ]
+        if world.is_strict or ended == possible:  # else each worker may have one of its own
             for born in ended:
                 born.end = "done"
                 born.ended_at = world.loop.now

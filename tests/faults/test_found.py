@@ -9,9 +9,12 @@ from contextlib import suppress
 from random import Random
 
 import pytest
+from crc32c import crc32c
 
 from persistence import errors
+from persistence import record as rec
 from persistence.disk.filenames import segment_name
+from persistence.disk.manifest import MalformedManifest, decode_manifest
 from tests.disk.memoryfiles import Call, Killed, MemoryFiles, fail
 from tests.disk.powerloss import Beginning
 from tests.faults.simulation import stepped
@@ -234,3 +237,63 @@ async def test_a_torn_write_is_torn_at_any_byte() -> None:
     assert files.after_power_loss(Beginning(created)).contents() == {"/d/f": b""}
     assert files.after_power_loss(Beginning(first, 0.5)).contents() == {"/d/f": b"ab"}
     assert files.after_power_loss(Beginning(second, 0.25)).contents() == {"/d/f": b"abcde"}
+
+
+async def test_a_restore_whose_outcome_is_unknown_leaves_the_old_state_or_the_new_one() -> None:
+    """The staged segments were removed, though the manifest that names them was there already."""
+    before = {f"s{number}": {"x": bytes(2000)} for number in range(4)}
+    unknown = 0
+    for nth in range(1, 30):
+        files = MemoryFiles()
+        async with opened(files, SMALL) as state:
+            for sid, data in before.items():
+                await state.create_session(session_id=sid, data=data)
+            await state.create_checkpoint()
+            await state.create_session(session_id="later", data={"x": 1})
+            files.faults.append(fail(errno.EIO, {"sync", "sync_data", "sync_directory"}, nth=nth))
+            try:
+                await state.restore_checkpoint()
+            except errors.WriteOutcomeUnknown:
+                unknown += 1
+            except errors.PersistenceError:
+                pass
+            await abandon(state)
+        for left in (
+            files.after_kill(),
+            files.after_power_loss(),
+            files.after_power_loss(Random(nth)),
+        ):
+            async with opened(left, SMALL) as state:
+                assert await everything(state) in (before, {**before, "later": {"x": 1}})
+                assert state._disk.damages == []
+    assert unknown > 1, "of some nobody knows"
+
+
+async def test_a_manifest_of_nonsense_with_a_right_checksum_is_refused_as_damaged() -> None:
+    """It ended with a bare error of the decoder of JSON, or of numbers."""
+    for body in (
+        b"\x80",
+        b'{"format_version": "x"}',
+        b'{"format_version": 1e999}',
+        b'{"format_version": ' + b"9" * 5000 + b"}",
+    ):
+        with pytest.raises(MalformedManifest):
+            decode_manifest(body + b"\n%08x\n" % crc32c(body))
+
+
+def test_a_record_whose_names_are_no_names_is_malformed() -> None:
+    """Of an unhashable key in them nothing was promised."""
+    record = rec.assemble(
+        incarnation=b"i" * 16,
+        commit=b"c" * 16,
+        version=1,
+        created=0.0,
+        ttl_seconds=0.0,
+        flags=0,
+        user=0,
+        meta=b"",
+        fields={"abcd": b"\x01"},
+    )
+    at = record.index(b"\xa4abcd")
+    with pytest.raises(rec.MalformedValue):
+        rec.validate(record[:at] + b"\x81\x91\x00\x00\x00" + record[at + 5 :])
