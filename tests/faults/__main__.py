@@ -6,6 +6,7 @@
     python -m tests.faults kills --kills 10000 --directory DIR     SIGKILLs
     python -m tests.faults cuts --kills 200                        power cuts of a loop-mounted ext4
     python -m tests.faults simulation --seed 7                     simulated worlds, seed after seed
+    python -m tests.faults redis --replies 10000                   lost replies, servers in trouble
     python -m tests.faults fuzz                                    hostile bytes for every decoder
     python -m tests.faults mutants                                 the engine with one guard removed
 
@@ -34,8 +35,9 @@ from tests.faults.kernel import NotHere, ext4
 from tests.faults.killpoints import POINTS
 from tests.faults.kills import Kills
 from tests.faults.powercuts import PowerCuts
-from tests.faults.simworld import simulate
+from tests.faults.redisfaults import Trouble, lose_replies
 from tests.faults.simulation import stepped
+from tests.faults.simworld import simulate
 
 _PROGRESS_SECONDS = 30.0
 
@@ -46,6 +48,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, seconds: float) -> None:
         self.seed: int = arguments.seed
         self.kills: int = arguments.kills
+        self.replies: int = arguments.replies
         self.worlds: int = arguments.worlds
         part, parts = map(int, arguments.part.split("/"))
         self.part = slice(part - 1, None, parts)
@@ -181,6 +184,34 @@ def cuts(run: Run) -> None:
         nursery.close()
 
 
+def redis(run: Run) -> None:
+    """Lose replies; then let servers hang, restart, forget, go back and hold damaged values."""
+    try:
+        lost, updates = asyncio.run(lose_replies(run.replies, run.seed, run.goes_on))
+        run.say(f"redis: {lost} replies lost of {updates} updates, each applied once")
+    except AssertionError as error:
+        run.failed(f"seed {run.seed}", error)
+    happened: Counter[str] = Counter()
+    acknowledged = rounds = 0
+    while run.goes_on() and rounds < max(1, run.replies // 1000):
+        rounds += 1
+        for on_outage in ("fail", "local"):
+            with tempfile.TemporaryDirectory() as scratch:
+                seed = run.seed * 1000 + rounds
+                trouble = Trouble(Path(scratch), seed, on_outage)
+                try:
+                    asyncio.run(trouble.run(12, run.goes_on))
+                except AssertionError as error:
+                    run.failed(f"seed {seed}, on_outage {on_outage}", error)
+                happened += trouble.happened
+                acknowledged += trouble.acknowledged
+        run.say(f"redis: {rounds} rounds", at_once=False)
+    run.say(
+        f"redis: {2 * rounds} rounds of {acknowledged} acknowledged updates, {run.failures} failed; "
+        f"{dict(happened)}"
+    )
+
+
 def fuzz(run: Run) -> None:
     """Feed hostile bytes to every decoder, for an equal part of the time each."""
     names = [name for name in fuzzing.TARGETS if run.only in name][run.part]
@@ -208,6 +239,7 @@ SUITES: dict[str, Callable[[Run], None]] = {
     "simulation": simulation,
     "kills": kills,
     "cuts": cuts,
+    "redis": redis,
     "fuzz": fuzz,
     "mutants": mutated,
 }
@@ -224,6 +256,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="for all suites together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10_000, help="SIGKILLs, or power cuts")
+    parser.add_argument("--replies", type=int, default=10_000, help="replies of Redis to lose")
     parser.add_argument("--worlds", type=int, default=1_000_000, help="simulated worlds")
     parser.add_argument("--part", default="1/1", help="2/3: the second of every three")
     parser.add_argument("--only", default="", help="mutants or decoders whose name contains this")
@@ -232,7 +265,7 @@ def main() -> int:
     if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings must have the same order again
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
         command = [sys.executable, "-m", "tests.faults", *sys.argv[1:]]
-        os.execve(sys.executable, command, environment)  # noqa: S606 - this program once more
+        os.execve(sys.executable, command, environment)
     logging.disable(logging.CRITICAL)
     names = arguments.suites or list(SUITES)
     failures = 0

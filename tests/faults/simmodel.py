@@ -40,6 +40,9 @@ class Born:
         ended_at: when that was, process time.
         lives_until: it cannot have expired before, process time.
         over_from: it must have expired then, process time.
+        ttl_seconds: its first TTL.
+        renews: whether an access moves its deadline.
+        is_retimed: its TTL may be another one by now.
     """
 
     session_id: str
@@ -53,6 +56,7 @@ class Born:
     over_from: float = math.inf
     ttl_seconds: float = 0.0
     renews: bool = False
+    is_retimed: bool = False
 
     @property
     def exists(self) -> bool:
@@ -112,6 +116,7 @@ class Model:
         until, shortest = self.shortening.get(session_id, (0.0, math.inf))
         if now <= until:
             born.lives_until = min(born.lives_until, now + shortest)
+            born.is_retimed = True
         self.born[token] = born
         self.by_id.setdefault(session_id, []).append(born)
         return born

@@ -179,7 +179,7 @@ def _with(outcome: Outcome, entry: Entry | None) -> CommitResult:
     return CommitResult(outcome, entry.stored if entry is not None and shown else None)
 
 
-def _objection(entry: Entry | None, request: Put | Delete) -> Outcome | None:  # noqa: PLR0911, PLR0912
+def _objection(entry: Entry | None, request: Put | Delete) -> Outcome | None:  # noqa: PLR0911
     """Return why it cannot be applied: `objection` of the script, line by line."""
     creates = isinstance(request, Put) and request.base == NO_ID
     ends = isinstance(request, Delete)

@@ -250,6 +250,7 @@ class World:
         self.has_gone_back = False
         self.has_jumped = False
         self.restarts_after_loss = False
+        self.recoveries = 0
         self.checkpoint: tuple[str, dict[str, set[str]]] | None = None
 
     # --- what it is made of -----------------------------------------------------------------------
@@ -373,6 +374,7 @@ class World:
         """Open a worker's directory, as often as it takes."""
         for attempt in range(60):
             if await worker.open():
+                self.recoveries += 1
                 if self.has_lost:
                     self.restarts_after_loss = True
                 self.note(f"{worker.name} is up")
@@ -483,7 +485,7 @@ class World:
         if session is not None:
             alive, there = model.view(sid, session.data, session.version)
             if not self.has_jumped:
-                model.check_not_over(alive, asked_at - self.leeway)
+                model.check_not_over(alive, asked_at - self.leeway - self.granted(alive))
             branches = [None if data is None else tokens_in(data)[0] for data in kept]
             lost_end = any(branch != alive.token for branch in branches)  # it was part of a branch
             if self._has_forgotten_end(sid, alive):
@@ -510,6 +512,10 @@ class World:
         lives = self.model.by_id[sid]
         later = lives[lives.index(alive) + 1 :]
         return any(born.exists and self.loop.now >= born.lives_until for born in later)
+
+    def granted(self, born: Born) -> float:
+        """Return what recoveries may have granted: what was unrecorded of the last renewal."""
+        return born.ttl_seconds / 8 * self.recoveries if born.renews else 0.0
 
     @property
     def leeway(self) -> float:
@@ -620,7 +626,7 @@ class Client:
         if world.is_strict:
             model.check_not_ended(born, asked_at)
             if not world.has_jumped:
-                model.check_not_over(born, asked_at - world.leeway)
+                model.check_not_over(born, asked_at - world.leeway - world.granted(born))
             model.check_has(born, found, known.get(born.token, ()), "were acknowledged before")
         return "done"
 
@@ -705,7 +711,7 @@ class Client:
                     raise Wrong(f"{sid} exists, and nobody has created it")
             return type(result).__name__
         born.acknowledged[token] = worker.name
-        if ttl:
+        if ttl and not born.is_retimed:
             born.over_from = max(
                 world.loop.now + ttl * (_GRANT if renews else 1.0),
                 born.over_from if born.over_from < float("inf") else 0.0,
@@ -756,6 +762,7 @@ class Client:
         for born in lives:
             if ttl:
                 born.lives_until = min(born.lives_until, asked_at + ttl)
+            born.is_retimed = True
             born.over_from = float("inf")  # several of these at once: nobody can tell
         shortening = self._model.shortening
         _, shortest = shortening.get(sid, (0.0, float("inf")))
@@ -802,7 +809,7 @@ class Client:
         if renew:
             model.accessed(sid, world.loop.now)
         if is_strict and not world.has_jumped:
-            model.check_not_over(born, asked_at - world.leeway)
+            model.check_not_over(born, asked_at - world.leeway - world.granted(born))
         if is_strict:
             if sees_all:
                 model.check_not_ended(born, asked_at)
