@@ -40,7 +40,9 @@ from persistence.disk.tier import DiskTier
 from persistence.errors import (
     DiskFull,
     ManagerClosed,
+    Overtaken,
     PersistenceError,
+    SessionExists,
     WriteOutcomeUnknown,
     again,
 )
@@ -589,16 +591,21 @@ class CommitQueue:
         sessions = {
             commit.session_id for commit in commits if commit.kind != TOUCH and not commit.spills
         }
-        doomed = [*commits, *self._withdraw_later(commits, sessions)]
+        later = self._withdraw_later(commits, sessions)
+        doomed = [*commits, *later]
         for commit in doomed:
             commit.settled = commit.failed = True
             commit.error = error
+        if isinstance(error, SessionExists):
+            # Whoever built on the creation did not ask for one: there is a session, try again.
+            for commit in later:
+                commit.error = Overtaken(f"{error}: another worker created it first; try again")
         for commit in doomed:
             self._withdraw(commit)
             self.pending_bytes -= commit.nbytes
             self._failed(commit)
             if commit.done is not None and not commit.done.done():
-                commit.done.set_exception(again(error))
+                commit.done.set_exception(again(commit.error or error))
         self._admit()
 
     def _withdraw_later(self, commits: list[Commit], sessions: set[str]) -> list[Commit]:

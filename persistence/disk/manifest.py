@@ -18,10 +18,14 @@ from typing import Final
 from crc32c import crc32c
 
 from persistence.disk.filenames import MAX_SEGMENT_NUMBER
-from persistence.disk.format import FORMAT_VERSION, OtherFormat, check_version
+from persistence.disk.format import FORMAT_VERSION, check_version
 
 _ID_BYTES: Final = 16
 MAGIC: Final = "persistence directory"
+
+
+_NONSENSE: Final = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What decoding raises where the checksum is right and the content is not."""
 
 
 class MalformedManifest(ValueError):
@@ -80,10 +84,13 @@ def decode_manifest(data: bytes) -> Manifest:
         raise MalformedManifest("its checksum is wrong")
     try:
         entries = json.loads(body)
-        version = int(entries["format_version"])
-        if entries["what"] != MAGIC:
-            raise MalformedManifest("it is not one of this library")
-        check_version(version, FORMAT_VERSION)
+        version, what = int(entries["format_version"]), entries["what"]
+    except _NONSENSE as error:
+        raise MalformedManifest(f"its content is wrong ({error})") from error
+    if what != MAGIC:
+        raise MalformedManifest("it is not one of this library")
+    check_version(version, FORMAT_VERSION)
+    try:
         manifest = Manifest(
             directory_id=bytes.fromhex(entries["directory_id"]),
             fingerprint_key=bytes.fromhex(entries["fingerprint_key"]),
@@ -91,9 +98,7 @@ def decode_manifest(data: bytes) -> Manifest:
             dropped=frozenset(map(int, entries["dropped"])),
             next_number=int(entries["next_number"]),
         )
-    except (MalformedManifest, OtherFormat):
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except _NONSENSE as error:
         raise MalformedManifest(f"its content is wrong ({error})") from error
     _check(manifest)
     return manifest

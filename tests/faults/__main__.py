@@ -207,8 +207,8 @@ def redis(run: Run) -> None:
                 acknowledged += trouble.acknowledged
         run.say(f"redis: {rounds} rounds", at_once=False)
     run.say(
-        f"redis: {2 * rounds} rounds of {acknowledged} acknowledged updates, {run.failures} failed; "
-        f"{dict(happened)}"
+        f"redis: {2 * rounds} rounds, {acknowledged} acknowledged updates, "
+        f"{run.failures} failed; {dict(happened)}"
     )
 
 

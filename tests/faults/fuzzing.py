@@ -11,11 +11,15 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from struct import error as struct_error
@@ -431,9 +435,6 @@ def _cap_memory() -> None:
 
 def fuzz_by_chance(name: str, seconds: float, seed: int) -> int:
     """Change valid inputs by chance until the time is over; return how many there were."""
-    import signal
-    import time
-
     target, chance, count = TARGETS[name], Random(f"{seed} {name}"), 0
     end = time.monotonic() + seconds
     _cap_memory()
@@ -454,8 +455,7 @@ def fuzz_by_chance(name: str, seconds: float, seed: int) -> int:
 
 def fuzz_guided(name: str, seconds: float, seed: int) -> None:
     """The same, guided by coverage. Ends the process."""
-    import atheris  # type: ignore[import-not-found, unused-ignore]
-
+    atheris: Any = import_module("atheris")
     target = TARGETS[name]
     with tempfile.TemporaryDirectory() as corpus:
         for number, data in enumerate(target.seeds):
@@ -474,8 +474,6 @@ def fuzz_guided(name: str, seconds: float, seed: int) -> None:
 
 def is_guided() -> bool:
     """Whether `atheris` is installed."""
-    from importlib.util import find_spec
-
     return find_spec("atheris") is not None
 
 

@@ -305,28 +305,8 @@ class Trouble:
     # --- the end ----------------------------------------------------------------------------------
 
     async def _rest(self) -> None:
-        end = time.monotonic() + _REST_SECONDS
-        while time.monotonic() < end:
-            sides = [state._sharing for state in self._states]
-            if all(s is not None and s.is_up and not len(s.outbox) for s in sides):
-                for sid in self._model.by_id:
-                    for state in self._states:
-                        await state.get_session(sid, fresh=True)
-                if not any(len(side.outbox) for side in sides if side is not None):
-                    break
-            await asyncio.sleep(0.1)
-        else:
-            raise Wrong("it does not come to rest")
-        kept: dict[str, set[str]] = {}
-        for number in range(_WORKERS):
-            path = self._directory / f"w{number}" / CONFLICTS
-            content = path.read_bytes() if path.exists() else b""
-            for entry in decode_entries(content[8:24], content)[0]:
-                conflict = decode_conflict(entry)
-                if conflict.record:
-                    packed = rec.packed_fields(conflict.record)
-                    data = {name: rec.unpack_value(value) for name, value in packed.items()}
-                    kept.setdefault(conflict.session_id, set()).update(tokens_in(data))
+        await self._wait_until_delivered()
+        kept = self._conflicts()
         for sid, [born] in self._model.by_id.items():
             shown = set()
             for state in self._states:
@@ -342,3 +322,31 @@ class Trouble:
                 self._model.check_has(
                     born, {*there, *kept.get(sid, ())}, born.acknowledged, "were acknowledged"
                 )
+
+    async def _wait_until_delivered(self) -> None:
+        end = time.monotonic() + _REST_SECONDS
+        while time.monotonic() < end:
+            sides = [state._sharing for state in self._states]
+            if all(s is not None and s.is_up and not len(s.outbox) for s in sides):
+                for sid in self._model.by_id:
+                    for state in self._states:
+                        await state.get_session(sid, fresh=True)
+                if not any(len(side.outbox) for side in sides if side is not None):
+                    break
+            await asyncio.sleep(0.1)
+        else:
+            raise Wrong("it does not come to rest")
+
+    def _conflicts(self) -> dict[str, set[str]]:
+        """Return what is kept of refused branches, by session."""
+        kept: dict[str, set[str]] = {}
+        for number in range(_WORKERS):
+            path = self._directory / f"w{number}" / CONFLICTS
+            content = path.read_bytes() if path.exists() else b""
+            for entry in decode_entries(content[8:24], content)[0]:
+                conflict = decode_conflict(entry)
+                if conflict.record:
+                    packed = rec.packed_fields(conflict.record)
+                    data = {name: rec.unpack_value(value) for name, value in packed.items()}
+                    kept.setdefault(conflict.session_id, set()).update(tokens_in(data))
+        return kept

@@ -128,10 +128,7 @@ class Server:
         objection = _objection(entry, request)
         if objection is not None:
             return _with(objection, entry)
-        if isinstance(request, Put):
-            made = _put(entry, request)
-        else:
-            made = self._end(entry, request)
+        made = _put(entry, request) if isinstance(request, Put) else self._end(entry, request)
         self.entries[request.session_id] = made
         ended = not made.lives
         told.append(Announcement(request.session_id, made.version, made.ids[0], ended, worker))

@@ -404,3 +404,19 @@ async def test_thousands_of_sessions_that_end_elsewhere_are_gone_here_too(
 
     await until(all_gone)
     assert await a.get_active_sessions() == []
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_an_update_behind_a_creation_that_comes_too_late_is_made_on_the_session_there_is(
+    pair: Pair, steps: int
+) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 1})
+    creating = asyncio.create_task(b.create_session(session_id=sid, data={"n": 100}))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    updating = asyncio.create_task(b.update_session(sid, add_one))
+    with pytest.raises(SessionExists):
+        await creating
+    assert (await updating)["n"] == 2
+    assert await value(a, sid) == 2
