@@ -303,8 +303,11 @@ class MemoryConfig(_Table):
         le=1,
         description="Fraction of the budget at which they stop leaving; at most the threshold.",
     )
-    policy: Literal["lru"] = Field(
-        default="lru", description="Which sessions leave first: lru = the least recently used."
+    policy: Literal["lru", "sieve", "s3fifo", "adaptive"] = Field(
+        default="lru",
+        description=(
+            "Which sessions leave first: lru, sieve, s3fifo, or adaptive = the one that hits most."
+        ),
     )
     check_interval_seconds: _Seconds = Field(
         default=1.0,

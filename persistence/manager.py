@@ -784,6 +784,7 @@ class StateManager:
             on_disk=max(0, sessions - len(memory)),
             memory_used_bytes=memory.used_bytes,
             memory_peak_bytes=memory.peak_bytes,
+            memory_policy=memory.policy,
             memory_budget_bytes=self.config.memory.max_bytes,
             memory_effective_budget_bytes=memory.budget_bytes,
             rss_bytes=self._rss_bytes,

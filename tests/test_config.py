@@ -411,7 +411,7 @@ def test_a_fault_in_a_file_names_the_file(tmp_path: Path) -> None:
     assert load_fault(path) == [
         f"{path}: memory.max_bytes = -1: must be a number of bytes or a size such as "
         '"64MiB", at least 1',
-        f'{path}: memory.policy = 3: must be "lru"',
+        f'{path}: memory.policy = 3: must be "lru" or "sieve" or "s3fifo" or "adaptive"',
         f"{path}: memoory = {{}}: unknown; the closest known is memory",
     ]
 
