@@ -136,7 +136,8 @@ def test_a_key_that_comes_back_soon_after_its_eviction_goes_to_the_main_queue_of
 
 
 def test_the_ghosts_of_s3_fifo_are_no_more_than_its_keys() -> None:
-    policy = filled(S3Fifo(), map(str, range(10)))
+    policy = S3Fifo()
+    filled(policy, map(str, range(10)))
     for number in range(10, 1000):
         policy.evict()
         policy.insert(str(number))
