@@ -203,6 +203,13 @@ class _Table(BaseModel):
         except ValidationError as error:
             raise ConfigError(_describe(type(self), error, values)) from None
 
+    def __setattr__(self, name: str, value: object) -> None:
+        section = self.table or "the configuration"
+        raise ConfigError(
+            f"{section}.{name}: a configuration does not change; make another one with "
+            f"model_copy(update={{{name!r}: ...}})"
+        )
+
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Return the configuration that `obj`, a mapping or an instance, describes.
