@@ -163,7 +163,6 @@ def test_a_clock_must_tell_both_times(clock: Any) -> None:
         StateManager(clock=clock)
 
 
-
 async def test_from_another_event_loop_every_change_is_refused(start: Start) -> None:
     state = await start()
     await state.create_session(session_id="a", data={"x": 1})
