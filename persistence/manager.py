@@ -32,6 +32,7 @@ from persistence.commit import Commit, committed
 from persistence.config import RedisConfig, StateConfig
 from persistence.disk.files import Files
 from persistence.disk.format import Frame
+from persistence.disk.threads import undisturbed
 from persistence.errors import (
     ConfigError,
     ConflictError,
@@ -876,7 +877,8 @@ class StateManager:
         gate = self._gate = asyncio.Event()
         self._keep_out()
         try:
-            await self._tiers.exchange(staged)
+            # Half of it would be an index of segments that are gone.
+            await undisturbed(self._tiers.exchange(staged))
         finally:
             self._take_tiers()
             self._let_in()
