@@ -10,6 +10,8 @@ than their counters. What an order may say besides:
   n-th time; first it writes ``["point", point]``,
 - ``"checkpoints": true``: it makes one checkpoint after the other, beside its directory, and writes
   ``["made", id]`` for each,
+- ``"measures": true``: every second it writes ``["size", descriptors, bytes]``: how many files it
+  has open, and its anonymous memory,
 - ``"endures": true``: when its disk fails, it ends as if nothing had happened.
 
 The child writes a JSON array a line, each in one call, so that a kill leaves whole lines only:
@@ -126,6 +128,15 @@ async def make_checkpoints(state: StateManager) -> None:
         await asyncio.sleep(0.01)
 
 
+async def measure() -> None:
+    """Report how large the process is, second after second."""
+    while True:
+        await asyncio.sleep(1)
+        with open("/proc/self/status", encoding="ascii") as status:  # noqa: ASYNC230 - no disk
+            [line] = [line for line in status if line.startswith("RssAnon")]
+        report("size", len(os.listdir("/proc/self/fd")), int(line.split()[1]) * 1024)
+
+
 async def work(order: dict[str, Any]) -> None:
     try:
         await live(order)
@@ -157,6 +168,8 @@ async def live(order: dict[str, Any]) -> None:
     await state.open()
     worker = Worker(state, order["run"], order["filler_bytes"])
     tasks = [asyncio.create_task(worker.work(session_id)) for session_id in SESSIONS]
+    if order.get("measures"):
+        tasks.append(asyncio.create_task(measure()))
     if order.get("checkpoints"):
         tasks.append(asyncio.create_task(make_checkpoints(state)))
     ended, _ = await asyncio.wait(

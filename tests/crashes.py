@@ -75,7 +75,7 @@ def work_and_check(
         on_report(kind)
         if kind == "end":
             (code,) = words
-        elif kind in {"point", "made"}:
+        elif kind in {"point", "made", "size"}:
             assert others is not None
             others.append([kind, *words])
         else:

@@ -4,6 +4,7 @@
     python -m tests.faults nth --part 1/2                   every second failure of every call
     python -m tests.faults sequences                        all 584, every crash point
     python -m tests.faults kills --kills 10000 --directory DIR     SIGKILLs
+    python -m tests.faults soak --seconds 3600                     mixed work, a kill every 30 s
     python -m tests.faults cuts --kills 200                        power cuts of a loop-mounted ext4
     python -m tests.faults simulation --seed 7                     simulated worlds, seed after seed
     python -m tests.faults redis --replies 10000                   lost replies, servers in trouble
@@ -38,6 +39,7 @@ from tests.faults.powercuts import PowerCuts
 from tests.faults.redisfaults import Trouble, lose_replies
 from tests.faults.simulation import stepped
 from tests.faults.simworld import simulate
+from tests.faults.soak import Soak
 
 _PROGRESS_SECONDS = 30.0
 
@@ -62,6 +64,10 @@ class Run:
     def goes_on(self) -> bool:
         """Whether there is time left."""
         return time.monotonic() < self._end
+
+    def left(self) -> float:
+        """Return how much time is left, seconds."""
+        return max(1.0, self._end - time.monotonic())
 
     def say(self, text: str, *, at_once: bool = True) -> None:
         """Print a line; progress only now and then."""
@@ -162,6 +168,23 @@ def kills(run: Run) -> None:
         )
 
 
+def soak(run: Run) -> None:
+    """Let workers work, killed every 30 seconds, and see that none of them grows."""
+    nursery = Nursery()
+    with tempfile.TemporaryDirectory(dir=run.directory) as scratch:
+        soaking = Soak(nursery, Path(scratch) / "state", run.seed)
+        try:
+            while run.goes_on():
+                soaking.one(min(30.0, run.left()))
+                run.say(f"soak: {soaking.lives} lives", at_once=False)
+            asyncio.run(soaking.check(Path(scratch)))
+        except AssertionError as error:
+            run.failed(f"seed {run.seed}, life {soaking.lives}", error)
+        finally:
+            nursery.close()
+        run.say(f"soak: {soaking}, {run.failures} failed")
+
+
 def cuts(run: Run) -> None:
     """Cut the power of a loop-mounted ext4 under a worker."""
     nursery = Nursery()
@@ -238,6 +261,7 @@ SUITES: dict[str, Callable[[Run], None]] = {
     "sequences": sequence,
     "simulation": simulation,
     "kills": kills,
+    "soak": soak,
     "cuts": cuts,
     "redis": redis,
     "fuzz": fuzz,

@@ -243,6 +243,7 @@ class World:
         count = 1 if self.kind == "alone" else self.chance.choice([2, 2, 3])
         self.workers = [Worker(self, f"w{number}") for number in range(count)]
         self.sids = [f"s{number}" for number in range(_SESSIONS)]
+        self.cleanup_seconds = 7.0
         self.quiet = asyncio.Event()
         self.quiet.set()
         self.under_way = 0
@@ -278,7 +279,7 @@ class World:
                 "flush_interval_seconds": 0.3,
             }
         return StateConfig(
-            session=SessionConfig(ttl_seconds=1e6, cleanup_interval_seconds=7),
+            session=SessionConfig(ttl_seconds=1e6, cleanup_interval_seconds=self.cleanup_seconds),
             memory=MemoryConfig(check_interval_seconds=0, max_bytes=self._budget_bytes),
             disk=DiskConfig(
                 path=f"/{name}",
