@@ -69,7 +69,9 @@ class Remembered:
 class Agreed:
     """An agreement, and what it works on."""
 
-    def __init__(self, *, accepts_outages: bool = True, **results: CommitResult) -> None:
+    accepts_outages = True
+
+    def __init__(self, **results: CommitResult) -> None:
         self.tier = ToldTier(results)
         self.outbox = Remembered()
         self.copies = Copies()
@@ -78,7 +80,7 @@ class Agreed:
             cast(Outbox, self.outbox),
             self.copies,
             EngineTime(ManualClock()),
-            accepts_outages=accepts_outages,
+            accepts_outages=self.accepts_outages,
             writes_through=True,
             went_away=lambda: None,
             deliver=lambda: None,
@@ -88,6 +90,12 @@ class Agreed:
 
     async def decide(self, *commits: Commit) -> Any:
         return await self.agreement.decide(commits)
+
+
+class Unanimous(Agreed):
+    """One that never goes on alone."""
+
+    accepts_outages = False
 
 
 def commit_of(
@@ -133,7 +141,7 @@ async def test_where_all_must_agree_nothing_is_agreed_to_while_its_branch_is_bei
     None
 ):
     """As part of the branch it would be acknowledged, and then another worker's might win."""
-    agreed = Agreed(accepts_outages=False)
+    agreed = Unanimous()
     agreed.agreement.delivering.add("a")
     batch = [put("a", new_record({"n": 1})), put("b"), touch("a")]
     decision = await agreed.decide(*batch)

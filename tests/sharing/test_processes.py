@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.redis_servers import Deployments, need_binary
+from tests.redis_servers import Deployments, RedisServer, need_binary
 from tests.sharing.conftest import Worker
+from tests.sharing.support import add_one
 
 PROCESSES = 4
 INCREMENTS = 500
+FEW = 100
+STOPPED_TIMEOUT_SECONDS = 0.4
 SCRIPT = Path(__file__).with_name("counting_process.py")
 ROOT = Path(__file__).parents[2]
 
 
-def counting(url: str, directory: Path, session_id: str) -> subprocess.Popen[str]:
+def counting(url: str, directory: Path, session_id: str, *timeout: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), url, str(directory), session_id, str(INCREMENTS)],
+        [
+            *(sys.executable, str(SCRIPT), url, str(directory), session_id, str(times)),
+            *timeout,
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -61,3 +69,36 @@ async def test_500_increments_by_each_of_four_processes_make_2000(
     session = await a.get_session(sid, fresh=True)
     assert session is not None
     assert (session["n"], session.version) == (2000, 2001)
+
+
+async def test_a_process_that_was_stopped_past_every_timeout_overwrites_nothing(
+    worker: Worker, own_server: RedisServer, tmp_path: Path
+) -> None:
+    a = await worker(own_server.url)
+    sid = await a.create_session(data={"n": 0})
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            counting(own_server.url, tmp_path / "other", sid, FEW, str(STOPPED_TIMEOUT_SECONDS))
+        )
+        stack.callback(process.kill)
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "open\n"
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        mine = 0
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            process.send_signal(signal.SIGSTOP)
+            until = time.monotonic() + 1.5 * STOPPED_TIMEOUT_SECONDS
+            while time.monotonic() < until:
+                await a.update_session(sid, add_one)
+                mine += 1
+            process.send_signal(signal.SIGCONT)
+        unknown = int(await asyncio.to_thread(process.stdout.readline))
+        assert await asyncio.to_thread(process.wait, 100) == 0
+    session = await a.get_session(sid, fresh=True)
+    assert session is not None
+    most = FEW + mine
+    assert most - unknown <= session["n"] == session.version - 1 <= most
+    assert unknown <= 3, "one for each time it was stopped"
