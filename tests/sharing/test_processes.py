@@ -25,12 +25,12 @@ SCRIPT = Path(__file__).with_name("counting_process.py")
 ROOT = Path(__file__).parents[2]
 
 
-def counting(url: str, directory: Path, session_id: str, *timeout: str) -> subprocess.Popen[str]:
+def counting(
+    url: str, directory: Path, session_id: str, times: int = INCREMENTS, *more: str
+) -> subprocess.Popen[str]:
+    arguments = (url, str(directory), session_id, str(times), *more)
     return subprocess.Popen(
-        [
-            *(sys.executable, str(SCRIPT), url, str(directory), session_id, str(times)),
-            *timeout,
-        ],
+        [sys.executable, str(SCRIPT), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
