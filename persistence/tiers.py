@@ -19,7 +19,7 @@ from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
 from persistence.config import RedisConfig, StateConfig
-from persistence.disk.filenames import CONFLICTS, OUTBOX
+from persistence.disk.filenames import CONFLICTS, OUTBOX, ROTATIONS
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
 from persistence.errors import ConflictError, RemoteUnavailable
@@ -30,6 +30,7 @@ from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.remote.contract import RemoteTier
 from persistence.residency import Residency
+from persistence.rotation import Rotations
 from persistence.sealer import Sealer, Seals
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
@@ -61,6 +62,7 @@ class Tiers:
         sharing: None: there is no shared tier for sessions.
         keeper: makes checkpoints.
         keys: for tokens and encryption.
+        rotations: of sessions' ids.
     """
 
     time: EngineTime
@@ -72,6 +74,7 @@ class Tiers:
     updates: Updates
     keeper: Keeper
     keys: Keys
+    rotations: Rotations
     sharing: Sharing | None = None
 
     _seals: Seals | None = None
@@ -119,6 +122,9 @@ class Tiers:
             self._conflicts = Conflicts(
                 self.disk.journal(CONFLICTS), threads, None if seals is None else seals.conflicts
             )
+            self.rotations = Rotations(self.disk.journal(ROTATIONS), threads, sync=synced)
+            undo.push_async_callback(self.rotations.close)
+            await self.rotations.open()
             self.keeper = self._make_keeper()
             self._assemble()
             undo.pop_all()
@@ -163,6 +169,7 @@ class Tiers:
     async def close(self) -> None:
         """Close everything, in order; the log is sealed in any case."""
         try:
+            await self.rotations.close()
             await self._store.close()
             if self.sharing is not None:
                 await self.sharing.close()
@@ -236,9 +243,9 @@ class Tiers:
 
     def _redis_tier(self) -> RemoteTier:
         sealer = None if self._seals is None else self._seals.remote
-        return _redis_tier(self._config.redis, self._clock, sealer, self._learn)
+        return _redis_tier(self._config.redis, self._clock, sealer, self.learn_keys)
 
-    async def _learn(self) -> None:
+    async def learn_keys(self) -> None:
         """Look for keys that other workers may have begun to seal with."""
         await self.keys.learn(self.disk.threads)
 

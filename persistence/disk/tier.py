@@ -27,7 +27,7 @@ from persistence.disk.directory import (
     write_manifest,
 )
 from persistence.disk.filenames import MANIFEST, MANIFEST_COPY, segment_name
-from persistence.disk.files import NO_SPACE, Files
+from persistence.disk.files import NO_SPACE, Files, read_exactly
 from persistence.disk.format import (
     DELETE,
     FRAME_HEADER_BYTES,
@@ -349,6 +349,28 @@ class DiskTier:
             return None
         segment = self.segments.get(number)
         return None if segment is None else self._read_put(frame, key, segment.salt_checksum)
+
+    def read_waiting(self, row: Row, key: bytes) -> bytes:
+        """Return the record that `row` points to; the event loop waits for the disk.
+
+        Raises:
+            CorruptionError: the stored bytes fail their checksum, or are gone.
+            DirectoryNotUsable: the process may open no more files.
+        """
+        record = self.read_now(row, key)
+        reason = "the stored bytes fail their checksum"
+        if record is None:
+            try:
+                fd = self._open_segments.fd(row.segment)
+                data = read_exactly(self._files, fd, row.length, row.offset)
+                record = self._read_put(data, key, self.segments[row.segment].salt_checksum)
+            except KeyError:
+                reason = "the segment is missing"
+            except OSError as error:
+                reason = _unreadable(error)
+        if record is None:
+            raise self._damaged(row, key.decode(), reason)
+        return record
 
     async def read(self, fingerprint: bytes, key: bytes) -> tuple[bytes, Row] | None:
         """Return the newest record of a session and its row, reading in a thread.
@@ -782,6 +804,11 @@ class DiskTier:
     def directory_id(self) -> bytes:
         """The random id of the directory, 16 bytes."""
         return self._manifest.directory_id
+
+    @property
+    def secret(self) -> bytes:
+        """A secret of the directory, 16 bytes, in no checkpoint and no log."""
+        return self._manifest.fingerprint_key
 
     @property
     def current_segments(self) -> list[Segment]:
