@@ -33,8 +33,8 @@ from persistence.updates import (
 )
 
 if TYPE_CHECKING:
-    from persistence.keys import Keys
     from persistence.residency import Residency
+    from persistence.sealer import Sealer
     from persistence.security.tokens import Claims
 
 
@@ -69,8 +69,7 @@ class Access:
 
     Args:
         sessions: the manager's.
-        keys: its keys.
-        directory_secret: what the key is derived from where none is configured.
+        sealer: makes and reads tokens.
         default_ttl_seconds: of tokens; 0: as long as the session.
         wall: wall time, seconds.
         learn: looks for new keys.
@@ -79,8 +78,7 @@ class Access:
     def __init__(
         self,
         sessions: Sessions,
-        keys: Keys,
-        directory_secret: bytes,
+        sealer: Sealer,
         default_ttl_seconds: float,
         wall: Callable[[], float],
         learn: Callable[[], Awaitable[None]],
@@ -89,7 +87,7 @@ class Access:
 
         self._tokens = tokens
         self._sessions = sessions
-        self._sealer = keys.tokens(directory_secret)
+        self._sealer = sealer
         self._default_ttl_seconds = default_ttl_seconds
         self._wall = wall
         self._learn = learn

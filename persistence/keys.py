@@ -83,11 +83,12 @@ class Keys:
                 threads.close()
         return cls(config, ring, clock)
 
-    def tokens(self, directory_secret: bytes) -> Sealer:
+    def tokens(self, directory_secret: bytes, *, is_shared: bool) -> Sealer:
         """Return what makes and reads tokens.
 
         Args:
             directory_secret: what to derive the key from where none is configured.
+            is_shared: other workers have the same sessions, and another secret.
         """
         if self._tokens is None:
             from persistence.security.sealing import (  # noqa: PLC0415 - loads `cryptography`
@@ -96,6 +97,11 @@ class Keys:
             )
 
             if self._ring is None:
+                if is_shared:
+                    _log.warning(
+                        "tokens of this worker are not valid for the others: set "
+                        "security.key_file or security.keys to the same keys for all of them"
+                    )
                 self._ring = KeyRing([derive(directory_secret, _TOKEN_LABEL)])
             self._tokens = Sealing(self._ring, TOKENS)
         return self._tokens

@@ -685,8 +685,7 @@ class StateManager:
             tiers = self._tiers
             self._access = Access(
                 _SessionsOf(self),
-                tiers.keys,
-                tiers.disk.secret,
+                tiers.keys.tokens(tiers.disk.secret, is_shared=tiers.shares_sessions),
                 self.config.security.token_ttl_seconds,
                 self._clock.wall,
                 tiers.learn_keys,

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 from persistence import record as rec
 from persistence.commit import CommitQueue, committed
+from persistence.disk.directory import not_usable
 from persistence.disk.journal import Journal
 from persistence.disk.threads import Threads
 from persistence.errors import (
@@ -60,19 +61,29 @@ class Rotations:
     Args:
         journal: where those under way are noted.
         threads: runs the journal's calls.
+        directory: whose they are, for messages.
         sync: whether notes are synced before they count (``disk.fsync = "always"``).
     """
 
-    def __init__(self, journal: Journal, threads: Threads, *, sync: bool) -> None:
+    def __init__(self, journal: Journal, threads: Threads, directory: str, *, sync: bool) -> None:
         self._journal = journal
+        self._directory = directory
         self._threads = threads
         self._sync = sync
         self._pending: dict[str, _Move] = {}
         self._tasks: set[asyncio.Task[str]] = set()
 
     async def open(self) -> None:
-        """Read what an earlier worker has left."""
-        for entry in await self._threads.write(self._journal.load):
+        """Read what an earlier worker has left.
+
+        Raises:
+            DirectoryNotUsable, DiskFull: it cannot be read, or not be mended.
+        """
+        try:
+            entries = await self._threads.write(self._journal.load)
+        except OSError as error:
+            raise not_usable(self._directory, error) from error
+        for entry in entries:
             kind, old, new, old_bytes = _ENTRY.unpack_from(entry)
             ids = entry[_ENTRY.size :]
             old_id, new_id = ids[:old_bytes].decode(), ids[old_bytes:].decode()

@@ -122,7 +122,9 @@ class Tiers:
             self._conflicts = Conflicts(
                 self.disk.journal(CONFLICTS), threads, None if seals is None else seals.conflicts
             )
-            self.rotations = Rotations(self.disk.journal(ROTATIONS), threads, sync=synced)
+            self.rotations = Rotations(
+                self.disk.journal(ROTATIONS), threads, self.disk.directory, sync=synced
+            )
             undo.push_async_callback(self.rotations.close)
             await self.rotations.open()
             self.keeper = self._make_keeper()
