@@ -21,11 +21,19 @@ from typing import Final
 from persistence.clock import Clock
 from persistence.config import SecurityConfig
 from persistence.disk.directory import read_manifest
-from persistence.disk.files import Files, create_key_file, read_key_file
+from persistence.disk.filenames import temporary_name
+from persistence.disk.files import Files, create_key_file, read_key_file, replace_file
 from persistence.disk.threads import Threads, undisturbed
 from persistence.errors import ConfigError, DirectoryNotUsable
 from persistence.sealer import Sealer, Seals
-from persistence.security.keyring import KeyRing, derive, format_keys, new_key, parse_keys
+from persistence.security.keyring import (
+    KeyRing,
+    derive,
+    format_keys,
+    key_id,
+    new_key,
+    parse_keys,
+)
 
 _log = logging.getLogger("persistence.security")
 
@@ -164,6 +172,39 @@ def create_keys(path: str) -> bool:
         OSError: it cannot be made.
     """
     return create_key_file(path, format_keys([new_key()]).encode())
+
+
+def add_key(path: str) -> bytes:
+    """Add a fresh key to a key file, the newest from now on; return its id.
+
+    Raises:
+        OSError: it cannot be read or replaced; then it is as it was.
+        ConfigError: it holds no keys.
+    """
+    path = os.path.realpath(path)
+    keys = [*read_keys(path), new_key()]
+    directory, name = os.path.split(path)
+    replace_file(Files(), directory, name, temporary_name(name), format_keys(keys).encode())
+    return key_id(keys[-1])
+
+
+def seals_for(config: SecurityConfig) -> Seals | None:
+    """Return what seals as `config` says, without a manager; None: nothing does.
+
+    Raises:
+        ConfigError: the keys cannot be read.
+    """
+    if not config.encrypt:
+        return None
+    if config.keys is not None:
+        return seals_of(KeyRing(parse_keys(config.keys, "security.keys")))
+    assert config.key_file is not None, "the configuration has been checked"
+    try:
+        return seals_of(read_ring(config.key_file))
+    except OSError as error:
+        raise ConfigError(
+            f"security.key_file: {config.key_file} cannot be read: {error.strerror or error}"
+        ) from None
 
 
 def _from_file(config: SecurityConfig, directory: str) -> KeyRing:

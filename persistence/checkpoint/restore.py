@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -316,6 +317,7 @@ async def restore_into(  # noqa: PLR0913 - each a thing of its own
     candidates = await Candidates.find(store, wanted, fall_back=fall_back, seals=seals)
     records = None if seals is None else seals.records
     files = files or Files()
+    directory = os.path.abspath(directory)
     threads = Threads()
     try:
         lock, manifest = await undisturbed(threads.read(_lock_fresh, files, directory, records))
