@@ -317,7 +317,7 @@ async def restore_into(  # noqa: PLR0913 - each a thing of its own
     candidates = await Candidates.find(store, wanted, fall_back=fall_back, seals=seals)
     records = None if seals is None else seals.records
     files = files or Files()
-    directory = os.path.abspath(directory)
+    directory = _absolute(directory)
     threads = Threads()
     try:
         lock, manifest = await undisturbed(threads.read(_lock_fresh, files, directory, records))
@@ -369,6 +369,10 @@ async def _restore_fresh(
             await staging.abandon()
         raise
     return restored
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)
 
 
 def _lock_fresh(
