@@ -21,8 +21,7 @@ from typing import Final
 from persistence.clock import Clock
 from persistence.config import SecurityConfig
 from persistence.disk.directory import read_manifest
-from persistence.disk.filenames import temporary_name
-from persistence.disk.files import Files, create_key_file, read_key_file, replace_file
+from persistence.disk.files import Files, create_key_file, read_key_file, replace_key_file
 from persistence.disk.threads import Threads, undisturbed
 from persistence.errors import ConfigError, DirectoryNotUsable
 from persistence.sealer import Sealer, Seals
@@ -181,10 +180,8 @@ def add_key(path: str) -> bytes:
         OSError: it cannot be read or replaced; then it is as it was.
         ConfigError: it holds no keys.
     """
-    path = os.path.realpath(path)
     keys = [*read_keys(path), new_key()]
-    directory, name = os.path.split(path)
-    replace_file(Files(), directory, name, temporary_name(name), format_keys(keys).encode())
+    replace_key_file(path, format_keys(keys).encode())
     return key_id(keys[-1])
 
 

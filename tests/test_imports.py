@@ -2,16 +2,17 @@
 
 Imports point one way, from the bottom up::
 
-    errors, clock, config, record, session, slices
+    errors, clock, config, record, session, slices, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit
-                residency
+                residency | keys
                     sharing
                         updates | listing
-                            tiers
-                                manager
-                                    persistence/__init__.py         (the public names)
-                                        sync, worker, cli, web
+                            access | rotation
+                                tiers
+                                    manager
+                                        persistence/__init__.py     (the public names)
+                                            sync, worker, cli, web
 """
 
 from __future__ import annotations

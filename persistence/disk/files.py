@@ -65,6 +65,17 @@ def create_key_file(path: str, data: bytes) -> bool:
     return True
 
 
+def replace_key_file(path: str, data: bytes) -> None:
+    """Replace a file by one that only the user can read, atomically and durably.
+
+    Behind a link, the file that it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    partial = f"{path}.{os.getpid()}.{os.urandom(8).hex()}.tmp"
+    directory, name = os.path.dirname(path), os.path.basename(path)
+    replace_file(Files(), directory, name, os.path.basename(partial), data)
+
+
 class Files:
     """System calls on files. Every method but `close` raises OSError as the call does."""
 
