@@ -51,6 +51,10 @@ class RecordCodec:
         self.sealer = sealer
         self._directory_id = directory_id
 
+    def _about(self, sequence: int, flags: int, raw_bytes: int, ids: bytes, key: bytes) -> bytes:
+        """Return what a payload is bound to. `flags` are without `SEALED`."""
+        return _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key
+
     def seal(
         self,
         payload: bytes | memoryview,
@@ -70,7 +74,7 @@ class RecordCodec:
             flags: of the frame, but for `SEALED`.
             raw_bytes: of the frame.
         """
-        about = _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key
+        about = self._about(sequence, flags, raw_bytes, ids, key)
         return self.sealer.seal(payload, about, ids[_GROUP])
 
     def open(self, frame: Frame) -> bytes | None:
@@ -79,8 +83,8 @@ class RecordCodec:
             return None
         ids = frame.incarnation + frame.commit + frame.base
         flags = frame.flags & ~SEALED
-        about = _pack_about(self._directory_id, frame.sequence, flags, frame.raw_bytes, ids)
-        return self.sealer.open(frame.payload, about + frame.key, ids[_GROUP])
+        about = self._about(frame.sequence, flags, frame.raw_bytes, ids, frame.key)
+        return self.sealer.open(frame.payload, about, ids[_GROUP])
 
     def opened(self, frame: Frame) -> Frame | None:
         """Return a put as it would be in a plain directory; None: it does not open."""
@@ -110,7 +114,7 @@ class RecordCodec:
         if kind != PUT or not flags & SEALED or key_bytes != len(key):
             return None
         flags &= ~SEALED
-        about = _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key
+        about = self._about(sequence, flags, raw_bytes, ids, key)
         payload = self.sealer.open(data[start:-4], about, ids[_GROUP])
         raw = None if payload is None else decompress(flags, payload, raw_bytes)
         return None if raw is None else ids[:RECORD_IDS_BYTES] + raw

@@ -40,14 +40,13 @@ class FieldCodec:
         self._sealer = sealer
         self._session_id = session_id
 
-    def _about(self, name: bytes) -> bytes:
+    def _about(self, name: bytes, incarnation: bytes = b"") -> bytes:
         lengths = _LENGTHS.pack(len(self._session_id), len(name))
-        return b"".join((lengths, self._session_id, name))
+        return b"".join((lengths, self._session_id, name, incarnation))
 
     def seal(self, name: bytes, value: bytes, incarnation: bytes) -> bytes:
         """Seal the value of a field."""
-        about = self._about(name) + incarnation
-        return self._sealer.seal(value, about, incarnation[_GROUP])
+        return self._sealer.seal(value, self._about(name, incarnation), incarnation[_GROUP])
 
     def open(self, name: bytes, value: bytes, incarnation: bytes) -> bytes:
         """Return the value of a field.
@@ -55,8 +54,7 @@ class FieldCodec:
         Raises:
             Unopened: it is not what was sealed.
         """
-        about = self._about(name) + incarnation
-        plain = self._sealer.open(value, about, incarnation[_GROUP])
+        plain = self._sealer.open(value, self._about(name, incarnation), incarnation[_GROUP])
         if plain is None:
             raise Unopened(self._why(value, f"the value of field {name!r}"))
         return plain

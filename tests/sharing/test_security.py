@@ -11,6 +11,11 @@ import pytest
 from redis import Redis
 
 from persistence import ClientInfo, errors
+from persistence.commit import Commit, ExactEnd
+from persistence.disk.format import DELETE
+from persistence.record import NO_ID
+from persistence.remote.contract import Delete
+from persistence.sharing.agreement import request_of
 from persistence.sharing.conflicts import decode_conflict
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
@@ -63,6 +68,15 @@ async def test_an_update_of_another_worker_is_never_lost_by_a_rotation(
 
 def sealed(*keys: str) -> dict[str, Any]:
     return {"encrypt": True, "keys": ",".join(keys)}
+
+
+@pytest.mark.parametrize(("kind", "base"), [(ExactEnd, b"b" * 16), (Commit, NO_ID)])
+def test_the_end_of_a_rotated_id_names_the_version_that_was_moved(
+    kind: type[Commit], base: bytes
+) -> None:
+    ids = b"i" * 16 + b"c" * 16 + b"b" * 16
+    end = kind(DELETE, "a", b"a", bytes(16), None, ids, 0.0, 0.0, 0.0, 0.0, 0)
+    assert request_of(end, 0.0) == Delete("a", b"c" * 16, b"i" * 16, base)
 
 
 async def test_workers_with_the_same_keys_share_what_nobody_else_can_read(
