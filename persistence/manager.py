@@ -16,7 +16,6 @@ from typing import Any, Final, Self
 from persistence import record as rec
 from persistence.arguments import (
     check_count_or_none,
-    check_mapping,
     check_seconds,
     check_switch_or_none,
     check_text,
@@ -45,6 +44,7 @@ from persistence.errors import (
     SessionNotFound,
 )
 from persistence.expiry import life_of
+from persistence.facilities import Facilities
 from persistence.ids import CommitIds, check_session_id, new_session_id
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
 from persistence.record import NEVER, RENEWS
@@ -70,7 +70,7 @@ _LIMIT_CLEANUP_SECONDS: Final = 1.0  # at the limit, look for expired sessions t
 _open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
 
 
-class StateManager:
+class StateManager(Facilities):
     """Keeps sessions: hot ones in memory, every update in a crash-safe log, cold ones on disk.
 
     ::
@@ -89,6 +89,9 @@ class StateManager:
         config: the configuration; default: all defaults. No environment is read.
         clock: where time comes from; default: the machine's clocks.
         files: system calls on files; default: the system's. A seam for fault injection.
+        schema: what sessions are to the application: a msgspec Struct, a dataclass or a pydantic
+            model for all fields, or a mapping of field names to types. `create_session` and its kin
+            take such objects then, and `get_typed` and its kin return them.
 
     Raises:
         ConfigError: the URL is wrong.
@@ -102,6 +105,7 @@ class StateManager:
         *,
         clock: Clock | None = None,
         files: Files | None = None,
+        schema: object = None,
     ) -> None:
         _check_arguments(url, config)
         self.config = StateConfig() if config is None else config
@@ -126,6 +130,7 @@ class StateManager:
         self._sharing: Sharing | None = None
         self._resident: Callable[[str], Session | None] = self._refuse
         self._restore_now: Callable[[str], Session | None] = self._refuse
+        self._make_facilities(self.config, self._clock, files, schema)
 
     # --- opening and closing ------------------------------------------------------------------
 
@@ -155,7 +160,13 @@ class StateManager:
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
         await self._tiers.open()
-        self._take_tiers()
+        try:
+            self._take_tiers()
+            await self._open_facilities(sync=self.config.disk.fsync == "always")
+        except BaseException:
+            await self._tiers.close()
+            raise
+        self._tiers.before_settling = self._requests.store_all
         self._start_background()
         self._keeper.start()
         self._loop = asyncio.get_running_loop()
@@ -171,6 +182,7 @@ class StateManager:
         self._memory, self._residency = tiers.memory, tiers.residency
         self._commits, self._updates = tiers.commits, tiers.updates
         self._listing, self._sharing = tiers.listing, tiers.sharing
+        self._attach_facilities()
 
     def _let_in(self) -> None:
         """Open the short ways to sessions that are here."""
@@ -185,7 +197,10 @@ class StateManager:
         self._resident = self._restore_now = _not_here
 
     def _start_background(self) -> None:
-        every: list[tuple[str, Callable[[], Awaitable[None]]]] = [("renewals", self._sweep)]
+        every: list[tuple[str, Callable[[], Awaitable[None]]]] = [
+            ("renewals", self._sweep),
+            ("requests", self._requests.store_due),
+        ]
         if self.config.session.cleanup_interval_seconds:
             every.append(("cleanup", self._clean_up))
         if self.config.memory.check_interval_seconds:
@@ -230,10 +245,13 @@ class StateManager:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._grace.spend(self._updates.locks.all_free(), "running edits", _EDITS_SHARE)
+        await self._finish_facilities(self._grace)
         try:
             await self._tiers.finish(self._grace)
         finally:
+            await self._close_facilities()
             await self._tiers.close()
+            await self._requests.gone()
 
     def _refuse(self, session_id: object = None) -> Any:
         raise ManagerClosed(self._why_closed)
@@ -328,7 +346,7 @@ class StateManager:
             session_id = new_session_id()
         key = check_session_id(session_id)
         meta = _packed_meta(user_id, metadata, max_requests)
-        fields = _packed_fields({} if data is None else data)
+        fields = _packed_fields({} if data is None else self._plain_data(data))
         ttl = self.config.session.ttl_seconds if ttl_seconds is None else check_ttl(ttl_seconds)
         check_switch_or_none("auto_renew", auto_renew)
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
@@ -352,6 +370,7 @@ class StateManager:
             renews=renews,
         )
         await committed(commit)
+        self._census.last_created = session_id
         return commit
 
     async def _check_session_limit(self) -> None:
@@ -502,7 +521,7 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        packed = rec.pack_value(value, rec.check_field_name(field))
+        packed = rec.pack_value(self._plain_value(value), rec.check_field_name(field))
 
         def change(record: bytes) -> Changes:
             if field in rec.field_names(record):
@@ -553,7 +572,7 @@ class StateManager:
             WriteOutcomeUnknown: as `update_session_data`.
         """
         await self._ready()
-        fields = _packed_fields(data)
+        fields = _packed_fields(self._plain_data(data))
         ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
         return await self._updates.apply(
             session_id, Change(lambda _: Changes({}, fields), ttl_seconds=ttl)
@@ -773,11 +792,15 @@ class StateManager:
         await self._disk.compactor.settle()
 
     async def stats(self) -> Stats:
-        """Return numbers about the engine; cheap enough to be asked every second."""
+        """Return numbers about the engine; cheap enough to be asked every second.
+
+        Looks at no more than 512 sessions for what is said of their ages and sizes; see `census`.
+        """
         await self._ready()
         memory, residency, commits = self._memory, self._residency, self._commits
         disk = self._disk.stats()
         sessions = disk.sessions + len(residency.unlisted)
+        requests, population = await self._requests.stats(), await self._census.look()
         return Stats(
             sessions=sessions,
             in_memory=len(memory),
@@ -788,6 +811,7 @@ class StateManager:
             memory_effective_budget_bytes=memory.budget_bytes,
             rss_bytes=self._rss_bytes,
             hits=memory.hits,
+            hit_rate=memory.hits / max(1, memory.hits + residency.restored),
             misses=self._misses,
             restored=residency.restored,
             spilled=residency.spilled,
@@ -801,6 +825,10 @@ class StateManager:
             disk=disk,
             checkpoints=self._keeper.stats(),
             sharing=None if self._sharing is None else self._sharing.stats(),
+            requests=requests,
+            population=population,
+            resources=len(self._resources),
+            scratch_directories=0 if self._scratch is None else len(self._scratch),
         )
 
     # --- checkpoints --------------------------------------------------------------------------
@@ -881,6 +909,7 @@ class StateManager:
             self._let_in()
             self._gate = None
             gate.set()
+        await self._replaced_all()
 
     # --- background ---------------------------------------------------------------------------
 
@@ -947,10 +976,7 @@ def _packed_meta(
 
 
 def _packed_fields(data: Mapping[str, Any]) -> dict[str, bytes | memoryview]:
-    return {
-        rec.check_field_name(name): rec.pack_value(value, name)
-        for name, value in check_mapping("data", data).items()
-    }
+    return {rec.check_field_name(name): rec.pack_value(value, name) for name, value in data.items()}
 
 
 def _if_current(

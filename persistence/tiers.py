@@ -8,7 +8,7 @@ the tiers before it find their commit queue closed, and fail without a trace.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -57,6 +57,7 @@ class Tiers:
         time: the engine's time base.
         disk, memory, residency, commits, listing, updates: see these modules.
         sharing: None: there is no shared tier for sessions.
+        before_settling: brings into the commit queue what is beside it; None: nothing is.
         keeper: makes checkpoints.
     """
 
@@ -69,6 +70,7 @@ class Tiers:
     updates: Updates
     keeper: Keeper
     sharing: Sharing | None = None
+    before_settling: Callable[[], Awaitable[None]] | None = None
 
     def __init__(
         self,
@@ -134,6 +136,8 @@ class Tiers:
 
     async def settle(self) -> None:
         """Bring into the log what is only in memory, and sync it."""
+        if self.before_settling is not None:
+            await self.before_settling()
         await self.residency.log_unlogged()
         await self.residency.record_renewals()
         await self.commits.flush()

@@ -15,6 +15,8 @@ STAGED: Final = "STAGED"
 QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
+SCRATCH: Final = "SCRATCH"
+SCRATCH_DIRECTORY: Final = "scratch"
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -31,6 +33,8 @@ _NAMES: Final = frozenset(
         QUARANTINE,
         OUTBOX,
         CONFLICTS,
+        SCRATCH,
+        SCRATCH_DIRECTORY,
     }
 )
 _NUMBERED: Final = re.compile(r"(\d{10})\.(seg|hint)", re.ASCII)
