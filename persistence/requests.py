@@ -10,7 +10,9 @@ minute, and never a limit (see `limits`).
 Invariants:
 - a request is in exactly one place: in an entry, or in the newest record, in flight or not.
 - an entry is of one incarnation of a session; what is in it never goes to another one.
-- at most `_MAX_ENTRIES` entries and those with requests under way; over that, storing comes first.
+- at most `_MOST_ENTRIES` entries and those with requests under way. Over `_MAX_ENTRIES` everything is
+  stored at once; over `_MOST_ENTRIES` requests wait for that, and what the disk does not take then is
+  forgotten (never a limit: what an entry holds in reserve is charged already).
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ _TICK_SECONDS: Final = 5.0
 _STORED_AFTER_SECONDS: Final = 30.0
 _GIVEN_BACK_AFTER_SECONDS: Final = 5.0
 _MAX_ENTRIES: Final = 8192
+_MOST_ENTRIES: Final = 2 * _MAX_ENTRIES
 _STORED_AT_ONCE: Final = 256
 _FOLD_AT: Final = 64
 _NO_META: Final = bytes(3)
@@ -106,6 +109,11 @@ class _Entry:
     def has_news(self) -> bool:
         """Whether there is anything to store."""
         return bool(self.durations or self.tally)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything would be lost with it."""
+        return self.has_news or self.is_used or self.left > 0
 
     @property
     def is_used(self) -> bool:
@@ -173,6 +181,7 @@ class Requests:
         self._time: EngineTime
         self._some = asyncio.Event()
         self._too_many = asyncio.Event()
+        self._making_room = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._requests = 0
         self._refused = 0
@@ -189,6 +198,9 @@ class Requests:
 
     def enter(self, session_id: str, record: bytes) -> _Entry | None:
         """Return the entry of a session, a fresh one if there is none; None: it needs none."""
+        known = self.entries.get(session_id)
+        if known is not None and known.incarnation == record[: rec.ID_BYTES]:
+            return known
         limit = self._limit
         if record[_META_AT : _META_AT + 3] != _NO_META:
             limit = self._limit_of(rec.meta_of(record))
@@ -301,6 +313,8 @@ class Requests:
             raise SessionNotFound(session_id)
         entry = self.entries.get(session_id)
         if entry is None or entry.incarnation != session._record[: rec.ID_BYTES]:
+            if self.is_crowded:
+                await self.make_room()
             entry = self.enter(session_id, session._record)
         if entry is not None and self.tracks:
             self.failed(entry, error)
@@ -422,14 +436,40 @@ class Requests:
         due: list[tuple[str, _Entry]] = []
         slices = Slices(self.monotonic)
         for session_id, entry in list(self.entries.items()):
-            if everything or self._is_due(entry, now):
+            if not entry.is_needed:
+                self._drop(session_id, entry)
+            elif everything or self._is_due(entry, now):
                 due.append((session_id, entry))
-            elif not entry.has_news and not entry.is_used and not entry.left:
-                self.entries.pop(session_id, None)
             await slices.give_way_if_due()
-        await self._store(due)
+        await self._store(due, gives_back=everything)
+        for session_id, entry in due:
+            if not entry.is_needed:
+                self._drop(session_id, entry)
         if not self.entries:
             self._some.clear()
+
+    def _drop(self, session_id: str, entry: _Entry) -> None:
+        if self.entries.get(session_id) is entry:
+            del self.entries[session_id]
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a request of a session without an entry has to wait in `make_room`."""
+        return len(self.entries) >= _MOST_ENTRIES
+
+    async def make_room(self) -> None:
+        """Store so much that there is room for another entry."""
+        async with self._making_room:
+            if self.is_crowded:
+                await self.look()
+            if not self.is_crowded:
+                return
+            forgotten = 0
+            for session_id, entry in list(self.entries.items()):
+                if not entry.is_used:
+                    self._drop(session_id, entry)
+                    forgotten += 1
+            _log.warning("what %d sessions requested lately cannot be stored: forgotten", forgotten)
 
     def _is_due(self, entry: _Entry, now: float) -> bool:
         if entry.has_news and now - entry.stored >= _STORED_AFTER_SECONDS:
@@ -508,8 +548,7 @@ class Requests:
                 except Overtaken:
                     undo()
         except SessionNotFound:
-            if self.entries.get(session_id) is entry:
-                del self.entries[session_id]
+            self._drop(session_id, entry)
         except WriteOutcomeUnknown as error:
             # It may be stored: counting it twice, or giving back twice, would be worse.
             _log.warning("requests of %s: %s", printable(session_id), error)
@@ -573,6 +612,8 @@ class Request:
         record = session._record
         entry = requests.entries.get(session_id)
         if entry is None or entry.incarnation != record[: rec.ID_BYTES]:
+            if requests.is_crowded:
+                await requests.make_room()
             entry = requests.enter(session_id, record)
         self._entry = entry
         if entry is not None:
