@@ -291,11 +291,8 @@ class Facilities:
             InvalidArgument: the manager has no schema.
         """
         schema = self._get_schema()
-        data = {name: session[name] for name in self._names_to_read(schema, session)}
+        data = {name: session[name] for name in schema.names(list(session))}
         return schema.load(session.id, data).value
-
-    def _names_to_read(self, schema: Schema, session: Session) -> list[str]:
-        return schema.names(list(session)) if schema.is_whole else list(session)
 
     async def get_typed(self, session_id: str, *, fresh: bool = False) -> Any:
         """Return what `typed` makes of `get_session`; None: missing, expired or terminated.

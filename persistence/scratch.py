@@ -15,14 +15,14 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from persistence.disk.filenames import SCRATCH, SCRATCH_DIRECTORY
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
-from persistence.errors import DiskFull, PersistenceError, printable
+from persistence.errors import DiskFull, PersistenceError, SessionNotFound, printable
 
 _log = logging.getLogger("persistence.scratch")
 
@@ -118,9 +118,9 @@ class Scratch:
         """Return the path of the directory of a session that is there; it exists.
 
         Raises:
+            SessionNotFound: it ended meanwhile.
             DiskFull: there is no room for it.
             WriteOutcomeUnknown: the journal takes no entries.
-            OSError: the directory cannot be made.
         """
         async with self._lock:
             place = self._places.get(session_id)
@@ -133,6 +133,10 @@ class Scratch:
                 self._places[session_id] = place
         path = f"{self._root}/{place.name.hex()}"
         await asyncio.shield(self._disk.threads.read(self._make, path))
+        if self._places.get(session_id) != place:
+            # It ended meanwhile, and its directory may have been removed before it was made.
+            self._start(self._remove(session_id, place))
+            raise SessionNotFound(session_id)
         return path
 
     def _make(self, path: str) -> None:
@@ -154,9 +158,12 @@ class Scratch:
         """A session has ended: remove its directory, in the background."""
         place = self._places.pop(session_id, None)
         if place is not None:
-            task = asyncio.create_task(self._remove(session_id, place), name="persistence-scratch")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._remove(session_id, place))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="persistence-scratch")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _remove(self, session_id: str, place: _Place) -> None:
         try:

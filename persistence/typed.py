@@ -110,8 +110,10 @@ class Schema:
     # --- out ----------------------------------------------------------------------------------
 
     def names(self, stored: Sequence[str]) -> list[str]:
-        """Return which of the stored fields the schema reads."""
-        known = self._fields if self._whole is None else _names(self._whole)
+        """Return which of the stored fields are read: with single fields typed, all of them."""
+        if self._whole is None:
+            return list(stored)
+        known = _names(self._whole)
         return [name for name in stored if name in known]
 
     def load(self, session_id: str, data: Mapping[str, Any]) -> Loaded:
@@ -158,6 +160,9 @@ class TypedDraft:
         written.
         """
         dumped = self._schema.dump(self.value if value is None else value)
+        if not self._schema.is_whole:
+            for name in [name for name in self._draft if name not in dumped]:
+                del self._draft[name]
         for name, packed in _packed(dumped).items():
             if self._before.get(name) != packed:
                 self._draft[name] = dumped[name]
