@@ -10,9 +10,9 @@ minute, and never a limit (see `limits`).
 Invariants:
 - a request is in exactly one place: in an entry, or in the newest record, in flight or not.
 - an entry is of one incarnation of a session; what is in it never goes to another one.
-- at most `_MOST_ENTRIES` entries and those with requests under way. Over `_MAX_ENTRIES` everything is
-  stored at once; over `_MOST_ENTRIES` requests wait for that, and what the disk does not take then is
-  forgotten (never a limit: what an entry holds in reserve is charged already).
+- at most `_MOST_ENTRIES` entries and those with requests under way. Over `_MAX_ENTRIES` everything
+  is stored at once; over `_MOST_ENTRIES` requests wait for that, and what the disk does not take
+  then is forgotten (never a limit: what an entry holds in reserve is charged already).
 """
 
 from __future__ import annotations

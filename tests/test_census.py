@@ -20,9 +20,7 @@ async def test_without_sessions_there_is_nothing_to_say(state: StateManager) -> 
     assert found.age_seconds == Distribution()
 
 
-async def test_of_few_sessions_everything_is_exact(
-    state: StateManager, clock: ManualClock
-) -> None:
+async def test_of_few_sessions_everything_is_exact(state: StateManager, clock: ManualClock) -> None:
     started = clock.wall()
     sids = []
     for _ in range(4):
@@ -80,9 +78,7 @@ async def test_of_many_sessions_it_is_a_sample_that_meets_all_in_the_end(
     assert found.oldest_created_at == datetime.fromtimestamp(started + 1, UTC)
 
 
-async def test_looking_renews_and_restores_nothing(
-    state: StateManager, clock: ManualClock
-) -> None:
+async def test_looking_renews_and_restores_nothing(state: StateManager, clock: ManualClock) -> None:
     sid = await state.create_session(ttl_seconds=100)
     await state.spill_session(sid)
     clock.advance(60)

@@ -19,7 +19,7 @@ from persistence.errors import (
 )
 from persistence.requests import Requests
 from persistence.session import REQUESTS
-from tests.engine import Crash, ScriptedFiles, Start, commits_of, residency_of
+from tests.engine import Crash, ScriptedFiles, Start, commits_of, eventually, residency_of
 
 
 def requests_of(state: StateManager) -> Requests:
@@ -557,9 +557,7 @@ async def test_an_idle_worker_does_nothing_for_requests(state: StateManager) -> 
     assert (await state.stats()).commits == before
 
 
-async def test_requests_are_stored_in_one_batch(
-    state: StateManager, files: ScriptedFiles
-) -> None:
+async def test_requests_are_stored_in_one_batch(state: StateManager, files: ScriptedFiles) -> None:
     sids = [await state.create_session() for _ in range(100)]
     for sid in sids:
         assert await outcome(state, sid)
@@ -619,7 +617,5 @@ async def test_the_background_stores_what_is_due(
     sid = await state.create_session()
     await state.record_request(sid, "one", 1.0)
     clock.advance(60)
-    async with asyncio.timeout(10):
-        while sid in requests_of(state).entries:
-            await asyncio.sleep(0.005)
+    await eventually(lambda: sid not in requests_of(state).entries)
     assert (await state.session_metrics(sid)).requests == 1

@@ -283,8 +283,7 @@ async def test_whoever_is_cancelled_while_it_is_made_leaves_it_to_the_others(
         return pool.connect_now()
 
     first, second = (
-        asyncio.create_task(state.resources(sid, "db", connect, Connection.close))
-        for _ in range(2)
+        asyncio.create_task(state.resources(sid, "db", connect, Connection.close)) for _ in range(2)
     )
     await loop_steps(5)
     first.cancel()

@@ -42,8 +42,6 @@ def test_each_part_lowers_the_score_as_documented(
 
 
 @given(SHARES, st.floats(0, 1e9), st.floats(0, 1e9) | st.just(inf), st.floats(0, 10))
-def test_a_score_is_from_zero_to_one(
-    errors: float, left: float, life: float, size: float
-) -> None:
+def test_a_score_is_from_zero_to_one(errors: float, left: float, life: float, size: float) -> None:
     found = score(recent_error_rate=errors, left_seconds=left, life_seconds=life, bytes_share=size)
     assert 0.0 <= found <= 1.0
