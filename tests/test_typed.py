@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from persistence import ManualClock, StateManager
 from persistence.disk.files import Files
 from persistence.errors import ConflictError, InvalidArgument, SchemaMismatch, SessionNotFound
 from persistence.typed import Schema, plain
-from tests.engine import Start, config_for, data_of
+from tests.engine import config_for, data_of
 
 
 class Colour(enum.Enum):
@@ -73,13 +74,16 @@ Open = Callable[..., Any]
 
 
 @pytest.fixture
-def open_typed(start: Start, tmp_path: Any, clock: ManualClock, files: Files) -> Open:
+async def open_typed(tmp_path: Path, clock: ManualClock, files: Files) -> AsyncIterator[Open]:
     """Open a manager with a schema on the test's directory, closing the one before."""
     opened: list[StateManager] = []
 
+    async def close_all() -> None:
+        while opened:
+            await opened.pop().close()
+
     async def open_typed(schema: object) -> StateManager:
-        for state in opened:
-            await state.close()
+        await close_all()
         state = StateManager(
             config=config_for(tmp_path / "state"), clock=clock, files=files, schema=schema
         )
@@ -87,13 +91,8 @@ def open_typed(start: Start, tmp_path: Any, clock: ManualClock, files: Files) ->
         opened.append(state)
         return state
 
-    return open_typed
-
-
-@pytest.fixture(autouse=True)
-async def _close_all(open_typed: Open) -> Any:
-    yield
-    await open_typed(None)
+    yield open_typed
+    await close_all()
 
 
 @pytest.mark.parametrize(("cart_type", "item_type"), ALL, ids=NAMES)
