@@ -1,11 +1,11 @@
 """How old, idle and large the sessions are, without going through all of them.
 
-Each look reads up to `MAX_SAMPLE` sessions, in slices, and neither restores nor renews any. Where
+Each look reads about `MAX_SAMPLE` sessions at most, in slices, and neither restores nor renews any. Where
 there are no more than that, what it says is exact. Where there are more it is a sample: each look
 goes on where the one before has ended, so that one after the other they meet all of them; the
 oldest session that was met is remembered for as long as it lives.
 
-A sample is fair: shards are made by a keyed hash of the ids. What is not in the page cache is left
+A sample is fair: buckets are made by a keyed hash of the ids. What is not in the page cache is left
 out rather than waited for.
 """
 
@@ -19,13 +19,12 @@ from persistence import record as rec
 from persistence.clock import Clock, EngineTime
 from persistence.disk.index import SHARDS, Row
 from persistence.disk.tier import DiskTier
-from persistence.errors import CorruptionError
 from persistence.memory.tier import MemoryTier
 from persistence.residency import Residency
 from persistence.slices import Slices
 from persistence.stats import Distribution, PopulationStats
 
-MAX_SAMPLE: Final = 512
+MAX_SAMPLE: Final = 256
 
 
 class _Met(NamedTuple):
@@ -66,7 +65,7 @@ class Census:
         self._monotonic = clock.monotonic
         self._time = time
         self.last_created = ""
-        self._shard = 0
+        self._shard = self._bucket = 0
         self._oldest: _Met | None = None
         self._newest: _Met | None = None
 
@@ -85,28 +84,34 @@ class Census:
                 self._meet(session_id, record, None, met)
         is_complete = len(self._residency.unlisted) <= MAX_SAMPLE
         looked = 0
-        for _ in range(SHARDS):
-            rows = self._disk.index.rows_of_shard(self._shard)
-            if looked and looked + len(rows) > MAX_SAMPLE:
+        start = self._shard, self._bucket
+        while True:
+            rows = self._next_rows()
+            looked += len(rows)
+            for row in rows:
+                is_complete = self._look_at(row, met) and is_complete
+            await slices.give_way_if_due()
+            if (self._shard, self._bucket) == start:
+                break
+            if looked >= MAX_SAMPLE:
                 is_complete = False
                 break
-            looked += len(rows)
-            self._shard = (self._shard + 1) % SHARDS
-            for row in rows[:MAX_SAMPLE]:
-                is_complete = self._look_at(row, met) and is_complete
-                await slices.give_way_if_due()
-            is_complete = is_complete and len(rows) <= MAX_SAMPLE
-            await slices.give_way_if_due()
         return self._told(met, is_complete=is_complete)
+
+    def _next_rows(self) -> list[Row]:
+        """Return the rows of one bucket, and go on to the next."""
+        index = self._disk.index
+        rows = index.rows_of_bucket(self._shard, self._bucket)
+        self._bucket += 1
+        if self._bucket >= index.bucket_count(self._shard):
+            self._shard, self._bucket = (self._shard + 1) % SHARDS, 0
+        return rows
 
     def _look_at(self, row: Row, met: list[_Met]) -> bool:
         """Look at one session; False: what it is could not be told without waiting."""
         if row.deadline <= self._time.now():
             return True
-        try:
-            found = self._disk.glimpse(row)
-        except CorruptionError:
-            return False
+        found = self._disk.glimpse(row)
         if found is None:
             return self._disk.index.get(row.fingerprint) is None
         key, record = found

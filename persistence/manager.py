@@ -794,13 +794,13 @@ class StateManager(Facilities):
     async def stats(self) -> Stats:
         """Return numbers about the engine; cheap enough to be asked every second.
 
-        Looks at no more than 512 sessions for what is said of their ages and sizes; see `census`.
+        Looks at about 256 sessions at most for what is said of their ages and sizes; see `census`.
         """
         await self._ready()
         memory, residency, commits = self._memory, self._residency, self._commits
         disk = self._disk.stats()
         sessions = disk.sessions + len(residency.unlisted)
-        requests, population = await self._requests.stats(), await self._census.look()
+        population = await self._census.look()
         return Stats(
             sessions=sessions,
             in_memory=len(memory),
@@ -825,7 +825,7 @@ class StateManager(Facilities):
             disk=disk,
             checkpoints=self._keeper.stats(),
             sharing=None if self._sharing is None else self._sharing.stats(),
-            requests=requests,
+            requests=self._requests.stats(),
             population=population,
             resources=len(self._resources),
             scratch_directories=0 if self._scratch is None else len(self._scratch),

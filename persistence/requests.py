@@ -26,6 +26,8 @@ from math import inf
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
+import msgpack
+
 from persistence import record as rec
 from persistence.arguments import MAX_TTL_SECONDS, check_seconds, check_text
 from persistence.clock import Clock, EngineTime
@@ -59,6 +61,7 @@ _MAX_ENTRIES: Final = 8192
 _MOST_ENTRIES: Final = 2 * _MAX_ENTRIES
 _STORED_AT_ONCE: Final = 256
 _FOLD_AT: Final = 64
+_FOLD_ALL_AT: Final = 256
 _NO_META: Final = bytes(3)
 _META_AT: Final = rec.FLAGS_AT + 1
 
@@ -135,15 +138,16 @@ class _Noted(NamedTuple):
     @staticmethod
     def of(meta: dict[str, Any]) -> _Noted:
         """Return what the metadata of a record hold."""
-        noted = meta.get(REQUESTS)
-        if type(noted) is not list or not noted or type(noted[0]) is not int:
+        try:
+            mark, *parts = msgpack.unpackb(meta[REQUESTS])
+        except (KeyError, ValueError, TypeError):  # nothing, or nothing that anybody wrote so
             return _Noted(0, Tally())
-        return _Noted(noted[0], Tally.of_parts(noted[1:]) if len(noted) > 1 else Tally())
+        return _Noted(int(mark), Tally.of_parts(parts) if parts else Tally())
 
     def packed_with(self, meta: dict[str, Any]) -> bytes:
         """Return the metadata with this in it, packed."""
         parts = self.tally.parts() if self.tally else []
-        return rec.pack_meta({**meta, REQUESTS: [self.mark, *parts]})
+        return rec.pack_meta({**meta, REQUESTS: msgpack.packb([self.mark, *parts])})
 
 
 class Requests:
@@ -158,6 +162,7 @@ class Requests:
     Attributes:
         tracks: ``session.track_metrics``.
         entries: session id -> what is not stored yet.
+        durations: of requests that are not in the worker's totals yet, seconds.
         on_idle: told of a session whose last request of this worker has ended; None: nobody asks.
     """
 
@@ -183,6 +188,7 @@ class Requests:
         self._too_many = asyncio.Event()
         self._making_room = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.durations: list[float] = []
         self._requests = 0
         self._refused = 0
         self._errors = 0
@@ -283,10 +289,16 @@ class Requests:
         if not durations:
             return
         entry.tally.ended(durations, name_text(entry.name), self._wall(entry.ended))
-        self._requests += len(durations)
-        self._total_seconds += sum(durations)
-        self._digest.add(durations)
         entry.durations = []
+
+    def fold_all(self) -> None:
+        """Take the durations of all sessions into the worker's totals."""
+        durations = self.durations
+        if durations:
+            self._requests += len(durations)
+            self._total_seconds += sum(durations)
+            self._digest.add(durations)
+            durations.clear()
 
     def failed(self, entry: _Entry, error: object) -> None:
         """Note a failure."""
@@ -395,12 +407,9 @@ class Requests:
             recent_error_rate=recent_error_rate,
         )
 
-    async def stats(self) -> RequestStats:
+    def stats(self) -> RequestStats:
         """Return what this worker has counted since opening."""
-        slices = Slices(self.monotonic)
-        for entry in list(self.entries.values()):
-            self.fold(entry)
-            await slices.give_way_if_due()
+        self.fold_all()
         quantile = self._digest.quantile
         return RequestStats(
             requests=self._requests,
@@ -409,7 +418,7 @@ class Requests:
             refused=self._refused,
             total_seconds=self._total_seconds,
             seconds=Latencies(quantile(0.50), quantile(0.95), quantile(0.99)),
-            unstored_sessions=sum(entry.has_news for entry in self.entries.values()),
+            unstored_sessions=len(self.entries),
         )
 
     # --- storing ------------------------------------------------------------------------------
@@ -642,14 +651,17 @@ class Request:
             entry.ended = now = requests.monotonic()
             entry.name = self._name
             durations = entry.durations
-            seconds = self.seconds
-            durations.append(now - self._started if seconds is None else seconds)
+            seconds = now - self._started if self.seconds is None else self.seconds
+            durations.append(seconds)
+            requests.durations.append(seconds)
             if error is not None and isinstance(error, Exception):
                 self._error = error
             if self._error is not None:
                 requests.failed(entry, self._error)
             if len(durations) >= _FOLD_AT:
                 requests.fold(entry)
+            if len(requests.durations) >= _FOLD_ALL_AT:
+                requests.fold_all()
         if requests.on_idle is not None and not entry.running:
             requests.on_idle(self._session_id)
 

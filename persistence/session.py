@@ -15,7 +15,7 @@ from persistence.errors import ConflictError
 USER_ID: Final = "user_id"
 MAX_REQUESTS: Final = "max_requests"
 REQUESTS: Final = "requests"
-"""In a record's metadata: the limit's high-water mark, and the parts of a `Tally` if it is kept."""
+"""In a record's metadata: a packed list of a limit's high-water mark and the parts of a `Tally`."""
 _NOTHING: Final[frozenset[str]] = frozenset()
 
 

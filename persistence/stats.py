@@ -60,7 +60,7 @@ class RequestStats:
         refused: how many a limit has refused.
         total_seconds: what they took.
         seconds: percentiles of that, of all of them, from a t-digest.
-        unstored_sessions: sessions whose latest requests are in no record yet.
+        unstored_sessions: sessions of which something is kept in memory that is to be stored.
     """
 
     requests: int = 0

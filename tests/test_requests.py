@@ -17,8 +17,7 @@ from persistence.errors import (
     SessionNotFound,
     ValueTooLarge,
 )
-from persistence.requests import Requests
-from persistence.session import REQUESTS
+from persistence.requests import Requests, _Noted
 from tests.engine import Crash, ScriptedFiles, Start, commits_of, eventually, residency_of
 
 
@@ -47,8 +46,7 @@ async def record_of(state: StateManager, session_id: str) -> bytes:
 
 
 async def mark_of(state: StateManager, session_id: str) -> int:
-    noted: list[int] = rec.meta_of(await record_of(state, session_id)).get(REQUESTS, [0])
-    return noted[0]
+    return _Noted.of(rec.meta_of(await record_of(state, session_id))).mark
 
 
 async def fail(state: StateManager, session_id: str, error: BaseException) -> None:

@@ -125,12 +125,6 @@ class Tally:
         self.last_at = last_at
         self.digest.merge(other.digest)
 
-    def copy(self) -> Tally:
-        """Return one that has the same."""
-        copy = Tally()
-        copy.add(self)
-        return copy
-
     def parts(self) -> list[object]:
         """Return what is stored of it."""
         return [

@@ -38,6 +38,13 @@ def test_parts_that_are_merged_say_what_the_whole_says() -> None:
         assert merged.quantile(share) == pytest.approx(exact[int(share * len(exact))], rel=0.10)
 
 
+def test_few_values_are_kept_exactly() -> None:
+    digest = digest_of([0.5, 0.25, 4.0])
+    assert Digest.unpack(digest.pack()).pack() == digest.pack()
+    assert len(digest.pack()) == 13
+    assert (digest.quantile(0.0), digest.quantile(0.5), digest.quantile(1.0)) == (0.25, 0.5, 4.0)
+
+
 def test_an_empty_one_has_no_percentiles_and_no_bytes() -> None:
     empty = Digest()
     empty.merge(Digest())
@@ -49,7 +56,7 @@ def test_an_empty_one_has_no_percentiles_and_no_bytes() -> None:
 def test_what_is_packed_is_bounded_and_comes_back(values: list[float]) -> None:
     digest = digest_of(values) if values else Digest()
     packed = digest.pack()
-    assert len(packed) <= 8 * MAX_CENTROIDS
+    assert len(packed) <= 1 + 8 * MAX_CENTROIDS
     again = Digest.unpack(packed)
     for share in (0.5, 0.95, 0.99):
         assert again.quantile(share) == pytest.approx(digest.quantile(share), rel=0.02, abs=1e-30)
@@ -58,12 +65,16 @@ def test_what_is_packed_is_bounded_and_comes_back(values: list[float]) -> None:
 @pytest.mark.parametrize(
     "packed",
     [
-        b"1234567",
-        pack("<ff", 1.0, 0.0),
-        pack("<ff", 1.0, float("nan")),
-        pack("<ff", float("nan"), 1.0),
-        pack("<ff", -1.0, 1.0),
-        pack("<ff", 1.0, float("inf")),
+        b"\0",
+        b"\1",
+        b"\1234567",
+        pack("<Bf", 2, 1.0),
+        pack("<Bff", 1, 1.0, 0.0),
+        pack("<Bff", 1, 1.0, float("nan")),
+        pack("<Bff", 1, float("nan"), 1.0),
+        pack("<Bff", 1, -1.0, 1.0),
+        pack("<Bff", 1, 1.0, float("inf")),
+        pack("<Bf", 1, float("inf")),
     ],
 )
 def test_what_is_no_digest_is_refused(packed: bytes) -> None:
