@@ -1,7 +1,7 @@
 """How old, idle and large the sessions are, without going through all of them.
 
-Each look reads about `MAX_SAMPLE` sessions at most, in slices, and neither restores nor renews any. Where
-there are no more than that, what it says is exact. Where there are more it is a sample: each look
+Each look reads about `MAX_SAMPLE` sessions at most, in slices, and neither restores nor renews
+any. Where there are no more, what it says is exact. Where there are more it is a sample: each look
 goes on where the one before has ended, so that one after the other they meet all of them; the
 oldest session that was met is remembered for as long as it lives.
 
