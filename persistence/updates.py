@@ -439,12 +439,14 @@ class Edit:
                 await committed(commit)
                 return
             except Overtaken:
-                # Perhaps only by one that notes requests, which leaves the data as it was.
-                await self._updates.prepare(self._session_id)
-                now = await self._residency.base(self._session_id, self._key)
-                if not rec.has_same_data(now[0], self._base[0]):
-                    raise
-                commit = self._next_version(now)
+                # Perhaps only by one that notes requests, which leaves the data as it was. Under
+                # the lock, so that no other editor is overtaken by this one in turn.
+                async with self._updates.locks.holding(self._session_id):
+                    await self._updates.prepare(self._session_id)
+                    now = await self._residency.base(self._session_id, self._key)
+                    if not rec.has_same_data(now[0], self._base[0]):
+                        raise
+                    commit = self._next_version(now)
 
     async def _submit(self) -> Commit | None:
         """Submit what was changed, on the version that the draft was made of.
