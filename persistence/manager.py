@@ -52,6 +52,7 @@ from persistence.session import (
     MAX_REQUESTS,
     USER_ID,
     Changes,
+    Data,
     Session,
     SessionDraft,
     SessionMetadata,
@@ -294,7 +295,7 @@ class StateManager(Facilities):
         user_id: str | None = None,
         metadata: SessionMetadata | None = None,
         ttl_seconds: float | None = None,
-        data: Mapping[str, Any] | None = None,
+        data: Data | None = None,
         session_id: str | None = None,
         *,
         max_requests: int | None = None,
@@ -306,7 +307,7 @@ class StateManager(Facilities):
             user_id: whose it is.
             metadata: about the client.
             ttl_seconds: None: the configured TTL; 0: never expires.
-            data: the first fields.
+            data: the first fields; with a schema, an object of it will do.
             session_id: default: a fresh random one of 128 bits.
             max_requests: its own request limit; None: the configured one.
             auto_renew: whether an access moves the deadline; None: as configured.
@@ -335,7 +336,7 @@ class StateManager(Facilities):
         user_id: str | None = None,
         metadata: SessionMetadata | None = None,
         ttl_seconds: float | None = None,
-        data: Mapping[str, Any] | None = None,
+        data: Data | None = None,
         *,
         max_requests: int | None = None,
         auto_renew: bool | None = None,
@@ -563,9 +564,11 @@ class StateManager(Facilities):
         return updates.view(made)
 
     async def replace_session(
-        self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
+        self, session_id: str, data: Data, ttl_seconds: float | None = None
     ) -> Session:
         """Replace all fields, and the TTL unless it is None, at once.
+
+        With a schema, an object of it will do for `data`.
 
         Raises:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,

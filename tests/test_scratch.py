@@ -9,6 +9,7 @@ import pytest
 
 from persistence import ManualClock, StateManager
 from persistence.errors import DiskFull, SessionNotFound
+from persistence.scratch import Scratch
 from tests.engine import Crash, ScriptedFiles, Start, directory_of, eventually, names_in
 
 
@@ -190,3 +191,23 @@ async def test_a_damaged_journal_keeps_no_worker_from_its_sessions(start: Start)
     state = await start()
     assert await state.has_session(sid)
     assert is_directory(await state.scratch_dir(sid))
+
+
+async def test_an_opening_that_is_cancelled_there_leaves_nothing_open(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scratch, "open", hang)
+        opening = asyncio.ensure_future(start(path=tmp_path / "state"))
+        await reached.wait()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    state = await start(path=tmp_path / "state")  # nobody holds the lock
+    assert await state.scratch_dir(await state.create_session())

@@ -13,7 +13,7 @@ import msgspec
 import pydantic
 import pytest
 
-from persistence import ManualClock, StateManager
+from persistence import ManualClock, StateManager, worker
 from persistence.disk.files import Files
 from persistence.errors import ConflictError, InvalidArgument, SchemaMismatch, SessionNotFound
 from persistence.typed import Schema, plain
@@ -456,3 +456,14 @@ def test_plain_values_stay_what_they_are() -> None:
 
 def test_a_schema_reads_only_the_fields_it_knows() -> None:
     assert Schema(DataCart).names(["items", "coupon", "total"]) == ["items", "total"]
+
+
+def test_a_worker_can_have_a_schema(tmp_path: Path) -> None:
+    found: list[DataCart] = []
+
+    async def main(state: StateManager) -> None:
+        sid = await state.create_session(data=DataCart(total=Decimal(3)))
+        found.append(await state.get_typed(sid))
+
+    worker.run(main, config_for(tmp_path / "state"), schema=DataCart)
+    assert found == [DataCart(total=Decimal(3))]
