@@ -20,7 +20,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from persistence.clock import Clock, EngineTime
-from persistence.commit import Commit, CommitQueue, committed, row_user
+from persistence.commit import Commit, CommitQueue, ExactEnd, committed, row_user
 from persistence.config import MemoryConfig
 from persistence.disk.format import (
     DELETE,
@@ -90,6 +90,8 @@ class Residency:
         self.unlogged: set[str] = set()
         self.unlisted: set[str] = set()
         self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
+        self.on_end: Callable[[str], None] | None = None
+        self.on_leave: Callable[[Sequence[str]], None] | None = None
         self._leaving: dict[str, Commit] = {}
         self.restored = 0
         self.spilled = 0
@@ -139,6 +141,8 @@ class Residency:
             if record is None:
                 if commit.kind == DELETE:
                     memory.remove(commit.session_id)
+                    if self.on_end is not None:
+                        self.on_end(commit.session_id)
                 continue
             if commit.spills:
                 self._spill_logged(commit)
@@ -257,6 +261,35 @@ class Residency:
                 raise SessionNotFound(session_id)
             if session_id not in self._commits.tails:
                 return base
+
+    async def aside_base(self, session_id: str, key: bytes) -> tuple[Base, float]:
+        """Like `base`, but nothing is renewed; returns the last access as well (engine seconds).
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            CorruptionError: its stored bytes are damaged.
+        """
+        while True:
+            tail = self._tails.get(session_id)
+            if tail is not None:
+                if tail.record is None or self._is_over(tail):
+                    raise SessionNotFound(session_id)
+                return (tail.record, tail.life, tail.cap), tail.accessed
+            base = await self.acknowledged_base(session_id, key, access=False)
+            if base is None:
+                raise SessionNotFound(session_id)
+            if session_id in self._tails:
+                continue
+            if session_id in self.memory:
+                return base, self.memory.times(session_id)[0]
+            row = self.disk.index.get(self.disk.fingerprint(key))
+            if row is not None:
+                return base, row.accessed
+
+    async def newest(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the newest record of a session, in flight or acknowledged, as `peek` does."""
+        tail = self._tails.get(session_id)
+        return await self.peek(session_id, key) if tail is None else tail.record
 
     async def acknowledged_base(
         self, session_id: str, key: bytes, *, access: bool = True
@@ -418,6 +451,22 @@ class Residency:
         except CorruptionError:
             return None
 
+    def record_now(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the acknowledged record of a live session; None: there is none.
+
+        Neither renews nor restores it. Where it is in no cache, the disk is waited for.
+
+        Raises:
+            CorruptionError: its stored bytes are damaged.
+        """
+        if not self.is_acknowledged(session_id, key):
+            return None
+        record = self.resident(session_id)
+        if record is not None:
+            return record
+        row = self.disk.index.get(self.disk.fingerprint(key))
+        return None if row is None else self.disk.read_waiting(row, key)
+
     def commit_of(self, session_id: str) -> bytes | None:
         """Return the id of the newest commit of a session, in flight or acknowledged.
 
@@ -500,7 +549,13 @@ class Residency:
             await self.expire(session_id, key)
 
     def submit_delete(
-        self, session_id: str, key: bytes, *, wait: bool = True, local: bool = False
+        self,
+        session_id: str,
+        key: bytes,
+        *,
+        wait: bool = True,
+        local: bool = False,
+        exact: bool = False,
     ) -> Commit:
         """Submit a tombstone on top of whatever there is.
 
@@ -509,6 +564,7 @@ class Residency:
             key: its id as UTF-8.
             wait: whether somebody waits for it.
             local: the shared tier knows already, or finds out by itself.
+            exact: end the version that is here, and no newer one that the shared tier may have.
         """
         now = self._time.now()
         tail = self._commits.tails.get(session_id)
@@ -518,7 +574,7 @@ class Residency:
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
             ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
-        commit = Commit(
+        commit = (ExactEnd if exact else Commit)(
             DELETE,
             session_id,
             key,
@@ -597,6 +653,8 @@ class Residency:
 
     def _evict(self, session_ids: Sequence[str]) -> None:
         """Let sessions leave memory; those that are not in the log yet are on their way then."""
+        if self.on_leave is not None:
+            self.on_leave(session_ids)
         memory = self.memory
         rest = memory.shed(session_ids)
         self.spilled += len(session_ids) - len(rest)

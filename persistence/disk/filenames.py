@@ -15,6 +15,9 @@ STAGED: Final = "STAGED"
 QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
+ROTATIONS: Final = "ROTATIONS"
+SCRATCH: Final = "SCRATCH"
+SCRATCH_DIRECTORY: Final = "scratch"
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -31,6 +34,9 @@ _NAMES: Final = frozenset(
         QUARANTINE,
         OUTBOX,
         CONFLICTS,
+        ROTATIONS,
+        SCRATCH,
+        SCRATCH_DIRECTORY,
     }
 )
 _NUMBERED: Final = re.compile(r"(\d{10})\.(seg|hint)", re.ASCII)

@@ -32,7 +32,6 @@ from persistence import (
     errors,
 )
 from persistence import record as rec
-from persistence.clock import Clock
 from persistence.disk.filenames import CONFLICTS
 from persistence.disk.journal import decode_entries
 from persistence.sharing.conflicts import decode_conflict
@@ -294,9 +293,8 @@ class World:
             shutdown=ShutdownConfig(checkpoint=False, grace_seconds=5),
         )
 
-    def new_tier(self, config: RedisConfig, clock: Clock) -> SimulatedTier:
+    def new_tier(self, config: RedisConfig, *_: object) -> SimulatedTier:
         """Return the connection of a worker that is being opened."""
-        del clock
         name = str(config.url).rpartition("/")[2]
         tier = SimulatedTier(
             self.network,
