@@ -345,7 +345,7 @@ class Trouble:
             content = path.read_bytes() if path.exists() else b""
             for entry in decode_entries(content[8:24], content)[0]:
                 conflict = decode_conflict(entry)
-                if conflict.record:
+                if conflict is not None and conflict.record:
                     packed = rec.packed_fields(conflict.record)
                     data = {name: rec.unpack_value(value) for name, value in packed.items()}
                     kept.setdefault(conflict.session_id, set()).update(tokens_in(data))

@@ -190,6 +190,7 @@ class Worker:
         found: list[tuple[str, dict[str, Any] | None]] = []
         for entry in decode_entries(content[8:24], content)[0]:
             conflict = decode_conflict(entry)
+            assert conflict is not None, "nothing is sealed here"
             data = None
             if conflict.record:
                 packed = rec.packed_fields(conflict.record)
