@@ -56,6 +56,11 @@ HEADERS: Final = (
 )
 FLIPPED: Final = "tests/disk/test_log_prefixes.py::test_no_flipped_bit_gives_a_wrong_value"
 KERNELS: Final = "tests/faults/test_kernels.py::test_power_cuts_lose_nothing_acknowledged"
+FOUND: Final = "tests/faults/test_found.py"
+EVERY_AWAIT: Final = "tests/faults/test_every_await.py"
+AGREEMENT: Final = "persistence/sharing/agreement.py"
+OUTAGES: Final = "tests/sharing/test_outages.py"
+SHARING: Final = "tests/sharing/test_sharing.py"
 WRITING: Final = "tests/disk/test_writer.py"
 RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
@@ -569,6 +574,50 @@ MUTANTS: Final = (
         "        if not is_same and not rec.has_same_data(now[0], self._base[0]):\n",
         "        if not is_same and False:\n",
         ("tests/test_manager_edit.py", "tests/test_manager_cancel.py"),
+    ),
+    Mutant(
+        "what a restore has staged is removed whatever it ended with",
+        "persistence/disk/install.py",
+        "        except (DiskFull, OSError):\n",
+        "        except BaseException:\n",
+        (FOUND,),
+    ),
+    Mutant(
+        "a restore is put in place as far as its caller waits",
+        "persistence/manager.py",
+        "await undisturbed(self._tiers.exchange(staged))",
+        "await self._tiers.exchange(staged)",
+        (EVERY_AWAIT,),
+    ),
+    Mutant(
+        "updates are accepted while their branch is being delivered",
+        AGREEMENT,
+        "        return not self._accepts_outages or session_id in self.contested\n",
+        "        return False\n",
+        ("tests/sharing/test_agreement.py",),
+    ),
+    Mutant(
+        "a branch that was refused is not delivered before the next interval",
+        AGREEMENT,
+        "            self.contested.add(session_id)\n",
+        "",
+        (OUTAGES,),
+    ),
+    Mutant(
+        "what the shared tier has lost is not kept",
+        "persistence/sharing/fills.py",
+        "        if not was_lost(mine, found):\n",
+        "        if True:\n",
+        (OUTAGES,),
+    ),
+    Mutant(
+        "an old copy brings back what has expired",
+        "persistence/sharing/fills.py",
+        "        elif found is None and was_stale:\n",
+        "        elif found is None and False:\n",
+        (
+            f"{SHARING}::test_a_session_whose_new_time_is_over_is_not_brought_back_by_who_did_not_look",
+        ),
     ),
 )
 

@@ -420,3 +420,23 @@ async def test_an_update_behind_a_creation_that_comes_too_late_is_made_on_the_se
         await creating
     assert (await updating)["n"] == 2
     assert await value(a, sid) == 2
+
+
+async def test_a_session_whose_new_time_is_over_is_not_brought_back_by_who_did_not_look(
+    pair: Pair, shared_server: RedisServer
+) -> None:
+    """The copy there has a longer time, but it is known that there was something newer."""
+    a, b = pair
+    sid = await a.create_session(session_id="a", data={"n": 1}, ttl_seconds=3600)
+    assert await value(b, sid) == 1
+    await a.set_ttl(sid, 0.2)
+
+    async def is_over() -> bool:
+        gone = not shared_server.ask("EXISTS", "persistence:session:{a}")
+        return gone and sharing_of(b).copies.is_stale(sid)
+
+    await until(is_over)
+    assert await value(b, sid) is None
+    assert await value(a, sid) is None
+    await sharing_of(b).deliver()
+    assert not shared_server.ask("EXISTS", "persistence:session:{a}")
