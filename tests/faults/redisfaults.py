@@ -273,6 +273,7 @@ class Trouble:
                 break
             await asyncio.sleep(0.01)
         await asyncio.to_thread(replica.ask, "REPLICAOF", "NO", "ONE")
+        replica.options.clear()  # so that it is none when it is started again
         await asyncio.sleep(self._chance.random() * 0.3)
         self._others.remove(replica)
         before, self._server = self._server, replica
@@ -335,7 +336,12 @@ class Trouble:
                     break
             await asyncio.sleep(0.1)
         else:
-            raise Wrong("it does not come to rest")
+            left = [
+                (side.stats(), side.copies.is_listening, dict(side.outbox.branches))
+                for side in sides
+                if side is not None
+            ]
+            raise Wrong(f"it does not come to rest: {left}")
 
     def _conflicts(self) -> dict[str, set[str]]:
         """Return what is kept of refused branches, by session."""
