@@ -79,7 +79,7 @@ _UNIT_BYTES: Final = {
     "tb": 10**12,
 }
 _SIZE: Final = re.compile(r"\s*([0-9]{1,19})(?:\.([0-9]{1,9}))?\s*([a-z]*)\s*", re.IGNORECASE)
-_URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix)://\S+")
+_URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix|postgres(?:ql)?)://\S+")
 _NAMESPACE: Final = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
 _URL_USER: Final = re.compile(r"^(['\"]?(?:[\w+.-]+://)?).*@", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(?<=password=)[^&'\"]*")
@@ -141,7 +141,7 @@ def _url_text(value: object) -> object:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not _URL.fullmatch(value):
-        raise ValueError("not a URL of a Redis server")
+        raise ValueError("not a URL of a server")
     return value
 
 
@@ -175,7 +175,7 @@ _Url = Annotated[
     BeforeValidator(_url_text),
     _Noun(
         "a URL that starts with redis://, rediss:// or unix:// (redis+sentinel:// and "
-        "redis+cluster:// too), or empty for none"
+        "redis+cluster:// too) or with postgresql://, or empty for none"
     ),
 ]
 _Namespace = Annotated[
@@ -387,7 +387,7 @@ class RedisConfig(_Table):
 
     url: _Url = Field(
         default=None,
-        description="Redis server that workers share sessions through; empty = none.",
+        description="Redis or PostgreSQL that workers share sessions through; empty = none.",
     )
     namespace: _Namespace = Field(
         default="persistence",

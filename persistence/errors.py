@@ -194,21 +194,23 @@ class WriteOutcomeUnknown(PersistenceError):
 
 
 class RemoteDamaged(PersistenceError):
-    """A key of the shared tier holds something else than a session, or a damaged one.
+    """A key or row of the shared tier holds something else than a session, or a damaged one.
 
     It is never returned as a value and never overwritten.
 
     Attributes:
-        key: the key.
+        key: the key, or what is in a row's primary key.
         session_id: the session, where it is known.
     """
 
-    def __init__(self, key: str, reason: str, session_id: str | None = None) -> None:
+    def __init__(
+        self, key: str, reason: str, session_id: str | None = None, what: str = "Redis key"
+    ) -> None:
         self.key = key
         self.session_id = session_id
         self.reason = reason
         super().__init__(
-            f"Redis key {printable(key)}: {reason}; it is left as it is, other sessions are not "
+            f"{what} {printable(key)}: {reason}; it is left as it is, other sessions are not "
             "affected: look at it, then rename or delete it"
         )
 

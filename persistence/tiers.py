@@ -11,14 +11,15 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from persistence.checkpoint.create import Plan
 from persistence.checkpoint.keeper import Keeper, Schedule
+from persistence.checkpoint.opening import open_store
 from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
-from persistence.config import RedisConfig, StateConfig
+from persistence.config import StateConfig
 from persistence.disk.filenames import CONFLICTS, OUTBOX
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
@@ -27,7 +28,7 @@ from persistence.expiry import life_of
 from persistence.listing import Listing
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
-from persistence.remote.contract import RemoteTier
+from persistence.remote.opening import tier_of
 from persistence.residency import Residency
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
@@ -35,9 +36,6 @@ from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.updates import Updates
-
-if TYPE_CHECKING:
-    from persistence.checkpoint.opening import OpenStore
 
 _log = logging.getLogger("persistence")
 
@@ -103,7 +101,9 @@ class Tiers:
             self.disk = await DiskTier.open(config.disk, self.time, self._files)
             undo.push_async_callback(self.disk.close)
             threads = self.disk.threads
-            self._store = _open_store(config, self.disk, self._files)
+            self._store = open_store(
+                config.checkpoint, config.redis, self.disk.directory, threads, self._files
+            )
             synced = config.disk.fsync == "always"
             self._outbox = Outbox(self.disk.journal(OUTBOX), threads, sync=synced)
             self._conflicts = Conflicts(self.disk.journal(CONFLICTS), threads)
@@ -122,7 +122,7 @@ class Tiers:
         redis = self._config.redis
         if redis.url is None or self.shares_sessions:
             return
-        tier = _redis_tier(redis, self._clock)
+        tier = tier_of(redis, self._clock)
         try:
             await tier.open()
         except RemoteUnavailable as error:
@@ -218,9 +218,7 @@ class Tiers:
             partial(self.listing.ids, ""),
         )
         redis = self._config.redis
-        sharing = Sharing(
-            _redis_tier(redis, self._clock), redis, self._outbox, self._conflicts, local
-        )
+        sharing = Sharing(tier_of(redis, self._clock), redis, self._outbox, self._conflicts, local)
         self.residency.confirm_end = sharing.confirm_end
         return sharing
 
@@ -281,19 +279,3 @@ class Tiers:
         self._assemble()
         if self.sharing is not None:
             await self.sharing.open(again=True)
-
-
-# Who needs no Redis does not load its client: that takes a tenth of a second and leaves 15,000
-# objects, over which every full garbage collection goes from then on.
-
-
-def _redis_tier(config: RedisConfig, clock: Clock) -> RemoteTier:
-    from persistence.remote.redis import RedisTier  # noqa: PLC0415 - as said
-
-    return RedisTier(config, clock)
-
-
-def _open_store(config: StateConfig, disk: DiskTier, files: Files | None) -> OpenStore:
-    from persistence.checkpoint.opening import open_store  # noqa: PLC0415 - as said
-
-    return open_store(config.checkpoint, config.redis, disk.directory, disk.threads, files)

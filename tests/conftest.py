@@ -13,6 +13,7 @@ import pytest
 from persistence import Clock, ManualClock, StateManager
 from persistence.disk.files import Files
 from tests.engine import Crash, ScriptedFiles, Start, config_for
+from tests.postgres_servers import postgres, postgres_proxy
 from tests.redis_servers import (
     cluster,
     deployment,
@@ -29,6 +30,8 @@ __all__ = [
     "deployments",
     "each_server",
     "own_server",
+    "postgres",
+    "postgres_proxy",
     "sentinel",
     "shared_server",
 ]
