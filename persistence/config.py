@@ -168,7 +168,9 @@ else:
     _Size = Annotated[int, BeforeValidator(_size_bytes), _SIZE_NOUN]
     _Path = Annotated[str, BeforeValidator(_path_text), _Noun("the path of a directory")]
     _Store = Annotated[
-        str, BeforeValidator(_path_text), _Noun('"auto", "redis" or the path of a directory')
+        str,
+        BeforeValidator(_path_text),
+        _Noun('"auto", "redis", "postgresql" or the path of a directory'),
     ]
 _Url = Annotated[
     str | None,
@@ -473,8 +475,9 @@ class CheckpointConfig(_Table):
     store: _Store = Field(
         default=_default("auto"),
         description=(
-            "Where checkpoints go: redis, the path of a directory, or auto = redis when there is "
-            "one, else a directory beside the log."
+            "Where checkpoints go: redis or postgresql, which redis.url leads to, the path of a "
+            "directory, or auto = the one of redis.url when there is one, else a directory beside "
+            "the log."
         ),
     )
 

@@ -24,6 +24,8 @@ from tests.redis_servers import (
     shared_server,
 )
 
+pytest.register_assert_rewrite("persistence.testing")  # nothing above imports it
+
 __all__ = [
     "cluster",
     "deployment",

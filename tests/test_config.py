@@ -279,7 +279,11 @@ def test_all_faults_are_listed_one_per_line() -> None:
         (RedisConfig, {"namespace": "a{b}"}, "without spaces, control characters and braces"),
         (RedisConfig, {"namespace": b"ab"}, "without spaces, control characters and braces"),
         (CheckpointConfig, {"keep": 0}, "a whole number, at least 1"),
-        (CheckpointConfig, {"store": ""}, '"auto", "redis" or the path of a directory'),
+        (
+            CheckpointConfig,
+            {"store": ""},
+            '"auto", "redis", "postgresql" or the path of a directory',
+        ),
         (StateConfig, {"memory": None}, "a table, or a MemoryConfig"),
         (StateConfig, {"memory": SessionConfig()}, "a table, or a MemoryConfig"),
     ],

@@ -4,14 +4,14 @@ Imports point one way, from the bottom up::
 
     errors, clock, config, record, session, slices
         memory | disk | remote | limits | security | observe      (none of them imports another)
-            checkpoint | commit
+            checkpoint | commit | providers
                 residency
                     sharing
                         updates | listing
                             tiers
                                 manager
                                     persistence/__init__.py         (the public names)
-                                        sync, worker, cli, web
+                                        sync, worker, cli, web, testing
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
-    **dict.fromkeys(("checkpoint", "commit"), 2),
+    **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
     **dict.fromkeys(("residency", "stats"), 3),
     "sharing": 4,
     **dict.fromkeys(("updates", "listing"), 5),
     "tiers": 6,
     "manager": 7,
     "": 8,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 9),
+    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 9),
 }
 """Floor of each room: the first part of a module's name below the package."""
 OPEN_FLOORS = (0, 9)
@@ -53,6 +53,9 @@ FILE_USERS = ("disk.files", "memory.budget", "config", "cli")
 CLOCK_USERS = ("clock",)
 PURE = ("record", "disk.format", "memory.policies", "security.tokens")
 """Bytes in, bytes out: no event loop, no files, no time."""
+
+EXTRAS = ("postgres",)
+"""Extras for parts that not every user needs. Only those parts import them."""
 
 IMPURE_MODULES = {"asyncio", "io", "os", "pathlib", "persistence.clock", "socket", "time"}
 FILE_MODULES = {"aiofiles", "fcntl", "glob", "mmap", "shutil", "tempfile"}
@@ -338,9 +341,10 @@ def test_pure_modules_know_no_loop_no_files_and_no_time(module: Module) -> None:
 
 def test_only_declared_dependencies_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = [each for name in EXTRAS for each in project["optional-dependencies"][name]]
     declared = {
         re.split(r"[^\w-]", requirement)[0].replace("-", "_")
-        for requirement in project["dependencies"]
+        for requirement in (*project["dependencies"], *optional)
     }
     assert [fault for module in MODULES for fault in undeclared(module, declared)] == []
 
@@ -473,10 +477,15 @@ def test_an_undeclared_dependency_is_caught() -> None:
 # What an import costs its user
 
 
-@pytest.mark.parametrize("module", ["redis", "typer", "rich", "pydantic_settings", "aiofiles"])
+@pytest.mark.parametrize(
+    "module", ["redis", "asyncpg", "typer", "rich", "pydantic_settings", "aiofiles"]
+)
 def test_the_library_loads_nothing_that_only_some_of_its_users_need(module: str) -> None:
     # A fresh interpreter: here, other tests have loaded everything.
-    program = f"import persistence, sys; print({module!r} in sys.modules)"
+    program = (
+        "import persistence, persistence.providers, persistence.testing.provider_contract, sys; "
+        f"import persistence.testing.remote_tier_contract; print({module!r} in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -495,7 +504,7 @@ async def work():
         await state.create_checkpoint()
 
 asyncio.run(work())
-print("redis" in sys.modules)
+print("redis" in sys.modules or "asyncpg" in sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT

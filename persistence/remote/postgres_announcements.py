@@ -172,7 +172,8 @@ class PostgresSubscription(Subscription):
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
             try:
-                while await self._remove_expired():  # a thousand at once, so others get a turn
+                # A thousand at once, with pauses: others get a turn.
+                while await self._remove_expired():  # noqa: ASYNC110
                     await asyncio.sleep(_BETWEEN_REMOVALS_SECONDS)
             except PersistenceError as error:
                 _log.warning("expired rows of the shared tier are not removed now: %s", error)
