@@ -112,6 +112,10 @@ class PostgresServer:
         """The URL of its database through a proxy."""
         return f"postgresql://{USER}@{HOST}:{port}/{DATABASE}?sslmode=disable"
 
+    def url_of(self, database: str, user: str = USER) -> str:
+        """The URL of another database, or of another user."""
+        return f"postgresql://{user}@{HOST}:{self.port}/{database}?sslmode=disable"
+
     def start(self) -> Self:
         """Start it; returns once it answers."""
         settings = {
@@ -160,12 +164,20 @@ class PostgresServer:
         self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    async def run(self, statement: str, *arguments: Any) -> list[Any]:
+    async def run(self, statement: str, *arguments: Any, database: str = DATABASE) -> list[Any]:
         """Run one statement over a connection of its own."""
-        connection = await asyncpg.connect(self.url)
+        connection = await asyncpg.connect(self.url_of(database))
         try:
             rows: list[Any] = await connection.fetch(statement, *arguments)
             return rows
+        finally:
+            await connection.close()
+
+    async def run_script(self, script: str, database: str) -> None:
+        """Run several statements in one transaction."""
+        connection = await asyncpg.connect(self.url_of(database))
+        try:
+            await connection.execute(script)
         finally:
             await connection.close()
 

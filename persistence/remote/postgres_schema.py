@@ -87,14 +87,14 @@ async def prepare(link: PostgresLink) -> None:
             f"PostgreSQL at {link.where} is a standby and takes no writes; redis.url must lead to "
             "the primary (several hosts and target_session_attrs=primary find it)"
         )
-    if not found["is_installed"]:
-        await install(link)
     columns = {row["name"]: row["type"] for row in await _asked(link, _LOOK_AT_COLUMNS)}
-    if columns != _COLUMNS:
+    if columns not in ({}, _COLUMNS):
         raise ConfigError(
             f"redis.url: table {SESSIONS} in PostgreSQL at {link.where} was not made by this "
             "library; use another database, or a user with a search_path of its own"
         )
+    if not found["is_installed"]:
+        await install(link)
 
 
 async def install(link: PostgresLink) -> None:
