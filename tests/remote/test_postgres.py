@@ -165,6 +165,27 @@ async def test_a_server_that_takes_no_writes_is_unavailable_and_says_so(
     assert (await loaded(tier, "a")).record == record
 
 
+async def test_batches_over_the_same_sessions_in_opposite_orders_never_deadlock(
+    open_tier: Open,
+) -> None:
+    tiers = [await open_tier(), await open_tier()]
+    names = [f"s{n}" for n in range(60)]
+    records = {name: new_record({"n": 0}) for name in names}
+    await tiers[0].commit([create(name, record) for name, record in records.items()])
+    for _ in range(6):
+        batches = [
+            [update(name, records[name], next_record(records[name], {})) for name in order]
+            for order in (names, names[::-1])
+        ]
+        found = await asyncio.gather(*map(PostgresTier.commit, tiers, batches))
+        for batch, results in zip(batches, found, strict=True):
+            for put, result in zip(batch, results, strict=True):
+                if result.is_stored:
+                    records[put.session_id] = put.record
+    # PostgreSQL would have ended one of the two after a second, which is then sent again.
+    assert [tier.repeated for tier in tiers] == [0, 0]
+
+
 # --- lost answers ---------------------------------------------------------------------------------
 
 
