@@ -33,7 +33,7 @@ PACKAGE = "persistence"
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
-    **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown"), 0),
+    **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
     **dict.fromkeys(("residency", "stats"), 3),

@@ -35,12 +35,15 @@ class RemoteSession(NamedTuple):
         accessed: last access that was recorded, wall seconds.
         deadline: wall seconds; infinity: never expires.
         cap: deadline that no renewal moves, wall seconds; infinity: none.
+        history: ids of the latest commits under this session id, newest first, also those of
+            earlier incarnations; fewer than `IDS_REMEMBERED` are all that the tier has had.
     """
 
     record: bytes
     accessed: float
     deadline: float
     cap: float
+    history: tuple[bytes, ...] = ()
 
 
 class Stored(NamedTuple):
@@ -51,12 +54,14 @@ class Stored(NamedTuple):
         version: the session's version (of a tombstone: the last one it had).
         incarnation: its incarnation id.
         commit: id of its latest commit; of a tombstone, the one that ended it.
+        history: as of a `RemoteSession`, if this is a tombstone that was loaded; else empty.
     """
 
     lives: bool
     version: int
     incarnation: bytes
     commit: bytes
+    history: tuple[bytes, ...] = ()
 
 
 class Put(NamedTuple):

@@ -33,6 +33,7 @@ from persistence import record as rec
 from persistence.errors import RemoteDamaged
 from persistence.record import ID_BYTES, NO_ID, PREFIX_BYTES
 from persistence.remote.contract import (
+    IDS_REMEMBERED,
     Announcement,
     Delete,
     Outcome,
@@ -267,8 +268,9 @@ def decode_session(
         return None
     try:
         stored = decode_state(fields[STATE])
+        history = _history(fields[STATE], fields.get(OLDER, b""))
         if not stored.lives:
-            return stored
+            return stored._replace(history=history)
         session = _assemble(fields)
     except KeyError as error:
         raise RemoteDamaged(_text(key), f"it has no {error.args[0]!r}", session_id) from None
@@ -276,7 +278,14 @@ def decode_session(
         raise RemoteDamaged(_text(key), str(error), session_id) from None
     if session.record[ID_BYTES : 2 * ID_BYTES] != stored.commit:
         raise RemoteDamaged(_text(key), "its head is of another commit than its state", session_id)
-    return session
+    return session._replace(history=history)
+
+
+def _history(state: bytes, older: bytes) -> tuple[bytes, ...]:
+    """Return the ids of the latest commits, newest first."""
+    ids = (state[STATE_BYTES - ID_BYTES :] + older)[: IDS_REMEMBERED * ID_BYTES]
+    whole = range(0, len(ids) - ID_BYTES + 1, ID_BYTES)
+    return tuple(ids[start : start + ID_BYTES] for start in whole)
 
 
 def _assemble(fields: Mapping[bytes, bytes]) -> RemoteSession:

@@ -7,19 +7,29 @@ from then on.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from persistence.clock import Clock
 from persistence.config import RedisConfig
 from persistence.errors import ConfigError
 from persistence.remote.contract import RemoteTier
 from persistence.remote.postgres_urls import is_postgres
+from persistence.sealer import Sealer
 
 
-def tier_of(config: RedisConfig, clock: Clock) -> RemoteTier:
+def tier_of(
+    config: RedisConfig,
+    clock: Clock,
+    sealer: Sealer | None = None,
+    learn: Callable[[], Awaitable[None]] | None = None,
+) -> RemoteTier:
     """Return the shared tier behind ``redis.url``. Connects to nothing yet.
 
     Args:
         config: ``url`` (must be set) and all that the tier takes.
         clock: process time.
+        sealer: seals and opens what is stored of sessions; None: it is stored as it is.
+        learn: awaited when something is sealed with a key that is not known.
 
     Raises:
         ConfigError: the URL is wrong, or what the tier needs is not installed.
@@ -28,9 +38,10 @@ def tier_of(config: RedisConfig, clock: Clock) -> RemoteTier:
         check_asyncpg()
         from persistence.remote.postgres import PostgresTier  # noqa: PLC0415 - see above
 
-        return PostgresTier(config, clock)
+        return PostgresTier(config, clock, sealer, learn)
     from persistence.remote.redis import RedisTier  # noqa: PLC0415 - see above
 
+    assert sealer is None, "in Redis nothing is sealed yet"
     return RedisTier(config, clock)
 
 

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from asyncpg import PostgresError
-from crc32c import crc32c
 
-from persistence import record as rec
 from persistence.clock import Clock
 from persistence.config import RedisConfig
 from persistence.errors import ConfigError, PersistenceError, RemoteDamaged, printable
-from persistence.record import ID_BYTES, PREFIX_BYTES
+from persistence.record import ID_BYTES
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
 from persistence.remote.exchanges import Fault
 from persistence.remote.keys import Keys
 from persistence.remote.postgres_announcements import Channels, PostgresSubscription
 from persistence.remote.postgres_calls import PostgresCalls
-from persistence.remote.postgres_committer import PostgresCommitter, decode_stored, id_bytes
+from persistence.remote.postgres_committer import PostgresCommitter
 from persistence.remote.postgres_faults import as_config_error, explain
 from persistence.remote.postgres_link import PostgresLink
+from persistence.remote.postgres_rows import RowCodec, decode_stored, id_bytes
 from persistence.remote.postgres_schema import SESSIONS, prepare
 from persistence.remote.postgres_urls import parse_postgres_url
+from persistence.sealer import Sealer
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.remote")
@@ -43,7 +43,7 @@ _BYTE_MAX: Final = 255
 _NOW: Final = "extract(epoch FROM statement_timestamp())::double precision"
 _LIVE: Final = f"namespace = $1 AND expires > {_NOW}"
 _LOAD: Final = (
-    f"SELECT id, kind, version, incarnation, commits[1], record, checksum, accessed, deadline, cap "  # noqa: S608
+    f"SELECT id, kind, version, incarnation, commits, record, checksum, accessed, deadline, cap "  # noqa: S608
     f"FROM {SESSIONS} WHERE {_LIVE} AND id = ANY ($2)"
 )
 _STORED: Final = (
@@ -80,12 +80,20 @@ class PostgresTier:
         config: ``url`` (must be set), ``namespace``, ``timeout_seconds``, ``tombstone_seconds``,
             ``heartbeat_seconds``, ``max_connections``.
         clock: process time.
+        sealer: seals and opens records; None: they are stored as they are.
+        learn: awaited when one is sealed with a key that is not known: it may have been added.
 
     Raises:
         ConfigError: the URL is wrong.
     """
 
-    def __init__(self, config: RedisConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: RedisConfig,
+        clock: Clock,
+        sealer: Sealer | None = None,
+        learn: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         if config.url is None:
             raise ConfigError("redis.url is not set: there is no shared tier")
         self.worker = secrets.token_bytes(ID_BYTES)
@@ -97,11 +105,14 @@ class PostgresTier:
         self._channels = Channels(self._space, self.worker)
         self._link = PostgresLink(target, config.max_connections, config.timeout_seconds)
         self._calls = PostgresCalls(self._link, config.timeout_seconds, clock)
+        self._codec = RowCodec(sealer)
+        self._learn = learn
         self._committer = PostgresCommitter(
             self._calls,
             self._space,
             self._channels.commits,
             self.worker,
+            self._codec,
             config=config,
             where=self.where,
         )
@@ -143,6 +154,7 @@ class PostgresTier:
             return []
         doing = f"load {_sessions(session_ids)}"
         rows = await self._calls.read(doing, _LOAD, self._space, list(set(keys)))
+        await self._learn_keys(rows)
         by_key = {row[0]: row for row in rows}
         slices = Slices(self._clock.monotonic)
         found: list[RemoteSession | Stored | PersistenceError | None] = []
@@ -154,21 +166,22 @@ class PostgresTier:
 
     def _decode(self, row: Any, session_id: str) -> RemoteSession | Stored | RemoteDamaged:
         """Return the session in a row, if it is as it was written."""
-        _, kind, version, incarnation, commit, record, checksum, accessed, deadline, cap = row
-        stored = decode_stored(kind, version, incarnation, commit)
+        key, kind, version, incarnation, commits, kept, checksum, accessed, deadline, cap = row
+        history = tuple(commits)
+        stored = decode_stored(kind, version, incarnation, history[0])._replace(history=history)
         if not stored.lives:
             return stored
-        reason = ""
-        if record is None or len(record) < PREFIX_BYTES:
-            reason = "it has no record"
-        elif crc32c(record) != checksum:
-            reason = "its checksum is wrong"
-        elif rec.commit_of(record) != commit:
-            reason = "its record is of another commit"
-        if reason:
-            key = f"{self._space}/{session_id}"
-            return RemoteDamaged(key, reason, session_id, f"row in {SESSIONS}")
-        return RemoteSession(record, accessed, deadline, cap)
+        try:
+            record = self._codec.opened(key, stored, kept, checksum)
+        except ValueError as error:
+            place = f"{self._space}/{session_id}"
+            return RemoteDamaged(place, str(error), session_id, f"row in {SESSIONS}")
+        return RemoteSession(record, accessed, deadline, cap, history)
+
+    async def _learn_keys(self, rows: Sequence[Any]) -> None:
+        """Look for keys that another worker may have begun to seal with."""
+        if self._learn is not None and any(self._codec.lacks_key(row["record"]) for row in rows):
+            await self._learn()
 
     async def stored(self, session_ids: Sequence[str]) -> list[Stored | None]:
         """Return what is stored of each session, without its data."""

@@ -18,30 +18,17 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from crc32c import crc32c
-
-from persistence import record as rec
 from persistence.config import RedisConfig
 from persistence.errors import printable
-from persistence.record import ID_BYTES, NEVER, NO_ID
-from persistence.remote.contract import (
-    APPLIED,
-    CommitResult,
-    Delete,
-    Outcome,
-    Put,
-    Request,
-    Stored,
-    Touch,
-)
+from persistence.remote.contract import APPLIED, CommitResult, Outcome, Request
 from persistence.remote.postgres_calls import PostgresCalls, Settled
 from persistence.remote.postgres_faults import explain, unknown
+from persistence.remote.postgres_rows import Row, RowCodec, decode_stored
 from persistence.remote.postgres_schema import COMMIT
 
 _REQUESTS_PER_RUN: Final = 256
 _BYTES_PER_RUN: Final = 2**20
 _LOST_TIMEOUTS: Final = 3
-_LIVES: Final = "L"
 _APPLIED: Final = "A"
 _CODES: Final = {
     "D": Outcome.ALREADY_APPLIED,
@@ -54,19 +41,6 @@ _STATEMENT: Final = (
     f"SELECT * FROM {COMMIT}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"  # noqa: S608
 )
 
-_Row = tuple[str, bytes, bytes, bytes, bytes, int, bytes | None, int, float, float, float]
-
-
-def id_bytes(session_id: str) -> bytes:
-    """Return a session id as it is in the tables."""
-    assert session_id, "the empty id is the epoch's"
-    return session_id.encode()
-
-
-def decode_stored(kind: str, version: int, incarnation: bytes, commit: bytes) -> Stored:
-    """Return what a row says of a session."""
-    return Stored(kind == _LIVES, version, incarnation, commit)
-
 
 class PostgresCommitter:
     """Commits for one tier.
@@ -76,6 +50,7 @@ class PostgresCommitter:
         space: the namespace, as it is in the tables.
         channel: where commits are announced.
         worker: the id to announce them under.
+        codec: makes rows of requests.
         config: ``timeout_seconds``, ``tombstone_seconds``.
         where: the tier, for messages.
     """
@@ -86,11 +61,13 @@ class PostgresCommitter:
         space: str,
         channel: str,
         worker: bytes,
+        codec: RowCodec,
         *,
         config: RedisConfig,
         where: str,
     ) -> None:
         self._calls = calls
+        self._codec = codec
         self._where = where
         self._first = (space, channel, worker.hex(), config.tombstone_seconds)
         self._lost_seconds = _LOST_TIMEOUTS * config.timeout_seconds
@@ -99,7 +76,7 @@ class PostgresCommitter:
     async def commit(self, requests: Sequence[Request]) -> list[CommitResult]:
         """Apply `requests` in order; return the outcome of each."""
         results = [APPLIED] * len(requests)
-        rows = [_row_of(request) for request in requests]
+        rows = [self._codec.row_of(request) for request in requests]
         order = sorted(range(len(rows)), key=lambda index: rows[index][1])  # it keeps equal ones
         async with self._turn:
             settled: Settled | None = None
@@ -111,7 +88,7 @@ class PostgresCommitter:
                 self._note(requests, group, settled, results)
         return results
 
-    async def _run(self, rows: list[_Row]) -> Settled:
+    async def _run(self, rows: list[Row]) -> Settled:
         columns = [list(column) for column in zip(*rows, strict=True)]
         return await self._calls.settle(
             _STATEMENT, *self._first, *columns, lost_seconds=self._lost_seconds
@@ -150,26 +127,7 @@ def _answered(row: Any) -> CommitResult:
     return CommitResult(_CODES[code], stored)
 
 
-def _row_of(request: Request) -> _Row:
-    """Return a request as the function takes it."""
-    key = id_bytes(request.session_id)
-    if type(request) is Put:
-        _, record, base, accessed, deadline, cap, *_ = request
-        kind = "C" if base == NO_ID else "P"
-        incarnation, commit = record[:ID_BYTES], record[ID_BYTES : 2 * ID_BYTES]
-        version, checksum = rec.version_of(record), crc32c(record)
-        return (
-            kind, key, commit, base, incarnation, version, record, checksum, accessed, deadline, cap
-        )  # fmt: skip
-    if type(request) is Delete:
-        _, commit, incarnation, base = request
-        return "D", key, commit, base, incarnation, 0, None, 0, 0.0, 0.0, NEVER
-    assert type(request) is Touch, "there are three kinds of requests"
-    _, commit, accessed, deadline = request
-    return "T", key, commit, NO_ID, NO_ID, 0, None, 0, accessed, deadline, NEVER
-
-
-def _groups(rows: Sequence[_Row], order: list[int]) -> Iterator[list[int]]:
+def _groups(rows: Sequence[Row], order: list[int]) -> Iterator[list[int]]:
     """Yield the indexes of what goes into one run each."""
     group: list[int] = []
     room = _BYTES_PER_RUN

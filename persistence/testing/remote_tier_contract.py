@@ -198,7 +198,9 @@ class RemoteTierContract:
         record = new_record(data)
         now = _wall()
         assert await tier.commit([Put("a", record, NO_ID, now, now + 60.5, now + 600)]) == [APPLIED]
-        assert await tier.load("a") == RemoteSession(record, now, now + 60.5, now + 600)
+        history = (rec.commit_of(record),)
+        expected = RemoteSession(record, now, now + 60.5, now + 600, history)
+        assert await tier.load("a") == expected
         assert data_of(record) == data
         await created(tier, "empty", {})
         assert (await loaded(await open_tier(), "empty")).deadline < NEVER
@@ -240,7 +242,7 @@ class RemoteTierContract:
                 assert (found, state) == (None, None)
             elif name == "s3":
                 assert isinstance(found, Stored)
-                assert (found, found.lives) == (state, False)
+                assert (found._replace(history=()), found.lives) == (state, False)
             else:
                 assert isinstance(found, RemoteSession)
                 assert found.record == records[name]
@@ -434,20 +436,28 @@ class RemoteTierContract:
     ) -> None:
         """However many there were before."""
         tier = await open_tier()
-        for commits in (1, 5, 9, 40):
+        for commits in (1, 5, 8, 9, 17, 40):
             name = f"s{commits}"
             chain = chain_of(commits)
             requests: list[Request] = [create(name, chain[0])]
-            requests += [update(name, old, new) for old, new in pairwise(chain)]
+            requests += [
+                update(name, old, new, whole=not n % 3)
+                for n, (old, new) in enumerate(pairwise(chain))
+            ]
+            ending = end(name)
             anew = new_record({"n": 0, "m": 1})
             last = next_record(anew, {"n": 1, "m": 2})
-            requests += [end(name), create(name, anew), update(name, anew, last)]
+            requests += [ending, create(name, anew), update(name, anew, last)]
             assert await tier.commit(requests) == [APPLIED] * len(requests)
             again = await outcomes(tier, *requests)
             known = min(IDS_REMEMBERED, len(requests))
             assert again[-known:] == [Outcome.ALREADY_APPLIED] * known
             assert set(again[:-known]) <= {Outcome.CONFLICT}
-            assert (await loaded(tier, name)).record == last
+            found = await loaded(tier, name)
+            assert found.record == last
+            ids = [rec.commit_of(each) for each in chain]
+            ids += [ending.commit, rec.commit_of(anew), rec.commit_of(last)]
+            assert found.history == tuple(ids[::-1][:IDS_REMEMBERED])
 
     async def test_after_a_crash_between_any_two_calls_another_worker_goes_on(
         self, open_tier: OpenTier
@@ -516,7 +526,8 @@ class RemoteTierContract:
         ending = end("a")
         assert await outcome(tier, ending) is Outcome.APPLIED
         tombstone = Stored(False, 1, rec.incarnation_of(record), ending.commit)
-        assert await tier.load("a") == tombstone
+        history = (ending.commit, rec.commit_of(record))
+        assert await tier.load("a") == tombstone._replace(history=history)
         assert await tier.stored(["a"]) == [tombstone]
         late: list[Request] = [
             update("a", record, next_record(record, {"n": 1})),
@@ -528,7 +539,7 @@ class RemoteTierContract:
         for result in await tier.commit(late):
             assert (result.outcome, result.stored) == (Outcome.TERMINATED, tombstone)
         assert await outcome(tier, ending) is Outcome.ALREADY_APPLIED
-        assert await tier.load("a") == tombstone
+        assert await tier.load("a") == tombstone._replace(history=history)
         assert await listed(tier) == []
 
     async def test_a_session_is_created_anew_over_a_tombstone(self, open_tier: OpenTier) -> None:

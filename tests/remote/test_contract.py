@@ -66,7 +66,8 @@ async def test_a_session_comes_back_byte_for_byte_with_its_times(tier: RedisTier
     now = time.time()
     put = Put("a", record, NO_ID, now, now + 60.5, now + 600)
     assert await tier.commit([put]) == [APPLIED]
-    assert await tier.load("a") == RemoteSession(record, now, now + 60.5, now + 600)
+    history = (rec.commit_of(record),)
+    assert await tier.load("a") == RemoteSession(record, now, now + 60.5, now + 600, history)
     assert data_of(record) == data
 
 

@@ -43,7 +43,7 @@ def stored_hash(
 def test_a_record_taken_apart_is_put_together_byte_for_byte(data: dict[str, object]) -> None:
     record = new_record(data)
     found = decode_session(b"k", "a", stored_hash(record, 5.0, 7.0))
-    assert found == RemoteSession(record, 5.0, 7.0, NEVER)
+    assert found == RemoteSession(record, 5.0, 7.0, NEVER, (rec.commit_of(record),))
 
 
 @given(before=DATA, after=DATA)
@@ -133,7 +133,9 @@ def test_a_state_of_somebody_else_is_none(state: bytes) -> None:
 
 def test_a_tombstone_is_decoded_as_that() -> None:
     state = b"T" + (7).to_bytes(8, "little") + b"i" * 16 + b"c" * 16 + b"o" * 16
-    assert decode_session(b"k", "a", {STATE: state}) == Stored(False, 7, b"i" * 16, b"c" * 16)
+    assert decode_session(b"k", "a", {STATE: state}) == Stored(
+        False, 7, b"i" * 16, b"c" * 16, (b"c" * 16, b"o" * 16)
+    )
 
 
 def test_announcements_are_decoded_in_order_and_cut_ones_refused() -> None:

@@ -28,6 +28,7 @@ from persistence.testing.sessions import create, data_of, end, new_record, next_
 from tests.engine import eventually
 from tests.postgres_servers import PostgresServer, new_namespace
 from tests.redis_servers import HOST, Proxy, free_port
+from tests.remote.test_postgres_rows import ToySealer
 
 Open = Callable[..., Awaitable[PostgresTier]]
 
@@ -406,3 +407,38 @@ async def test_closing_gives_all_connections_back(
     assert postgres_proxy.connections >= 2
     await tier.close()
     await eventually(lambda: not postgres_proxy._open)
+
+
+# --- sealed ---------------------------------------------------------------------------------------
+
+
+async def test_what_is_sealed_is_not_in_the_table_and_new_keys_are_looked_for(
+    postgres: PostgresServer, namespace: str
+) -> None:
+    learned: list[str] = []
+    old, new = ToySealer(b"old"), ToySealer(b"old", b"new")
+
+    async def learn() -> None:
+        learned.append("once")
+        old.learn(b"new")
+
+    config = RedisConfig(url=postgres.url, namespace=namespace)
+    writer = PostgresTier(config, SystemClock(), new)
+    reader = PostgresTier(config, SystemClock(), old, learn)
+    try:
+        await writer.open()
+        record = await created(writer, "a", {"secret": "x" * 100})
+        [row] = await postgres.run(
+            f"SELECT record FROM {SESSIONS} WHERE namespace = $1 AND kind = 'L'", namespace
+        )
+        assert b"xxx" not in row[0]
+        for _ in range(2):
+            assert (await loaded(reader, "a")).record == record
+        assert learned == ["once"]
+        nobody = PostgresTier(config, SystemClock())
+        with pytest.raises(RemoteDamaged):
+            await nobody.load("a")
+        await nobody.close()
+    finally:
+        await writer.close()
+        await reader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -344,10 +345,15 @@ def test_the_examples_of_the_page_run_as_they_stand(
     (tmp_path / "conftest.py").write_text(
         'import pytest\n\npytest.register_assert_rewrite("persistence.testing")\n', encoding="utf-8"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "asyncio_mode=auto", "-k"]
-    names = "two_writers_no_increment or expires_by"
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "asyncio_mode=auto"]
+    options = ["-p", "pytest_asyncio.plugin", "-k", "two_writers_no_increment or expires_by"]
     done = subprocess.run(
-        [*command, names, str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path
+        [*command, *options, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # they take longer than it
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"^3 passed", done.stdout, re.MULTILINE), done.stdout
