@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final
 
 from asyncpg import PostgresError
@@ -24,7 +24,7 @@ from persistence.remote.postgres_announcements import Channels, PostgresSubscrip
 from persistence.remote.postgres_calls import PostgresCalls
 from persistence.remote.postgres_committer import PostgresCommitter
 from persistence.remote.postgres_faults import as_config_error, explain
-from persistence.remote.postgres_link import PostgresLink
+from persistence.remote.postgres_link import SMALL_BYTES, PostgresLink
 from persistence.remote.postgres_rows import RowCodec, decode_stored, id_bytes
 from persistence.remote.postgres_schema import SESSIONS, prepare
 from persistence.remote.postgres_urls import parse_postgres_url
@@ -42,12 +42,18 @@ _BYTE_MAX: Final = 255
 # and not clock_timestamp(): an index serves only what stays the same within a statement.
 _NOW: Final = "extract(epoch FROM statement_timestamp())::double precision"
 _LIVE: Final = f"namespace = $1 AND expires > {_NOW}"
+_COLUMNS: Final = "id, kind, version, incarnation, commits, checksum, accessed, deadline, cap"
 _LOAD: Final = (
-    f"SELECT id, kind, version, incarnation, commits, record, checksum, accessed, deadline, cap "  # noqa: S608
+    f"SELECT {_COLUMNS}, octet_length(record) AS size, "  # noqa: S608
+    f"CASE WHEN octet_length(record) <= {SMALL_BYTES} THEN record END AS record "
     f"FROM {SESSIONS} WHERE {_LIVE} AND id = ANY ($2)"
 )
+_LOAD_LARGE: Final = (
+    f"SELECT {_COLUMNS}, octet_length(record) AS size, record "  # noqa: S608
+    f"FROM {SESSIONS} WHERE {_LIVE} AND id = $2"
+)
 _STORED: Final = (
-    f"SELECT id, kind, version, incarnation, commits[1] FROM {SESSIONS} "  # noqa: S608
+    f"SELECT id, kind, version, incarnation, coalesce(commits[1], '') FROM {SESSIONS} "  # noqa: S608
     f"WHERE {_LIVE} AND id = ANY ($2)"
 )
 _SCAN: Final = (
@@ -154,8 +160,11 @@ class PostgresTier:
             return []
         doing = f"load {_sessions(session_ids)}"
         rows = await self._calls.read(doing, _LOAD, self._space, list(set(keys)))
-        await self._learn_keys(rows)
-        by_key = {row[0]: row for row in rows}
+        by_key = {row["id"]: row for row in rows}
+        for row in rows:
+            if row["record"] is None and row["size"] is not None:
+                await self._load_large(row, by_key)
+        await self._learn_keys(by_key.values())
         slices = Slices(self._clock.monotonic)
         found: list[RemoteSession | Stored | PersistenceError | None] = []
         for key, session_id in zip(keys, session_ids, strict=True):
@@ -164,11 +173,22 @@ class PostgresTier:
             await slices.give_way_if_due()
         return found
 
+    async def _load_large(self, row: Any, rows: dict[bytes, Any]) -> None:
+        """Put a row with its large record into `rows`, as it is now; that has its own time."""
+        key = row["id"]
+        found = await self._calls.read(
+            "load a large session", _LOAD_LARGE, self._space, key, payload_bytes=row["size"]
+        )
+        del rows[key]
+        if found:
+            rows[key] = found[0]
+
     def _decode(self, row: Any, session_id: str) -> RemoteSession | Stored | RemoteDamaged:
         """Return the session in a row, if it is as it was written."""
-        key, kind, version, incarnation, commits, kept, checksum, accessed, deadline, cap = row
+        key, kind, version, incarnation, commits, checksum, accessed, deadline, cap, _, kept = row
         history = tuple(commits)
-        stored = decode_stored(kind, version, incarnation, history[0])._replace(history=history)
+        commit = history[0] if history else b""
+        stored = decode_stored(kind, version, incarnation, commit)._replace(history=history)
         if not stored.lives:
             return stored
         try:
@@ -178,7 +198,7 @@ class PostgresTier:
             return RemoteDamaged(place, str(error), session_id, f"row in {SESSIONS}")
         return RemoteSession(record, accessed, deadline, cap, history)
 
-    async def _learn_keys(self, rows: Sequence[Any]) -> None:
+    async def _learn_keys(self, rows: Iterable[Any]) -> None:
         """Look for keys that another worker may have begun to seal with."""
         if self._learn is not None and any(self._codec.lacks_key(row["record"]) for row in rows):
             await self._learn()

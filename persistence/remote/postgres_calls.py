@@ -23,7 +23,7 @@ from persistence.remote.postgres_faults import (
     is_passing,
     is_uninstalled,
 )
-from persistence.remote.postgres_link import PostgresLink
+from persistence.remote.postgres_link import PostgresLink, seconds_for
 from persistence.remote.postgres_schema import install
 
 _log = logging.getLogger("persistence.remote")
@@ -63,31 +63,43 @@ class PostgresCalls:
         self.repeated = 0
         """Statements that were sent again."""
 
-    async def read(self, doing: str, statement: str, *arguments: Any) -> list[Any]:
+    async def read(
+        self, doing: str, statement: str, *arguments: Any, payload_bytes: int = 0
+    ) -> list[Any]:
         """Return the rows of a statement that may be repeated.
 
         Args:
             doing: for messages, for example "load session 'a'".
             statement: SQL.
             *arguments: of it.
+            payload_bytes: about how much it carries, there or back.
 
         Raises:
             RemoteUnavailable: there are none.
         """
-        settled = await self.settle(statement, *arguments, lost_seconds=self._timeout_seconds)
+        settled = await self.settle(
+            statement,
+            *arguments,
+            lost_seconds=self._timeout_seconds,
+            payload_bytes=payload_bytes,
+        )
         if settled.rows is None:
             assert settled.error is not None, "one of the two"
             raise explain(settled.error, self._link.where, doing) from None
         return settled.rows
 
-    async def settle(self, statement: str, *arguments: Any, lost_seconds: float) -> Settled:
+    async def settle(
+        self, statement: str, *arguments: Any, lost_seconds: float, payload_bytes: int = 0
+    ) -> Settled:
         """Send an idempotent statement until there is a final answer.
 
         Args:
             statement: SQL.
             *arguments: of it.
             lost_seconds: for how long to go on when an answer was lost.
+            payload_bytes: about how much it carries; more than 1 MiB makes that longer.
         """
+        lost_seconds += 2 * seconds_for(payload_bytes)
         start = self._monotonic()
         pause = 0.0
         was_lost = False
@@ -95,7 +107,7 @@ class PostgresCalls:
         while True:
             answer: list[Any] | Exception
             try:
-                answer = await self._link.rows(statement, *arguments)
+                answer = await self._link.rows(statement, *arguments, payload_bytes=payload_bytes)
             except Fault as fault:
                 answer = fault
             if isinstance(answer, list):

@@ -91,7 +91,11 @@ class PostgresCommitter:
     async def _run(self, rows: list[Row]) -> Settled:
         columns = [list(column) for column in zip(*rows, strict=True)]
         return await self._calls.settle(
-            _STATEMENT, *self._first, *columns, lost_seconds=self._lost_seconds
+            _STATEMENT,
+            *self._first,
+            *columns,
+            lost_seconds=self._lost_seconds,
+            payload_bytes=sum(map(_size, rows)),
         )
 
     def _note(
@@ -127,13 +131,18 @@ def _answered(row: Any) -> CommitResult:
     return CommitResult(_CODES[code], stored)
 
 
+def _size(row: Row) -> int:
+    """Return about how many bytes a row takes."""
+    record = row[6]
+    return 0 if record is None else len(record)
+
+
 def _groups(rows: Sequence[Row], order: list[int]) -> Iterator[list[int]]:
     """Yield the indexes of what goes into one run each."""
     group: list[int] = []
     room = _BYTES_PER_RUN
     for index in order:
-        record = rows[index][6]
-        size = 0 if record is None else len(record)
+        size = _size(rows[index])
         if group and (len(group) == _REQUESTS_PER_RUN or size > room):
             yield group
             group, room = [], _BYTES_PER_RUN

@@ -9,6 +9,8 @@ time it comes back, and waits without end for one that hangs. Here:
   it is closed, so no answer ever reaches another caller.
 - Every statement is a transaction of its own. The server gives up on one after the timeout, so that
   what nobody waits for any more does not come late.
+- The timeout is for statements of up to 1 MiB, there and back. A larger one has a second more for
+  each 2 MiB.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from persistence.remote.exchanges import Lost, Unsent
 from persistence.remote.postgres_faults import Refused, ends_connection, first_line, is_broken
 from persistence.remote.postgres_urls import PostgresTarget
 
+SMALL_BYTES: Final = 2**20
+"""What a statement carries, there or back, within the timeout; more has more time."""
+_SLOWEST_BYTES_PER_SECOND: Final = 2 * 2**20
 _CLOSE_SECONDS: Final = 1.0
 _SETTINGS: Final = {
     "application_name": "persistence",
@@ -48,7 +53,7 @@ class PostgresLink:
     ) -> None:
         self.where = target.shown
         self._arguments = target.arguments
-        self._settings = {**_SETTINGS, "statement_timeout": f"{round(timeout_seconds * 1000)}"}
+        self._settings = {**_SETTINGS, "statement_timeout": f"{_milliseconds(timeout_seconds)}"}
         self._max_connections = max_connections
         self._timeout_seconds = timeout_seconds
         self._free = asyncio.Semaphore(max_connections)
@@ -112,8 +117,15 @@ class PostgresLink:
                 return connection
         return None
 
-    async def rows(self, statement: str, *arguments: Any) -> list[Any] | PostgresError:
+    async def rows(
+        self, statement: str, *arguments: Any, payload_bytes: int = 0
+    ) -> list[Any] | PostgresError:
         """Run one statement; return its rows, or the error that the server answered.
+
+        Args:
+            statement: SQL.
+            *arguments: of it.
+            payload_bytes: about how much it carries, there or back.
 
         Raises:
             Unsent, Refused: it was certainly not executed.
@@ -121,19 +133,31 @@ class PostgresLink:
         """
         answer: list[Any] | PostgresError
         async with self.lease() as connection:
+            more_seconds = seconds_for(payload_bytes)
             try:
-                async with asyncio.timeout(self._timeout_seconds):
+                async with asyncio.timeout(self._timeout_seconds + more_seconds):
+                    if more_seconds:
+                        await self._give_time(connection, more_seconds)
                     answer = await connection.fetch(statement, *arguments)
+                    if more_seconds:
+                        await self._give_time(connection, 0.0)
             except PostgresError as error:
                 if ends_connection(error):
                     self.drop_idle()
                     raise Lost(f"PostgreSQL at {self.where}: {first_line(error)}") from error
                 answer = error
+                if more_seconds:
+                    connection.terminate()  # it would go on giving statements so much time
             except (InterfaceError, OSError) as error:
                 self.drop_idle()
                 reason = _words(error, "does not answer")
                 raise Lost(f"PostgreSQL at {self.where}: {reason}") from error
         return answer
+
+    async def _give_time(self, connection: Any, more_seconds: float) -> None:
+        """Let the server give up later."""
+        milliseconds = _milliseconds(self._timeout_seconds + more_seconds)
+        await connection.execute(f"SET statement_timeout = {milliseconds}")
 
     def drop_idle(self) -> None:
         """Close what nobody uses: after a fault the others are suspect too."""
@@ -146,6 +170,16 @@ class PostgresLink:
         self._closed = True
         idle, self._idle = self._idle, []
         await asyncio.gather(*(close_politely(connection) for connection in idle))
+
+
+def seconds_for(payload_bytes: int) -> float:
+    """Return how much longer than the timeout a statement may take that carries so much."""
+    return payload_bytes / _SLOWEST_BYTES_PER_SECOND if payload_bytes > SMALL_BYTES else 0.0
+
+
+def _milliseconds(seconds: float) -> int:
+    """Return when the server gives up: a little sooner than we, so that it can still say so."""
+    return max(1, round(900 * seconds))
 
 
 async def close_politely(connection: Any) -> None:

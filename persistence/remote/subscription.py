@@ -30,6 +30,8 @@ _LONGEST_PAUSE_SECONDS: Final = 5.0
 class Subscription(ABC):
     """Keeps one listener informed until it is closed. It starts by itself.
 
+    A subclass sets its own attributes before it calls this constructor, which starts the task.
+
     Args:
         listener: who is told.
         epoch: returns the id of the tier's content.

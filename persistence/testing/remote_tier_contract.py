@@ -217,11 +217,11 @@ class RemoteTierContract:
         assert await listed(tier) == []
 
     async def test_wide_and_large_sessions_come_back(self, open_tier: OpenTier) -> None:
-        """A thousand fields, and a value of a megabyte; and a version that has half of them."""
+        """A thousand fields and a version that has half of them; a value of three megabytes."""
         tier = await open_tier()
         wide = await created(tier, "wide", {f"field{n}": n for n in range(1000)})
         narrow = next_record(wide, {f"field{n}": n + 1 for n in range(500, 1000)})
-        large = await created(tier, "large", {"blob": bytes(range(256)) * 4096, "n": 1})
+        large = await created(tier, "large", {"blob": bytes(range(256)) * 12_288, "n": 1})
         assert await outcome(tier, update("wide", wide, narrow)) is Outcome.APPLIED
         assert (await loaded(tier, "wide")).record == narrow
         assert (await loaded(tier, "large")).record == large

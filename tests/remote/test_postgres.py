@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from asyncpg import PostgresError, QueryCanceledError
 
 from persistence import record as rec
 from persistence.clock import SystemClock
@@ -19,7 +21,9 @@ from persistence.errors import (
     RemoteUnavailable,
     WriteOutcomeUnknown,
 )
+from persistence.remote import postgres_link
 from persistence.remote.contract import APPLIED, Outcome, RemoteSession, Request
+from persistence.remote.exchanges import Lost
 from persistence.remote.opening import tier_of
 from persistence.remote.postgres import PostgresTier
 from persistence.remote.postgres_schema import COMMIT, SESSIONS, schema_sql
@@ -266,6 +270,36 @@ async def test_connections_that_are_all_in_use_are_waited_for_and_then_given_up(
     assert await tier.load("a") is None
 
 
+async def test_a_large_session_has_more_time_than_a_small_one(
+    postgres: PostgresServer, open_tier: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = await open_tier(timeout_seconds=0.3, max_connections=1)
+    monkeypatch.setattr(postgres_link, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(postgres_link, "_SLOWEST_BYTES_PER_SECOND", 1000)
+
+    async def outcome_of(statement: str, payload_bytes: int) -> str:
+        try:
+            answer = await tier._link.rows(statement, payload_bytes=payload_bytes)
+        except Lost:  # the server wanted to give up as well, and was slower
+            return "given up"
+        if isinstance(answer, QueryCanceledError):
+            return "given up"
+        return "refused" if isinstance(answer, PostgresError) else "done"
+
+    slow, wrong = "SELECT pg_sleep(0.5)", "SELECT 1 / 0"
+    calls = [(slow, 0), (slow, 5000), (slow, 1000), (slow, 5000), (wrong, 5000), (slow, 0)]
+    found = [await outcome_of(*call) for call in calls]
+    assert found == ["given up", "done", "given up", "done", "refused", "given up"]
+
+
+async def test_without_the_client_of_postgresql_a_url_is_refused_by_the_name_of_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(ConfigError, match=r"persistence-engine\[postgres\]"):
+        tier_of(RedisConfig(url="postgresql://host/shop"), SystemClock())
+
+
 # --- what is stored -------------------------------------------------------------------------------
 
 
@@ -275,6 +309,7 @@ async def test_connections_that_are_all_in_use_are_waited_for_and_then_given_up(
         ("record = set_byte(record, 70, 0)", "its checksum is wrong"),
         ("record = NULL", "it has no record"),
         ("commits = ARRAY[incarnation]", "its record is of another commit"),
+        ("commits = '{}'", "its record is of another commit"),
     ],
 )
 async def test_a_damaged_row_is_reported_with_its_session_and_others_are_served(
@@ -292,6 +327,7 @@ async def test_a_damaged_row_is_reported_with_its_session_and_others_are_served(
     damaged, sound = await tier.load_many(["a", "b"])
     assert isinstance(damaged, RemoteDamaged)
     assert isinstance(sound, RemoteSession)
+    assert [each is not None for each in await tier.stored(["a", "b"])] == [True, True]
 
 
 async def test_namespaces_neither_see_nor_hear_each_other(open_tier: Open, namespace: str) -> None:
