@@ -41,8 +41,7 @@ def tier_of(
         return PostgresTier(config, clock, sealer, learn)
     from persistence.remote.redis import RedisTier  # noqa: PLC0415 - see above
 
-    assert sealer is None, "in Redis nothing is sealed yet"
-    return RedisTier(config, clock)
+    return RedisTier(config, clock, sealer, learn)
 
 
 def check_asyncpg() -> None:

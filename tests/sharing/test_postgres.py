@@ -269,3 +269,29 @@ async def test_a_provider_and_a_worker_see_the_same_sessions(
             return await a.get_session(sid) is None
 
         await until(gone)
+
+
+async def test_workers_that_encrypt_share_what_nobody_else_can_read(
+    postgres: PostgresServer, namespace: str, tmp_path: Path
+) -> None:
+    key_file = str(tmp_path / "keys")
+
+    def state(name: str) -> StateManager:
+        sections: dict[str, dict[str, object]] = {
+            "redis": {"namespace": namespace, "timeout_seconds": 10},
+            "security": {"encrypt": True, "key_file": key_file},
+            "shutdown": {"checkpoint": False},
+        }
+        return StateManager(postgres.url, config_for(tmp_path / name, **sections))
+
+    async with state("a") as a, state("b") as b:
+        sid = await a.create_session("ada", data={"secret": "nobody may read this", "n": 0})
+        assert await value(b, sid, "secret") == "nobody may read this"
+        await b.update_session(sid, add_one)
+        session = await a.get_session(sid, fresh=True)
+        assert session is not None
+        assert (session["n"], session.user_id) == (1, "ada")
+        query = "SELECT record FROM persistence_sessions_1 WHERE namespace = $1 AND kind = 'L'"
+        [row] = await postgres.run(query, namespace)
+        assert b"nobody" not in row[0]
+        assert b"ada" not in row[0]
