@@ -231,7 +231,7 @@ class RemoteTierContract:
     ) -> None:
         """Also one that was never there, one that was ended, and one that is asked for twice."""
         tier = await open_tier()
-        records = {f"s{n}": new_record({"n": n}) for n in range(300)}
+        records = {f"s{n}": new_record({"n": n}) for n in range(400)}
         await tier.commit([create(name, record) for name, record in records.items()])
         await tier.commit([end("s3")])
         names = [*reversed(records), "nobody", "s7"]
@@ -383,9 +383,13 @@ class RemoteTierContract:
         """The others are told what lives there."""
         tiers = [await open_tier() for _ in range(3)]
         found = await asyncio.gather(
-            *(outcome(each, create("a", new_record({"n": 0}))) for each in tiers for _ in range(5))
+            *(each.commit([create("a", new_record({"n": 0}))]) for each in tiers for _ in range(5))
         )
-        assert sorted(each.name for each in found) == ["APPLIED"] + ["CONFLICT"] * 14
+        outcomes_of_all = sorted(result.outcome.name for [result] in found)
+        assert outcomes_of_all == ["APPLIED"] + ["CONFLICT"] * 14
+        record = (await loaded(tiers[0], "a")).record
+        told = {result.stored for [result] in found if result.outcome is Outcome.CONFLICT}
+        assert told == {Stored(True, 1, rec.incarnation_of(record), rec.commit_of(record))}
 
     async def test_a_missing_session_takes_no_update(self, open_tier: OpenTier) -> None:
         """And a refused one does not bring it about."""
@@ -657,8 +661,9 @@ class RemoteTierContract:
         records = {name: await created(tier, name, {"id": name}) for name in HOSTILE_IDS}
         for name, record in records.items():
             assert (await loaded(tier, name)).record == record
-            expected = sorted(each for each in HOSTILE_IDS if each.startswith(name))
-            assert sorted(await listed(tier, name)) == expected
+            for prefix in (name, name + "x", name[:1]):
+                expected = sorted(each for each in HOSTILE_IDS if each.startswith(prefix))
+                assert sorted(await listed(tier, prefix)) == expected
         assert sorted(await listed(tier)) == sorted(HOSTILE_IDS)
         for name in HOSTILE_IDS[::2]:
             assert await outcome(tier, end(name)) is Outcome.APPLIED
@@ -669,7 +674,7 @@ class RemoteTierContract:
     ) -> None:
         """More of them than a page of any tier has."""
         tier = await open_tier()
-        names = [f"user{n % 7}:{n}" for n in range(2500)]
+        names = [f"user{n % 7}:{n}" for n in range(3000)]
         await tier.commit([create(name, new_record({"n": 0})) for name in names])
         await tier.commit([end(name) for name in names[::10]])
         living = set(names) - set(names[::10])
