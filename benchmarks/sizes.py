@@ -9,86 +9,160 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers behind `--quick`, the default run and `--full`; counts, unless named bytes."""
+    """The numbers behind `--quick`, the default run and `--full`; counts, unless named otherwise.
+
+    Attributes:
+        our_lag_samples: of the event loop of each row of the engine, at most; the peers' rows
+            take `their_lag_samples`.
+        lag_limit_seconds: at which sampling a peer's row ends in any case; the engine's take five
+            times as long.
+        grown: the numbers of sessions of a growth curve, each ten times the one before, or
+            between two such.
+    """
 
     name: str
-    repetitions: int = 7
-    fresh_repetitions: int = 5
+    repetitions: int = 5
+    fresh_repetitions: int = 3
     hot_sessions: int = 10_000
-    hot_reads: int = 500_000
+    hot_sessions_many: int = 300_000
+    hot_reads: int = 300_000
     update_sessions: int = 20_000
-    updates: int = 40_000
+    updates: int = 20_000
+    slow_updates: int = 1_000
     cold_sessions: int = 100_000
-    cold_reads: int = 50_000
+    cold_reads: int = 20_000
+    dropped_reads: int = 2_000
     cold_memory_bytes: int = MIB
     spilled_sessions: int = 50_000
-    lone_updates: int = 300
+    lone_updates: int = 200
     resident_sessions: int = 300_000
     opened_sessions: int = 1_000_000
     lag_samples: int = 10_000
     lag_sessions: int = 10_000
-    lag_repetitions: int = 3
+    lag_repetitions: int = 1
     mixed_sessions: int = 50_000
-    mixed_accesses: int = 50_000
+    mixed_accesses: int = 20_000
+    mixed_segment_bytes: int = 8 * MIB
+    churned_sessions: int = 5_000
+    expired_sessions: int = 200_000
+    scanned_sessions: int = 100_000
     checkpointed_sessions: int = 100_000
-    seen_updates: int = 1_000
+    seen_updates: int = 500
+    fleet_processes: int = 4
+    fleet_sessions: int = 1_000
+    fleet_updates: int = 4_000
+    traced_requests: int = 5_000
+    traced_memory_bytes: int = MIB
+    hit_accesses: int = 95_607
+    grown: tuple[int, ...] = (10_000, 100_000)
+    grown_index: tuple[int, ...] = ()
+    growth_operations: int = 20_000
+    growth_repetitions: int = 2
+    our_lag_samples: int = 2_000
+    their_lag_samples: int = 500
+    lag_limit_seconds: float = 1.0
 
 
 STANDARD = Sizes("standard")
 
 QUICK = Sizes(
     "quick",
-    repetitions=5,
+    repetitions=3,
     fresh_repetitions=3,
-    hot_reads=100_000,
-    updates=20_000,
-    cold_sessions=20_000,
-    cold_reads=5_000,
-    spilled_sessions=10_000,
-    lone_updates=100,
-    resident_sessions=30_000,
-    opened_sessions=30_000,
-    lag_samples=2_000,
+    hot_sessions_many=30_000,
+    hot_reads=50_000,
+    update_sessions=5_000,
+    updates=5_000,
+    slow_updates=100,
+    cold_sessions=10_000,
+    cold_reads=3_000,
+    dropped_reads=200,
+    spilled_sessions=5_000,
+    lone_updates=30,
+    resident_sessions=20_000,
+    opened_sessions=20_000,
+    lag_samples=1_000,
     lag_sessions=2_000,
-    lag_repetitions=1,
     mixed_sessions=5_000,
-    mixed_accesses=3_000,
-    checkpointed_sessions=20_000,
-    seen_updates=300,
+    mixed_accesses=2_000,
+    mixed_segment_bytes=MIB,
+    churned_sessions=500,
+    expired_sessions=10_000,
+    scanned_sessions=10_000,
+    checkpointed_sessions=10_000,
+    seen_updates=100,
+    fleet_processes=2,
+    fleet_sessions=200,
+    fleet_updates=400,
+    traced_requests=500,
+    traced_memory_bytes=100_000,
+    hit_accesses=5_000,
+    grown=(1_000, 10_000),
+    growth_operations=2_000,
+    growth_repetitions=1,
+    our_lag_samples=200,
+    their_lag_samples=50,
+    lag_limit_seconds=0.1,
 )
 
 FULL = Sizes(
     "full",
-    repetitions=9,
-    hot_reads=1_000_000,
-    updates=100_000,
-    cold_reads=100_000,
-    spilled_sessions=100_000,
-    lone_updates=1_000,
+    repetitions=7,
+    hot_reads=600_000,
+    updates=40_000,
+    lone_updates=500,
     lag_samples=20_000,
-    mixed_accesses=100_000,
+    mixed_accesses=50_000,
+    expired_sessions=1_000_000,
+    scanned_sessions=300_000,
+    seen_updates=1_000,
+    traced_requests=12_031,
+    grown=(10_000, 100_000, 1_000_000),
+    grown_index=(300_000, 3_000_000),
+    growth_repetitions=1,
+    our_lag_samples=10_000,
+    lag_limit_seconds=2.5,
 )
 
 TINY = Sizes(
     "tiny",
     repetitions=1,
     fresh_repetitions=1,
-    hot_sessions=200,
-    hot_reads=400,
-    update_sessions=100,
-    updates=300,
-    cold_sessions=3_000,
-    cold_reads=300,
-    spilled_sessions=200,
-    lone_updates=5,
-    resident_sessions=500,
-    opened_sessions=2_000,
-    lag_samples=50,
-    lag_sessions=200,
-    lag_repetitions=1,
-    mixed_sessions=2_000,
-    mixed_accesses=300,
-    checkpointed_sessions=300,
-    seen_updates=10,
+    hot_sessions=100,
+    hot_sessions_many=200,
+    hot_reads=200,
+    update_sessions=50,
+    updates=100,
+    slow_updates=5,
+    cold_sessions=2_500,
+    cold_reads=100,
+    dropped_reads=10,
+    spilled_sessions=100,
+    lone_updates=3,
+    resident_sessions=300,
+    opened_sessions=1_000,
+    lag_samples=20,
+    lag_sessions=100,
+    mixed_sessions=300,
+    mixed_accesses=100,
+    mixed_segment_bytes=MIB,
+    churned_sessions=50,
+    expired_sessions=100,
+    scanned_sessions=100,
+    checkpointed_sessions=200,
+    seen_updates=5,
+    fleet_processes=1,
+    fleet_sessions=10,
+    fleet_updates=20,
+    traced_requests=50,
+    traced_memory_bytes=10_000,
+    hit_accesses=300,
+    grown=(20, 200),
+    grown_index=(20, 200),
+    growth_operations=50,
+    growth_repetitions=1,
+    our_lag_samples=3,
+    their_lag_samples=2,
+    lag_limit_seconds=0.02,
 )
 """For the test suite: every path runs, no number means anything."""
