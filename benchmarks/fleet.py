@@ -51,17 +51,17 @@ class FleetUpdate(Contender):
         self.process_count = process_count
 
     async def open(self, directory: Path) -> None:
-        self._members: list[_Remote] = []
+        self._members: list[_Remote | _Local] = []
         self._keys = [payloads.session_id(index) for index in range(self.session_count)]
         self._random = random.Random(2)
-        for number in range(self.process_count):
-            remote = _Remote(self.member)
+        for number in range(self.process_count or 1):
+            remote = _Remote(self.member) if self.process_count else _Local(self.member)
             self._members.append(remote)
             await remote.ask("open", directory, number, self.session_count)
         self._visits = await self._members[0].ask("visits", self._keys)
 
     async def measure(self) -> Metrics:
-        each = max(1, self.update_count // self.process_count)
+        each = max(1, self.update_count // len(self._members))
         drawn = [self._random.choices(self._keys, k=each) for _ in self._members]
         with Stopwatch() as watch:
             await asyncio.gather(
@@ -110,6 +110,21 @@ class _Remote:
         finally:
             await asyncio.to_thread(self._process.join)
             self._pipe.close()
+
+
+class _Local:
+    """A member in this process: for sizes at which starting one takes the longest."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+
+    async def ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method of the member."""
+        return await getattr(self._member, name)(*arguments)
+
+    async def end(self) -> None:
+        """Close the member."""
+        await self._member.close()
 
 
 def _serve(pipe: Connection, member: Member) -> None:

@@ -88,7 +88,8 @@ def bar_text(bar: BarResult) -> str:
 def heading(workload: WorkloadResult) -> Cells:
     """Return the headings of a workload's table."""
     first, *others = workload.units
-    titles = ["contender", "survives", "called", _title(first), "min to max", f"{ENGINE} is"]
+    titles = ["contender", "survives", "called", _title(first)]
+    titles += [f"{ENGINE} is"] if others else ["min to max", f"{ENGINE} is"]
     titles += [_title(unit) for unit in others]
     if any(row.lag for row in workload.rows):
         titles += ["loop p50", "p99", "p99.9", "max, ms"]
@@ -104,9 +105,10 @@ def _title(unit: Unit) -> str:
 def cells(workload: WorkloadResult, row: RowResult) -> Cells:
     """Return the cells of a row, under `heading`."""
     first, *others = workload.units
-    samples = row.samples(first.name)
-    spread = f"{number(min(samples))} to {number(max(samples))}" if samples else ""
-    texts = [row.contender, row.durability, row.called, _median(row, first), spread]
+    texts = [row.contender, row.durability, row.called, _median(row, first)]
+    if not others:  # a table of one metric has room for its spread
+        samples = row.samples(first.name)
+        texts.append(f"{number(min(samples))} to {number(max(samples))}" if samples else "")
     texts.append(_advantage(workload, row))
     texts += [_median(row, unit) for unit in others]
     if any(each.lag for each in workload.rows):

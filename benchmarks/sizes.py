@@ -12,6 +12,7 @@ class Sizes:
     """The numbers behind `--quick`, the default run and `--full`; counts, unless named otherwise.
 
     Attributes:
+        fleet_processes: 0: one member, in the contender's own process.
         our_lag_samples: of the event loop of each row of the engine, at most; the peers' rows
             take `their_lag_samples`.
         lag_limit_seconds: at which sampling a peer's row ends in any case; the engine's take five
@@ -134,16 +135,17 @@ TINY = Sizes(
     update_sessions=50,
     updates=100,
     slow_updates=5,
-    cold_sessions=2_500,
-    cold_reads=100,
+    cold_sessions=300,
+    cold_reads=50,
     dropped_reads=10,
+    cold_memory_bytes=100_000,
     spilled_sessions=100,
     lone_updates=3,
-    resident_sessions=300,
-    opened_sessions=1_000,
+    resident_sessions=100,
+    opened_sessions=200,
     lag_samples=20,
     lag_sessions=100,
-    mixed_sessions=300,
+    mixed_sessions=100,
     mixed_accesses=100,
     mixed_segment_bytes=MIB,
     churned_sessions=50,
@@ -151,12 +153,12 @@ TINY = Sizes(
     scanned_sessions=100,
     checkpointed_sessions=200,
     seen_updates=5,
-    fleet_processes=1,
+    fleet_processes=0,
     fleet_sessions=10,
     fleet_updates=20,
-    traced_requests=50,
+    traced_requests=30,
     traced_memory_bytes=10_000,
-    hit_accesses=300,
+    hit_accesses=100,
     grown=(20, 200),
     grown_index=(20, 200),
     growth_operations=50,

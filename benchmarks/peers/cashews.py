@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,21 @@ class Cashews(AsyncStore):
 
     async def close(self) -> None:
         """See `Store`."""
-        await self._cache.close()
-        self._server.close()
+        try:
+            with warnings.catch_warnings():
+                # It calls what newer versions of redis-py have under another name.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                await self._cache.close()
+        finally:
+            self._server.close()
 
     async def get(self, key: str) -> Data | None:
         """See `Store`."""
         data: Data | None = await self._cache.get(key)
         return data
 
-    async def change_one(self, key: str, change: Change) -> None:
-        """See `Store`."""
+    async def change_alone(self, key: str, change: Change) -> None:
+        """See `AsyncStore`."""
         data = await self.get(key) or {}
         change(data)
         await self._cache.set(key, data)

@@ -79,13 +79,28 @@ class HotReads(Driven):
 
 @dataclass
 class ColdReads(Driven):
-    """Get random sessions and read one field, the page cache warm, or `dropped`."""
+    """Get random sessions and read one field, the page cache warm, or `dropped`.
+
+    The store is opened anew: nothing is left in its own memory of what was just written.
+    """
 
     read_count: int = 0
     dropped: bool = False
 
+    async def open(self, directory: Path) -> None:
+        await super().open(directory)
+        await self._reopen(warm)
+
+    async def _reopen(self, prepare: Callable[[Path], None]) -> None:
+        await self.store.close()
+        prepare(self._directory)
+        await self.store.open(self._directory)
+
     async def measure(self) -> Metrics:
-        (drop if self.dropped else warm)(self._directory)
+        if self.dropped:
+            await self._reopen(drop)
+        else:
+            warm(self._directory)
         keys = [self._key() for _ in range(self.read_count)]
         with Stopwatch() as watch:
             await self.store.read(keys)

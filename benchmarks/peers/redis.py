@@ -81,8 +81,8 @@ class Redis(AsyncStore):
 
     Attributes:
         synced: True starts the server with `appendfsync always`, False without a file.
-        watched: True lets an update fail and start again when another client was faster (WATCH,
-            MULTI, EXEC); False lets the last writer win.
+        watched: True lets an update fail and start again when another process was faster (WATCH,
+            MULTI, EXEC); False lets the last process win.
         url: a server that runs already.
     """
 
@@ -110,9 +110,11 @@ class Redis(AsyncStore):
 
     async def close(self) -> None:
         """See `Store`."""
-        await self._client.aclose()
-        if self._server is not None:
-            self._server.close()
+        try:
+            await self._client.aclose()
+        finally:
+            if self._server is not None:
+                self._server.close()
 
     async def fill(self, session_count: int) -> None:
         """See `Store`."""
@@ -128,8 +130,8 @@ class Redis(AsyncStore):
         data: Data | None = None if packed is None else self._unpack(packed)
         return data
 
-    async def change_one(self, key: str, change: Change) -> None:
-        """See `Store`."""
+    async def change_alone(self, key: str, change: Change) -> None:
+        """See `AsyncStore`."""
         if self.watched:
             while not await self._try(key, change):
                 pass

@@ -12,6 +12,7 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -252,9 +253,29 @@ class MappingStore(SyncStore):
 
 
 class AsyncStore(Store):
-    """A store that is awaited: requests are in flight at once."""
+    """A store that is awaited: requests are in flight at once.
+
+    Between reading and writing a session, another task of this process may write it too, and one
+    of the two updates would be lost. So there is a lock per session, as a server would have it.
+    """
 
     called = ASYNCIO
+
+    async def change_one(self, key: str, change: Change) -> None:
+        """See `Store`."""
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        async with lock:
+            await self.change_alone(key, change)
+
+    @cached_property
+    def _locks(self) -> dict[str, asyncio.Lock]:
+        return {}
+
+    @abstractmethod
+    async def change_alone(self, key: str, change: Change) -> None:
+        """Change a session that no other task of this process changes."""
 
     async def read(self, keys: Sequence[str]) -> None:
         """See `Store`."""

@@ -73,7 +73,7 @@ WORKLOADS = (
     _defined("conversation", (RATE,), partial(_replay, traces.conversation), _AHEAD),
     _defined("web-trace", (RATE,), partial(_replay, traces.web), _AHEAD),
     _defined("documents", (RATE,), partial(_replay, traces.documents), _AHEAD),
-    _defined("hit-ratio", _HITS, _hit_ratio, repetitions=lambda sizes: 1),
+    _defined("hit-ratio", _HITS, _hit_ratio, repetitions=lambda sizes: 1, observed=False),
     _defined(
         "loop-lag",
         busy.METRICS,
