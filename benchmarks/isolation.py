@@ -18,6 +18,7 @@ from benchmarks.lag import Observed, observe
 from benchmarks.optional import UnavailableError
 
 _EXIT_SECONDS = 30
+_PRELOADED = ["benchmarks.isolation", "benchmarks.payloads", "benchmarks.resident", "msgpack"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class Isolated:
     """A contender's process, seen from the runner."""
 
     def __init__(self, contender: Contender, directory: Path) -> None:
-        # "spawn", because a forked child would inherit the runner's heap and count it as its own.
-        context = multiprocessing.get_context("spawn")
+        # A child of the runner would inherit its heap and count it as its own; one of the fork
+        # server inherits what every contender imports, and nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._pipe, remote = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(remote, contender, directory), name=contender.name, daemon=False
