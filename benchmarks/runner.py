@@ -241,9 +241,10 @@ def _interleave(workload: Workload, common: Run, lanes: list[Lane]) -> None:
                 lane.repeat()
         for lane in lanes if workload.observed else ():
             progress(f"{workload.name}: event loop of {lane.row.contender}")
-            ours = lane.row.by.ours
-            samples = sizes.our_lag_samples if ours else sizes.their_lag_samples
-            lane.observe(samples, sizes.lag_limit_seconds * (5 if ours else 1))
+            if lane.row.by.ours:
+                lane.observe(sizes.our_lag_samples, sizes.our_lag_seconds)
+            else:
+                lane.observe(sizes.their_lag_samples, sizes.their_lag_seconds)
     finally:
         for lane in lanes:
             lane.close()

@@ -13,10 +13,8 @@ class Sizes:
 
     Attributes:
         fleet_processes: 0: one member, in the contender's own process.
-        our_lag_samples: of the event loop of each row of the engine, at most; the peers' rows
-            take `their_lag_samples`.
-        lag_limit_seconds: at which sampling a peer's row ends in any case; the engine's take five
-            times as long.
+        our_lag_samples: of the event loop of each row of the engine, unless `our_lag_seconds` are
+            over before; the rows of the peers take `their_lag_samples`, `their_lag_seconds`.
         grown: the numbers of sessions of a growth curve, each ten times the one before, or
             between two such.
     """
@@ -46,6 +44,7 @@ class Sizes:
     mixed_segment_bytes: int = 8 * MIB
     churned_sessions: int = 5_000
     expired_sessions: int = 200_000
+    expiry_repetitions: int = 2
     scanned_sessions: int = 100_000
     checkpointed_sessions: int = 100_000
     seen_updates: int = 500
@@ -54,14 +53,16 @@ class Sizes:
     fleet_updates: int = 4_000
     traced_requests: int = 5_000
     traced_memory_bytes: int = MIB
+    traced_repetitions: int = 5
     hit_accesses: int = 95_607
     grown: tuple[int, ...] = (10_000, 100_000)
     grown_index: tuple[int, ...] = ()
     growth_operations: int = 20_000
     growth_repetitions: int = 2
     our_lag_samples: int = 2_000
+    our_lag_seconds: float = 5.0
     their_lag_samples: int = 500
-    lag_limit_seconds: float = 1.0
+    their_lag_seconds: float = 1.0
 
 
 STANDARD = Sizes("standard")
@@ -71,7 +72,7 @@ QUICK = Sizes(
     repetitions=3,
     fresh_repetitions=2,
     hot_sessions_many=20_000,
-    hot_reads=50_000,
+    hot_reads=20_000,
     update_sessions=2_000,
     updates=4_000,
     slow_updates=100,
@@ -98,32 +99,34 @@ QUICK = Sizes(
     fleet_updates=400,
     traced_requests=300,
     traced_memory_bytes=60_000,
+    traced_repetitions=3,
     hit_accesses=3_000,
     grown=(500, 5_000),
     growth_operations=1_000,
     growth_repetitions=1,
     our_lag_samples=200,
+    our_lag_seconds=0.5,
     their_lag_samples=50,
-    lag_limit_seconds=0.1,
+    their_lag_seconds=0.1,
 )
 
 FULL = Sizes(
     "full",
-    repetitions=7,
     hot_reads=600_000,
     updates=40_000,
     lone_updates=500,
     lag_samples=20_000,
-    mixed_accesses=50_000,
+    mixed_accesses=40_000,
     expired_sessions=1_000_000,
-    scanned_sessions=300_000,
+    expiry_repetitions=1,
     seen_updates=1_000,
     traced_requests=12_031,
+    traced_repetitions=3,
     grown=(10_000, 100_000, 1_000_000),
-    grown_index=(300_000, 3_000_000),
+    grown_index=(3_000_000,),
     growth_repetitions=1,
-    our_lag_samples=10_000,
-    lag_limit_seconds=2.5,
+    our_lag_samples=5_000,
+    our_lag_seconds=10.0,
 )
 
 TINY = Sizes(
@@ -151,6 +154,7 @@ TINY = Sizes(
     mixed_segment_bytes=MIB,
     churned_sessions=50,
     expired_sessions=100,
+    expiry_repetitions=1,
     scanned_sessions=100,
     checkpointed_sessions=200,
     seen_updates=5,
@@ -159,13 +163,15 @@ TINY = Sizes(
     fleet_updates=20,
     traced_requests=30,
     traced_memory_bytes=10_000,
+    traced_repetitions=1,
     hit_accesses=100,
     grown=(20, 200),
     grown_index=(20, 200),
     growth_operations=50,
     growth_repetitions=1,
     our_lag_samples=3,
+    our_lag_seconds=0.1,
     their_lag_samples=2,
-    lag_limit_seconds=0.02,
+    their_lag_seconds=0.02,
 )
 """For the test suite: every path runs, no number means anything."""

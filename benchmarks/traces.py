@@ -35,6 +35,9 @@ _MADE_UP = "generated: "
 _PARAGRAPH = "The order was shipped yesterday; the refund takes five to seven business days. " * 500
 
 
+Change = Callable[[Data], None]
+
+
 @dataclass(frozen=True)
 class Trace:
     """The requests of a trace, in order.
@@ -47,9 +50,9 @@ class Trace:
 
     source: str
     requests: list[tuple[str, str]]
-    change: Callable[[str], Callable[[Data], None]]
+    change: Callable[[str], Change]
 
-    def steps(self, prefix: str = "") -> list[tuple[str, Callable[[Data], None]]]:
+    def steps(self, prefix: str = "") -> list[tuple[str, Change]]:
         """Return (session id, change) of each request; another `prefix`, other sessions."""
         return [(f"{prefix}{name}", self.change(text)) for name, text in self.requests]
 
@@ -84,7 +87,7 @@ def _hash_of(text: str) -> int:
     return number
 
 
-def _visit(page: str) -> Callable[[Data], None]:
+def _visit(page: str) -> Change:
     def change(session: Data) -> None:
         session["requests"] = session.get("requests", 0) + 1
         pages = session.get("pages", [])
@@ -121,7 +124,7 @@ def _answer(tokens: int) -> str:
     return _PARAGRAPH[: tokens * _CHARS_PER_TOKEN]
 
 
-def _say(text: str) -> Callable[[Data], None]:
+def _say(text: str) -> Change:
     def change(session: Data) -> None:
         messages = session.get("messages", [])
         session["messages"] = [*messages, {"role": "assistant", "content": text}]
@@ -139,7 +142,7 @@ def documents(sizes: Sizes) -> Trace:
     return Trace(payloads.documents_source(), requests, _become)
 
 
-def _become(text: str) -> Callable[[Data], None]:
+def _become(text: str) -> Change:
     document: Data = json.loads(text)  # when the steps are made, not while they are measured
 
     def change(session: Data) -> None:

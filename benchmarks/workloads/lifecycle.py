@@ -82,7 +82,7 @@ def _open(sizes: Sizes) -> list[Contender]:
 
 WORKLOADS = (
     _defined("churn", (RATE,), _churn),
-    _defined("expiry", (RATE,), _expiry, repetitions=lambda sizes: min(2, sizes.fresh_repetitions)),
+    _defined("expiry", (RATE,), _expiry, repetitions=lambda sizes: sizes.expiry_repetitions),
     _defined("scan", (RATE,), _scan),
     _defined(
         "open",

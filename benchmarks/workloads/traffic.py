@@ -69,10 +69,12 @@ def _loop_lag(sizes: Sizes) -> list[Contender]:
 _SYNCED = "persistence, fsync=always"
 _AHEAD = (at_least(1, "LMDB", _SYNCED), at_least(1, "SQLite (WAL)", _SYNCED))
 
+_replayed = partial(_defined, repetitions=lambda sizes: sizes.traced_repetitions)
+
 WORKLOADS = (
-    _defined("conversation", (RATE,), partial(_replay, traces.conversation), _AHEAD),
-    _defined("web-trace", (RATE,), partial(_replay, traces.web), _AHEAD),
-    _defined("documents", (RATE,), partial(_replay, traces.documents), _AHEAD),
+    _replayed("conversation", (RATE,), partial(_replay, traces.conversation), _AHEAD),
+    _replayed("web-trace", (RATE,), partial(_replay, traces.web), _AHEAD),
+    _replayed("documents", (RATE,), partial(_replay, traces.documents), _AHEAD),
     _defined("hit-ratio", _HITS, _hit_ratio, repetitions=lambda sizes: 1, observed=False),
     _defined(
         "loop-lag",
