@@ -540,11 +540,11 @@ class SecurityConfig(_Table):
             "missing; workers that share it accept each other's tokens; empty = none."
         ),
     )
-    keys: _Secret = Field(
+    secret_keys: _Secret = Field(
         default=None,
         description=(
             "The keys themselves instead of a file, separated by commas, the newest last; best "
-            "from the environment, in PERSISTENCE_SECURITY__KEYS; empty = none."
+            "from the environment, in PERSISTENCE_SECURITY__SECRET_KEYS; empty = none."
         ),
     )
     encrypt: bool = Field(
@@ -563,18 +563,20 @@ class SecurityConfig(_Table):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.key_file is not None and self.keys is not None:
-            raise ConfigError("security.key_file and security.keys both say the keys: give one")
-        if self.encrypt and self.key_file is None and self.keys is None:
+        if self.key_file is not None and self.secret_keys is not None:
             raise ConfigError(
-                "security.encrypt = True: needs keys: set security.key_file, or security.keys "
-                "(PERSISTENCE_SECURITY__KEYS)"
+                "security.key_file and security.secret_keys both say the keys: give one"
+            )
+        if self.encrypt and self.key_file is None and self.secret_keys is None:
+            raise ConfigError(
+                "security.encrypt = True: needs keys: set security.key_file, or security.secret_keys "
+                "(PERSISTENCE_SECURITY__SECRET_KEYS)"
             )
         return self
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, "***" if name == "keys" and value else value
+            yield name, "***" if name == "secret_keys" and value else value
 
 
 class StateConfig(_Table):
@@ -797,7 +799,7 @@ def _fault(table: type[_Table], details: Mapping[str, Any], given: Mapping[str, 
 def _may_be_secret(path: str) -> bool:
     """Whether what was given for a field may be a key, also where its name is misspelt."""
     section, _, name = path.partition(".")
-    fields = SecurityConfig.model_fields.keys() - {"keys"}
+    fields = SecurityConfig.model_fields.keys() - {"secret_keys"}
     return section == SecurityConfig.table and name not in fields
 
 

@@ -68,7 +68,6 @@ from persistence.updates import (
     Change,
     Edit,
     Updates,
-    field_change,
     packed_data,
     ttl_change,
     whole_change,
@@ -517,7 +516,14 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        return await self._updates.apply(session_id, field_change(field, value))
+        packed = rec.pack_value(value, rec.check_field_name(field))
+
+        def change(record: bytes) -> Changes:
+            if field in rec.field_names(record):
+                return Changes({field: packed})
+            return Changes({}, {**rec.packed_fields(record), field: packed})
+
+        return await self._updates.apply(session_id, Change(change))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
