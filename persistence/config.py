@@ -569,8 +569,8 @@ class SecurityConfig(_Table):
             )
         if self.encrypt and self.key_file is None and self.secret_keys is None:
             raise ConfigError(
-                "security.encrypt = True: needs keys: set security.key_file, or security.secret_keys "
-                "(PERSISTENCE_SECURITY__SECRET_KEYS)"
+                "security.encrypt = True: needs keys: set security.key_file, or "
+                "security.secret_keys (PERSISTENCE_SECURITY__SECRET_KEYS)"
             )
         return self
 
