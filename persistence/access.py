@@ -62,6 +62,12 @@ class Sessions(Protocol):
     async def get_session(self, session_id: str) -> Session | None:
         """Return a view of a live session, and renew it."""
 
+    def plain_data(self, data: object) -> Mapping[Any, Any]:
+        """Return the fields of an object of the manager's schema, or of a mapping."""
+
+    def plain_value(self, value: Any) -> Any:
+        """Return what is stored of a value, which may be an object of the manager's schema."""
+
 
 class Access:
     """Issues and validates tokens. Every method runs on the event loop.
@@ -191,11 +197,12 @@ class SessionHandle:
 
     async def update_data(self, field: str, value: Any) -> Session:
         """Set one field. If it is that already, there is no new version."""
-        return await self.update(lambda data: data.update({field: value}))
+        plain = self._sessions.plain_value(value)
+        return await self.update(lambda data: data.update({field: plain}))
 
     async def replace(self, data: Mapping[str, Any], ttl_seconds: float | None = None) -> Session:
         """Replace all fields, and the TTL unless it is None; see `StateManager.replace_session`."""
-        return await self._apply(whole_change(data, ttl_seconds))
+        return await self._apply(whole_change(self._sessions.plain_data(data), ttl_seconds))
 
     async def set_ttl(self, ttl_seconds: float) -> None:
         """Set the TTL, from now on; see `StateManager.set_ttl`."""
