@@ -83,6 +83,9 @@ _URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix)://\S+")
 _NAMESPACE: Final = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
 _URL_USER: Final = re.compile(r"^(['\"]?(?:[\w+.-]+://)?).*@", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(?<=password=)[^&'\"]*")
+_KEY: Final = re.compile(
+    r"(?<![\w+/-])(?:[0-9a-f]{64}|[\w+/-]{43}=?)(?![\w+/=-])", re.IGNORECASE | re.ASCII
+)
 
 
 def parse_bytes(text: str) -> int:
@@ -852,4 +855,5 @@ def _shown(value: object) -> str:
 def _redacted(text: str) -> str:
     # All in front of the last @: passwords with an unescaped @ or / are common, and so is a
     # password without a user.
-    return _URL_PASSWORD.sub("***", _URL_USER.sub(r"\1***@", text))
+    # And what looks like a key, also where it stands in a table with a misspelt name.
+    return _KEY.sub("***", _URL_PASSWORD.sub("***", _URL_USER.sub(r"\1***@", text)))

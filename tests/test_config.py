@@ -423,6 +423,15 @@ def test_a_key_is_in_no_fault(section: type[Any], values: dict[str, object]) -> 
     assert "= ***: " in line
 
 
+@pytest.mark.parametrize("key", [KEY, KEY.upper(), "c0ffee/+" * 5 + "abc", "c0ffee-_" * 5 + "abc="])
+def test_a_key_in_a_table_that_does_not_exist_is_not_shown(key: str) -> None:
+    for given in ({"kyes": key}, {"kyes": f"{key},{key}"}, [key], key):
+        line = fault(StateConfig, securty=given)
+        assert "c0ffee" not in line.lower()
+        assert "***" in line
+        assert "the closest known is security" in line
+
+
 def test_a_key_is_in_no_fault_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERSISTENCE_SECURITY__SECRET_KYES", KEY)
     [line] = load_fault()
