@@ -425,8 +425,8 @@ def test_a_key_is_in_no_fault(section: type[Any], values: dict[str, object]) -> 
 
 @pytest.mark.parametrize("key", [KEY, KEY.upper(), "c0ffee/+" * 5 + "abc", "c0ffee-_" * 5 + "abc="])
 def test_a_key_in_a_table_that_does_not_exist_is_not_shown(key: str) -> None:
-    for given in ({"kyes": key}, {"kyes": f"{key},{key}"}, [key], key):
-        line = fault(StateConfig, securty=given)
+    for table in ({"kyes": key}, {"kyes": f"{key},{key}"}, [key], key):
+        line = fault(StateConfig, securty=table)
         assert "c0ffee" not in line.lower()
         assert "***" in line
         assert "the closest known is security" in line
