@@ -83,6 +83,9 @@ _URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix|postgres(?:q
 _NAMESPACE: Final = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
 _URL_USER: Final = re.compile(r"^(['\"]?(?:[\w+.-]+://)?).*@", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(?<=password=)[^&'\"]*")
+_KEY: Final = re.compile(
+    r"(?<![\w+/-])(?:[0-9a-f]{64}|[\w+/-]{43}=?)(?![\w+/=-])", re.IGNORECASE | re.ASCII
+)
 
 
 def parse_bytes(text: str) -> int:
@@ -543,11 +546,11 @@ class SecurityConfig(_Table):
             "missing; workers that share it accept each other's tokens; empty = none."
         ),
     )
-    keys: _Secret = Field(
+    secret_keys: _Secret = Field(
         default=None,
         description=(
             "The keys themselves instead of a file, separated by commas, the newest last; best "
-            "from the environment, in PERSISTENCE_SECURITY__KEYS; empty = none."
+            "from the environment, in PERSISTENCE_SECURITY__SECRET_KEYS; empty = none."
         ),
     )
     encrypt: bool = Field(
@@ -566,18 +569,20 @@ class SecurityConfig(_Table):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.key_file is not None and self.keys is not None:
-            raise ConfigError("security.key_file and security.keys both say the keys: give one")
-        if self.encrypt and self.key_file is None and self.keys is None:
+        if self.key_file is not None and self.secret_keys is not None:
             raise ConfigError(
-                "security.encrypt = True: needs keys: set security.key_file, or security.keys "
-                "(PERSISTENCE_SECURITY__KEYS)"
+                "security.key_file and security.secret_keys both say the keys: give one"
+            )
+        if self.encrypt and self.key_file is None and self.secret_keys is None:
+            raise ConfigError(
+                "security.encrypt = True: needs keys: set security.key_file, or "
+                "security.secret_keys (PERSISTENCE_SECURITY__SECRET_KEYS)"
             )
         return self
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, "***" if name == "keys" and value else value
+            yield name, "***" if name == "secret_keys" and value else value
 
 
 class StateConfig(_Table):
@@ -800,7 +805,7 @@ def _fault(table: type[_Table], details: Mapping[str, Any], given: Mapping[str, 
 def _may_be_secret(path: str) -> bool:
     """Whether what was given for a field may be a key, also where its name is misspelt."""
     section, _, name = path.partition(".")
-    fields = SecurityConfig.model_fields.keys() - {"keys"}
+    fields = SecurityConfig.model_fields.keys() - {"secret_keys"}
     return section == SecurityConfig.table and name not in fields
 
 
@@ -853,4 +858,5 @@ def _shown(value: object) -> str:
 def _redacted(text: str) -> str:
     # All in front of the last @: passwords with an unescaped @ or / are common, and so is a
     # password without a user.
-    return _URL_PASSWORD.sub("***", _URL_USER.sub(r"\1***@", text))
+    # And what looks like a key, also where it stands in a table with a misspelt name.
+    return _KEY.sub("***", _URL_PASSWORD.sub("***", _URL_USER.sub(r"\1***@", text)))

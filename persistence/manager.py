@@ -70,7 +70,6 @@ from persistence.updates import (
     Change,
     Edit,
     Updates,
-    field_change,
     packed_data,
     ttl_change,
     whole_change,
@@ -538,7 +537,14 @@ class StateManager(Facilities):
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        return await self._updates.apply(session_id, field_change(field, self._plain_value(value)))
+        packed = rec.pack_value(self._plain_value(value), rec.check_field_name(field))
+
+        def change(record: bytes) -> Changes:
+            if field in rec.field_names(record):
+                return Changes({field: packed})
+            return Changes({}, {**rec.packed_fields(record), field: packed})
+
+        return await self._updates.apply(session_id, Change(change))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
@@ -1065,6 +1071,8 @@ class _SessionsOf:
         self._manager = manager
         self.bring_here = manager._bring_here
         self.get_session = manager.get_session
+        self.plain_data = manager._plain_data
+        self.plain_value = manager._plain_value
 
     async def current(self) -> tuple[Updates, Residency]:
         """Return the tiers as they are now."""

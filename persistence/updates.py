@@ -56,22 +56,6 @@ class Change:
     same_version: bool = False
 
 
-def field_change(field: str, value: object) -> Change:
-    """Return the change that sets one field.
-
-    Raises:
-        ValueNotSerializable: it cannot be stored.
-    """
-    packed = rec.pack_value(value, rec.check_field_name(field))
-
-    def change(record: bytes) -> Changes:
-        if field in rec.field_names(record):
-            return Changes({field: packed})
-        return Changes({}, {**rec.packed_fields(record), field: packed})
-
-    return Change(change)
-
-
 def whole_change(data: Mapping[str, Any], ttl_seconds: float | None) -> Change:
     """Return the change that replaces all fields, and the TTL unless it is None.
 

@@ -121,7 +121,9 @@ def test_a_value_of_another_field_session_or_incarnation_is_refused() -> None:
     other = stored(record, "b")
     for name in (b"a", HEAD):
         assert "not what was sealed" in refused({**fields, name: other[name]})
-    again = stored(new_record({"a": 1, "b": 1}))  # the same session, created anew
+    # The same session, created anew, and by chance in the same group.
+    incarnation = record[:1] + new_id()[1:]
+    again = stored(new_record({"a": 1, "b": 1}, incarnation=incarnation))
     assert "not what was sealed" in refused({**fields, b"a": again[b"a"]})
     assert "another commit" in refused({**again, STATE: fields[STATE]})
 
