@@ -20,6 +20,8 @@ from persistence.session import Session as Session
 from persistence.session import SessionDraft as SessionDraft
 from persistence.session import SessionMetadata as SessionMetadata
 from persistence.stats import Stats as Stats
+from persistence.watching.changes import SessionChange as SessionChange
+from persistence.watching.stream import Watch as Watch
 
 __all__ = [
     "CheckpointConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "MemoryConfig",
     "RedisConfig",
     "Session",
+    "SessionChange",
     "SessionConfig",
     "SessionDraft",
     "SessionMetadata",
@@ -38,5 +41,6 @@ __all__ = [
     "StateManager",
     "Stats",
     "SystemClock",
+    "Watch",
     "errors",
 ]

@@ -62,6 +62,8 @@ from persistence.shutdown import Grace
 from persistence.stats import Latencies, Stats
 from persistence.tiers import Tiers
 from persistence.updates import Change, Edit, Updates
+from persistence.watching.stream import Watch
+from persistence.watching.watching import MAX_PENDING, Watching
 
 _log = logging.getLogger("persistence")
 
@@ -109,7 +111,8 @@ class StateManager:
             redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
             self.config = self.config.model_copy(update={"redis": redis})
         self._clock: Clock = clock or SystemClock()
-        self._tiers = Tiers(self.config, self._clock, files, self._check_open)
+        self._watching = Watching(self._brought)
+        self._tiers = Tiers(self.config, self._clock, files, self._check_open, self._watching)
         self._misses = 0
         self._rss_bytes = 0
         self._memory_reader = MemoryReader()
@@ -216,8 +219,9 @@ class StateManager:
         await asyncio.shield(self._closing)
 
     def start_grace(self) -> None:
-        """Let the grace period of the close that will follow begin now."""
+        """Let the grace period of the close that will follow begin now, and end all watches."""
         self._grace.begin()
+        self._watching.close()
 
     async def _close(self) -> None:
         self._grace.begin()
@@ -226,6 +230,8 @@ class StateManager:
         self._resident = self._refuse
         self._restore_now = self._refuse
         _open_managers.discard(self)
+        # First of all: what is open may be what keeps its readers from ending, and so a server.
+        await self._watching.closed()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -489,6 +495,42 @@ class StateManager:
                 break
             except ConflictError:  # a checkpoint is being put in place: ask again behind it
                 await self._ready()
+
+    async def _brought(self, session_id: str) -> None:
+        await self._ready()
+        await self._bring_here(session_id)
+
+    # --- watching -----------------------------------------------------------------------------
+
+    def watch(
+        self,
+        session_id: str | None = None,
+        *,
+        after: int | None = None,
+        max_pending: int = MAX_PENDING,
+    ) -> Watch:
+        """Listen to changes, from now on: ``async for change in state.watch(sid)``.
+
+        Of a session, its versions come in order, each once and those of other workers included;
+        what a slow reader or an outage leaves out is counted in the next change. The stream ends
+        behind the change that ends the session, and when the manager closes. Watching renews
+        nothing. See ``docs/watching.md``.
+
+        Args:
+            session_id: which session; None: all of them. Of what other workers do to those, only
+                the version is told, and what an outage leaves out is told as a ``gap``.
+            after: the version that was seen last: if there is another one by now, that comes first.
+            max_pending: changes that wait for the reader at most; then they are merged.
+
+        Raises:
+            InvalidArgument, InvalidSessionId: an argument is something else than it must be.
+            ManagerClosed: it is not open, or closing.
+        Raises (when the first change is asked for):
+            SessionNotFound: missing, expired or terminated.
+            CorruptionError: its stored bytes are damaged.
+        """
+        self._check_open()
+        return self._watching.watch(session_id, after, max_pending)
 
     # --- updating -----------------------------------------------------------------------------
 

@@ -273,7 +273,7 @@ class Updates:
             fields=all_fields(before, changes),
         )
         life = life_of(ttl_seconds, head.renews, deadline)
-        return self._submit(session_id, key, record, now, life, cap, base=head.commit)
+        return self._submit(session_id, key, record, now, life, cap, before)
 
     def create(  # noqa: PLR0913 - one parameter for each part of a session
         self,
@@ -319,7 +319,7 @@ class Updates:
         ends = deadline_after(now, ttl_seconds) if deadline is None else deadline - skew
         life = life_of(ttl_seconds, renews, ends)
         cap = deadline_after(now, self._max_lifetime_seconds) if cap is None else cap - skew
-        return self._submit(session_id, key, record, now, life, cap, base=NO_ID, creates=True)
+        return self._submit(session_id, key, record, now, life, cap, None)
 
     def _submit(
         self,
@@ -329,14 +329,15 @@ class Updates:
         now: float,
         life: float,
         cap: float,
-        *,
-        base: bytes,
-        creates: bool = False,
+        before: bytes | None,
     ) -> Commit:
+        """Submit `record`, which was built on `before`; None: it creates the session."""
         if len(record) > self._max_record_bytes:
             self._refuse_size(session_id, len(record))
+        base = NO_ID if before is None else rec.commit_of(before)
         commit = self._residency.put_commit(session_id, key, record, now, life, cap, base)
-        commit.creates = creates
+        commit.before = before
+        commit.creates = before is None
         self._commits.submit(commit)
         return commit
 

@@ -6,7 +6,7 @@ Imports point one way, from the bottom up::
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit
                 residency
-                    sharing
+                    sharing | watching
                         updates | listing
                             tiers
                                 manager
@@ -37,7 +37,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit"), 2),
     **dict.fromkeys(("residency", "stats"), 3),
-    "sharing": 4,
+    **dict.fromkeys(("sharing", "watching"), 4),
     **dict.fromkeys(("updates", "listing"), 5),
     "tiers": 6,
     "manager": 7,

@@ -46,6 +46,7 @@ METHODS = {
     "replace_session": (("session_id", ...), ("data", ...), ("ttl_seconds", None)),
     "set_ttl": (("session_id", ...), ("ttl_seconds", ...)),
     "edit": (("session_id", ...),),
+    "watch": (("session_id", None), "*", ("after", None)),
     "terminate_session": (("session_id", ...),),
     "get_active_sessions": ("*", ("namespace", False)),
     "iter_sessions": (("prefix", ""), "*", ("namespace", False)),
@@ -60,7 +61,7 @@ METHODS = {
     "close": (),
 }
 
-NOT_COROUTINES = {"edit", "iter_sessions"}
+NOT_COROUTINES = {"edit", "iter_sessions", "watch"}
 
 
 def shape(function: object) -> tuple[object, ...]:
