@@ -43,6 +43,7 @@ from persistence.errors import (
     SessionExists,
     SessionLimitReached,
     SessionNotFound,
+    WrongEventLoop,
 )
 from persistence.expiry import life_of
 from persistence.ids import CommitIds, check_session_id, new_session_id
@@ -249,9 +250,10 @@ class StateManager:
             self._refuse()
         # Not get_running_loop(): on some Pythons that asks the system for the process each time.
         if get_ident() != self._thread or not self._loop.is_running():
-            raise ManagerClosed(
-                "this manager was opened in another event loop: open one of your own with its own "
-                "disk.path, or hand the call to that loop (asyncio.run_coroutine_threadsafe)"
+            raise WrongEventLoop(
+                "this manager was opened in another event loop: use persistence.sync.StateManager, "
+                "which any thread can use, or hand the call to that loop "
+                "(asyncio.run_coroutine_threadsafe), or open one of your own with its own disk.path"
             )
 
     async def _ready(self) -> None:
@@ -383,7 +385,9 @@ class StateManager:
     def _session_count(self) -> int:
         return len(self._disk.index) + len(self._residency.unlisted) + self._commits.creating
 
-    async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
+    async def get_or_create_session(
+        self, /, session_id: str | None = None, **create: Any
+    ) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
 
         Args:
@@ -601,7 +605,7 @@ class StateManager:
             session_id, Change(lambda _: Changes({}, fields), ttl_seconds=ttl)
         )
 
-    async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
+    async def update_session_metadata(self, /, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
 
         If it changes nothing, there is no new version.

@@ -105,6 +105,30 @@ class Updates:
             await self._commits.admission()
             self._check_open()
 
+    # --- from other threads -------------------------------------------------------------------
+    #
+    # The event loop's thread hands out what is newest and takes what was made of it; in between
+    # another thread does the work: it calls the function that changes a draft.
+
+    def newest(self, session_id: str) -> bytes | None:
+        """Return the newest record of a session, if it is at hand. From any thread: only reads."""
+        tail = self._commits.tails.get(session_id)
+        return self._memory.peek(session_id) if tail is None else tail.record
+
+    def submit_on(self, session_id: str, record: bytes, changes: Changes) -> Commit | None:
+        """Submit what was changed in `record`, unless that is not the newest version any more.
+
+        Never awaits, as `made_now`; None also if something would have to be waited for.
+        """
+        if self._commits.is_full or session_id in self.locks:
+            return None
+        if self._sharing is not None and not self._sharing.is_current(session_id):
+            return None
+        base = self._residency.base_now(session_id)
+        if base is None or base[0] is not record:
+            return None
+        return self.next_version(session_id, session_id.encode(), base, changes)
+
     # --- updating -----------------------------------------------------------------------------
 
     def made_now(
@@ -349,13 +373,27 @@ class Updates:
 
 
 class Edit:
-    """The context manager behind `StateManager.edit`."""
+    """The context manager behind `StateManager.edit`.
 
-    __slots__ = ("_base", "_current", "_draft", "_key", "_residency", "_session_id", "_updates")
+    Attributes:
+        commit: what it committed, once it has ended; None: it changed nothing.
+    """
+
+    __slots__ = (
+        "_base",
+        "_current",
+        "_draft",
+        "_key",
+        "_residency",
+        "_session_id",
+        "_updates",
+        "commit",
+    )
 
     def __init__(self, current: Callable[[], Awaitable[Updates]], session_id: str) -> None:
         self._current = current
         self._session_id = session_id
+        self.commit: Commit | None = None
 
     async def __aenter__(self) -> SessionDraft:
         updates = self._updates = await self._current()
@@ -382,7 +420,7 @@ class Edit:
         commit = None
         try:
             if kind is None:
-                commit = await self._submit()
+                commit = self.commit = await self._submit()
         finally:
             self._draft.close()
             self._updates.locks.release(self._session_id)
@@ -434,6 +472,17 @@ def drafted(record: bytes, function: Callable[[SessionDraft], object]) -> Change
         return draft.changes()
     finally:
         draft._closed = True  # `close`, without the call
+
+
+def change_draft(draft: SessionDraft, function: Callable[[SessionDraft], object]) -> None:
+    """Let `function` change a draft that belongs to an edit.
+
+    Raises:
+        InvalidArgument: it returned an awaitable.
+    """
+    result = function(draft)
+    if result is not None and hasattr(result, "__await__"):
+        _refuse_awaitable(result)
 
 
 def all_fields(record: bytes, changes: Changes) -> Mapping[str, bytes | memoryview]:

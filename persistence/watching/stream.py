@@ -81,6 +81,12 @@ class Mailbox:
             await self._arrived.wait()
         return self._pending.popleft()
 
+    def take_all(self) -> list[SessionChange]:
+        """Return what is there."""
+        changes = list(self._pending)
+        self._pending.clear()
+        return changes
+
 
 class Watch(AsyncIterator[SessionChange]):
     """A stream of changes: what `StateManager.watch` returns.
@@ -122,6 +128,10 @@ class Watch(AsyncIterator[SessionChange]):
                 await self.aclose()
                 raise
         return await self._mailbox.take()
+
+    def waiting(self) -> list[SessionChange]:
+        """Return the changes that wait to be read, and take them; never waits itself."""
+        return self._mailbox.take_all()
 
     async def aclose(self) -> None:
         """Listen no more. Idempotent."""
