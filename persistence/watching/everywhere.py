@@ -6,8 +6,7 @@ reply to our commit overtakes the announcement of the one that it was built on. 
 that was told of each session is remembered (of the last 32,768 sessions), and what comes late is
 not told again: the later version has counted it as skipped.
 
-A version that is neither newer, nor the one told last, nor the one that this was built on, is of
-another line: a worker has restored a checkpoint, or lost a conflict. That is told as a ``reset``.
+A version that is older, and not the one that the last one was built on, is of another line: a worker has restored a checkpoint, or lost a conflict. That is told as a ``reset``.
 """
 
 from __future__ import annotations
@@ -131,6 +130,8 @@ def _follow(before: _Told, item: Announcement, kind: Kind | None) -> tuple[Kind 
         return (kind, 0) if item.version == 1 and not item.ended else (None, 0)
     if item.ended:
         return kind, max(0, item.version - before.version)
+    if item.version == before.version:
+        return None, 0  # another TTL, or notes of the engine's own: no version
     if item.version > before.version:
         return kind, item.version - before.version - 1
     return "reset", 0

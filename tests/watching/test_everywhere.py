@@ -101,6 +101,13 @@ def test_a_version_of_another_line_is_a_reset(story: Story) -> None:
     assert story.told == [(5, "updated", 0), (3, "reset", 0), (4, "updated", 0)]
 
 
+def test_another_ttl_elsewhere_is_no_version(story: Story) -> None:
+    story.theirs(5, "e")
+    story.theirs(5, "e with another TTL")
+    story.ours(6, "f", base="e with another TTL")
+    assert story.told == [(5, "updated", 0), (6, "updated", 0)]
+
+
 def test_nothing_late_is_told_behind_an_end(story: Story) -> None:
     story.ours(1, "a")
     story.theirs(3, "end", ended=True)
