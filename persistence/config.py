@@ -203,6 +203,13 @@ class _Table(BaseModel):
         except ValidationError as error:
             raise ConfigError(_describe(type(self), error, values)) from None
 
+    def __setattr__(self, name: str, value: object) -> None:
+        section = self.table or "the configuration"
+        raise ConfigError(
+            f"{section}.{name}: a configuration does not change; make another one with "
+            f"model_copy(update={{{name!r}: ...}})"
+        )
+
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Return the configuration that `obj`, a mapping or an instance, describes.
@@ -303,8 +310,11 @@ class MemoryConfig(_Table):
         le=1,
         description="Fraction of the budget at which they stop leaving; at most the threshold.",
     )
-    policy: Literal["lru"] = Field(
-        default="lru", description="Which sessions leave first: lru = the least recently used."
+    policy: Literal["lru", "sieve", "s3fifo", "adaptive"] = Field(
+        default="lru",
+        description=(
+            "Which sessions leave first: lru, sieve, s3fifo, or adaptive = the one that hits most."
+        ),
     )
     check_interval_seconds: _Seconds = Field(
         default=1.0,

@@ -106,7 +106,7 @@ class StateManager:
         clock: Clock | None = None,
         files: Files | None = None,
     ) -> None:
-        _check_arguments(url, config)
+        _check_arguments(url, config, clock)
         self.config = StateConfig() if config is None else config
         if url:
             redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
@@ -830,6 +830,7 @@ class StateManager:
             on_disk=max(0, sessions - len(memory)),
             memory_used_bytes=memory.used_bytes,
             memory_peak_bytes=memory.peak_bytes,
+            memory_policy=memory.policy,
             memory_budget_bytes=self.config.memory.max_bytes,
             memory_effective_budget_bytes=memory.budget_bytes,
             rss_bytes=self._rss_bytes,
@@ -964,7 +965,7 @@ def _not_here(session_id: str) -> Session | None:
     return None
 
 
-def _check_arguments(url: object, config: object) -> None:
+def _check_arguments(url: object, config: object, clock: object) -> None:
     """Check what a manager is made with: the two are easily mixed up."""
     if isinstance(url, StateConfig):
         raise InvalidArgument(
@@ -975,6 +976,10 @@ def _check_arguments(url: object, config: object) -> None:
         raise refused(
             "config", config, "a StateConfig (StateConfig.model_validate makes one of a dict)"
         )
+    if clock is not None and not all(
+        callable(getattr(clock, name, None)) for name in ("wall", "monotonic")
+    ):
+        raise refused("clock", clock, "a Clock, with wall() and monotonic(), or None")
 
 
 def _packed_meta(

@@ -59,6 +59,7 @@ class Stats:
         memory_used_bytes: accounted, exactly.
         memory_peak_bytes: the most that was ever used.
         memory_budget_bytes: ``memory.max_bytes``.
+        memory_policy: the eviction policy in use (``memory.policy``, or what "adaptive" chose).
         memory_effective_budget_bytes: less than that under memory pressure.
         rss_bytes: resident set of the process when it was last read; 0: not yet.
         hits: reads served from memory.
@@ -83,6 +84,7 @@ class Stats:
     memory_used_bytes: int
     memory_peak_bytes: int
     memory_budget_bytes: int
+    memory_policy: str
     memory_effective_budget_bytes: int
     rss_bytes: int
     hits: int

@@ -25,6 +25,7 @@ from persistence.disk.tier import DiskTier
 from persistence.errors import ConflictError, RemoteUnavailable
 from persistence.expiry import life_of
 from persistence.listing import Listing
+from persistence.memory.ordered import make_memory_tier
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.remote.contract import RemoteTier
@@ -174,7 +175,8 @@ class Tiers:
         config = self._config
         ttl_seconds = config.session.ttl_seconds
         default_life = life_of(ttl_seconds, config.session.auto_renew, ttl_seconds)
-        self.memory = MemoryTier(
+        self.memory = make_memory_tier(
+            config.memory.policy,
             config.memory.max_bytes,
             self._clock,
             self.time,

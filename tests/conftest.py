@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import tempfile
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tests.redis_servers import (
     sentinel,
     shared_server,
 )
+from tests.support import Points
 
 __all__ = [
     "cluster",
@@ -32,6 +36,18 @@ __all__ = [
     "sentinel",
     "shared_server",
 ]
+
+_STEP_OF_POINTS = 3
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the hundreds of processes that tests start compile the engine once, not each again."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # its parent did
+    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    config.add_cleanup(compiled.cleanup)
+    os.environ["PYTHONPYCACHEPREFIX"] = compiled.name
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +76,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1.0,
         help="how much more than in the short form; python -m tests.faults does it all",
     )
+
+
+@pytest.fixture
+def points(request: pytest.FixtureRequest) -> Points:
+    """Give the numbers of the calls, from `start` on, at which something goes wrong.
+
+    In the short form that is every third one, beginning with another one in each test, so that
+    tests of one kind together see all of them; with ``--fault-scale 3`` each sees all.
+    """
+    step = max(1, round(_STEP_OF_POINTS / request.config.getoption("--fault-scale")))
+    first = zlib.crc32(request.node.nodeid.encode()) % step
+    return lambda start: itertools.count(start + first, step)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -11,6 +11,9 @@ from persistence import DiskConfig, MemoryConfig, SessionConfig, StateConfig, St
 from persistence.clock import Clock, ManualClock
 from persistence.disk.files import Files
 from tests.disk.memoryfiles import MemoryFiles
+
+Points = Callable[[int], Iterable[int]]
+"""See the fixture `points`."""
 
 PATH: Final = "/state"
 """Where `MemoryFiles` hold the engine's directory in these tests."""

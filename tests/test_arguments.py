@@ -157,6 +157,12 @@ def test_what_is_no_url_and_what_is_no_configuration_are_refused(
         StateManager(*arguments)
 
 
+@pytest.mark.parametrize("clock", [5, object(), "now"])
+def test_a_clock_must_tell_both_times(clock: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"clock = .*: must be a Clock, with wall\(\)"):
+        StateManager(clock=clock)
+
+
 async def test_from_another_event_loop_every_change_is_refused(start: Start) -> None:
     state = await start()
     await state.create_session(session_id="a", data={"x": 1})

@@ -23,6 +23,7 @@ from tests.engine import (
 )
 
 STEPS = range(24)
+SYNCING = -1  # instead of a number of steps: until it waits for the disk, however long that takes
 OLD: dict[str, Any] = {"x": 1, "cart": [1]}
 
 Call = Callable[[StateManager, str], Awaitable[Any]]
@@ -96,7 +97,10 @@ async def cancelled_after(
     """Run a call, cancel it after some steps with the disk held still; return what became of it."""
     files.syncs.hold()
     task = asyncio.ensure_future(call(state, name))
-    await loop_steps(steps)
+    if steps == SYNCING:
+        await files.syncs.reached()
+    else:
+        await loop_steps(steps)
     for _ in range(times):
         task.cancel()
         await loop_steps(1)
@@ -116,7 +120,7 @@ async def test_a_write_cancelled_at_any_step_happens_whole_or_not_at_all(
     state = await start()
     results: list[Any] = []
     expected: dict[str, Any] = {}
-    for steps in STEPS:
+    for steps in (*STEPS, SYNCING):
         name = str(steps)
         await state.create_session(session_id=name, data=OLD)
         if cold:

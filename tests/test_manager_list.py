@@ -111,10 +111,12 @@ async def test_what_lives_all_the_while_comes_exactly_once(
     for name in staying:
         await state.create_session(session_id=name, data={"filler": "x" * 300})
     done = False
+    turns = asyncio.Semaphore(0)  # so much is done for each id listed, whatever is slow here
 
     async def disturb(number: int) -> None:
         coming = f"comes and goes {number}"
         while not done:
+            await turns.acquire()
             await state.update_session_data(rng.choice(staying), "y", rng.randbytes(300))
             await state.get_or_create_session(coming)
             await state.terminate_session(coming)
@@ -122,6 +124,7 @@ async def test_what_lives_all_the_while_comes_exactly_once(
 
     async def compact() -> None:
         while not done:
+            await turns.acquire()
             await state.compact()
 
     tasks = [asyncio.create_task(disturb(number)) for number in range(8)]
@@ -131,12 +134,15 @@ async def test_what_lives_all_the_while_comes_exactly_once(
             found = []
             async for name in state.iter_sessions():
                 found.append(name)
+                turns.release()
                 if len(found) % 20 == 0:
                     await loop_steps(5)
             assert len(found) == len(set(found))
             assert set(found) >= set(staying)
     finally:
         done = True
+        for _ in tasks:
+            turns.release()
         await asyncio.gather(*tasks)
 
 

@@ -15,6 +15,7 @@ from persistence.cli import screen
 from persistence.cli.failure import EXIT_FAILED, EXIT_OK, CommandError
 from persistence.cli.options import JsonOption, size_option
 from persistence.cli.replay_model import ReplayOptions, ReplayProgress, ReplayReport
+from persistence.cli.replay_policies import check_plot, compare_policies, draw, print_curves
 from persistence.cli.replayer import replay
 from persistence.cli.running import run
 from persistence.cli.screen import format_bytes, say
@@ -30,7 +31,17 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     memory: Annotated[
         int, size_option("--memory", "Budget of the memory tier (of each worker).")
     ] = "256KiB",  # type: ignore[assignment]
-    policy: Annotated[str, typer.Option(help="Eviction policy of the memory tier.")] = "lru",
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="lru|sieve|s3fifo|adaptive|all",
+            help="Eviction policy of the memory tier; all: compare them, and store nothing.",
+        ),
+    ] = "lru",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the comparison: .png, .svg, .pdf."),
+    ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(help="Where the sessions are kept; else a temporary directory, removed."),
@@ -70,7 +81,18 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     same logs: the exit code is 0 only when all are equal, and 1 when no line is a request. With
     --redis every session is also read from Redis and compared, and with --workers each request
     goes to a random worker. What is in Redis stays there, for seven days.
+
+    With --policy all nothing is stored: each eviction policy is simulated on the log, in budgets
+    from one percent to all of what its sessions need, so that a budget can be chosen.
     """
+    if policy == "all":
+        if directory is not None or redis is not None or resume:
+            raise CommandError(
+                "--policy all stores nothing: leave out --directory, --redis, --resume"
+            )
+        return _compare(logs, limit, plot, as_json)
+    if plot is not None:
+        raise CommandError("--plot draws a comparison of the policies: it needs --policy all")
     if resume and directory is None:
         raise CommandError("--resume needs the --directory of the replay to go on with")
     with _directory(directory) as where, screen.status_line(is_quiet=as_json) as show:
@@ -101,6 +123,20 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
         )
         return EXIT_FAILED
     return EXIT_OK if report.verified else EXIT_FAILED
+
+
+def _compare(logs: list[Path], limit: int | None, plot: Path | None, as_json: bool) -> int:
+    if plot is not None:
+        check_plot(plot)
+    with screen.status_line(is_quiet=as_json) as show:
+        curves = compare_policies(logs, limit, show)
+    if plot is not None:
+        draw(curves, plot)
+    if as_json:
+        screen.print_json(asdict(curves))
+    else:
+        print_curves(curves)
+    return EXIT_OK
 
 
 @contextmanager

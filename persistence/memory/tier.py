@@ -368,6 +368,11 @@ class MemoryTier:
     # --- going through ------------------------------------------------------------------------
 
     @property
+    def policy(self) -> str:
+        """The eviction policy in use: here LRU, for others see `memory.ordered`."""
+        return "lru"
+
+    @property
     def shards(self) -> int:
         """How many shards there are."""
         return len(self._shards)

@@ -35,7 +35,7 @@ from persistence.errors import CorruptionError, DiskFull
 from tests.disk.history import Placed, scan
 from tests.disk.memoryfiles import MUTATING, Call, MemoryFiles, fail, kill_at
 from tests.disk.workload import Data, Workload
-from tests.support import PATH, abandon, config, everything, opened
+from tests.support import PATH, Points, abandon, config, everything, opened
 
 SEGMENT_BYTES: Final = 64 * 1024
 NEVER: Final = float("inf")
@@ -861,10 +861,12 @@ async def assert_is_whole(
         await abandon(state)
 
 
-async def test_a_kill_at_any_call_of_a_merge_changes_nothing(switch: Switch) -> None:
+async def test_a_kill_at_any_call_of_a_merge_changes_nothing(
+    switch: Switch, points: Points
+) -> None:
     files, data = await directory_to_compact(switch)
-    for nth in itertools.count(1):
-        part = (0.0, 0.5, 1.0)[nth % 3]
+    for nth in points(1):
+        part = random.Random(nth).choice((0.0, 0.5, 1.0))
         disk = files.after_kill()
         died = await compact_until_it_dies(disk, nth, part, switch)
         after = disk.after_kill()
@@ -877,9 +879,11 @@ async def test_a_kill_at_any_call_of_a_merge_changes_nothing(switch: Switch) -> 
     assert nth > 30
 
 
-async def test_a_power_loss_at_any_call_of_a_merge_changes_nothing(switch: Switch) -> None:
+async def test_a_power_loss_at_any_call_of_a_merge_changes_nothing(
+    switch: Switch, points: Points
+) -> None:
     files, data = await directory_to_compact(switch)
-    for nth in itertools.count(1):
+    for nth in points(1):
         disk = files.after_kill()
         died = await compact_until_it_dies(disk, nth, 1.0, switch)
         for left in (None, random.Random(nth), random.Random(nth + 1000)):
@@ -890,10 +894,10 @@ async def test_a_power_loss_at_any_call_of_a_merge_changes_nothing(switch: Switc
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE])
 async def test_whichever_call_of_a_merge_fails_nothing_is_lost_and_the_next_one_works(
-    number: int, switch: Switch
+    number: int, switch: Switch, points: Points
 ) -> None:
     files, data = await directory_to_compact(switch)
-    for nth in range(1, 60):
+    for nth in itertools.takewhile(lambda nth: nth < 60, points(1)):
         disk = files.after_kill()
         switch.on = False
         async with opened(disk, small(), clock=ManualClock(1_700_000_700)) as state:

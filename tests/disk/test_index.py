@@ -204,7 +204,7 @@ class IndexBesideDict(RuleBasedStateMachine):
 
 
 TestIndexBesideDict = pytest.mark.filterwarnings("default")(IndexBesideDict.TestCase)
-TestIndexBesideDict.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestIndexBesideDict.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 
 
 def test_growth_keeps_every_row_in_the_bucket_of_its_fingerprint() -> None:
@@ -285,7 +285,7 @@ def test_a_place_is_prepared_for_many_rows_and_loading_them_moves_none() -> None
     assert_every_row_is_found(index)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_an_image_that_is_none_is_refused(image: bytes, at: int) -> None:
     index = Index()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from persistence.disk.manifest import decode_manifest
 from persistence.disk.segments import Damage
 from tests.disk.history import Placed, all_rows_equal, recover, scan
 from tests.disk.memoryfiles import Killed, MemoryFiles, kill_at
-from tests.support import PATH, abandon, config, opened
+from tests.support import PATH, Points, abandon, config, opened
 
 SEGMENT_BYTES: Final = 64 * 1024
 Data = dict[str, dict[str, Any]]
@@ -599,9 +598,11 @@ async def test_recovering_twice_equals_recovering_once(build: Callable[[], Scene
 
 
 @ALL_SCENES
-async def test_a_kill_at_any_point_of_recovery_changes_nothing(build: Callable[[], Scene]) -> None:
+async def test_a_kill_at_any_point_of_recovery_changes_nothing(
+    build: Callable[[], Scene], points: Points
+) -> None:
     made = build()
-    for twice_nth in itertools.count(2):
+    for twice_nth in points(2):
         files = made.files.after_kill()
         files.faults.append(kill_at(twice_nth // 2, 0.5 * (twice_nth % 2)))
         state = StateManager(config=config(segment_bytes=SEGMENT_BYTES), files=files)
@@ -616,10 +617,10 @@ async def test_a_kill_at_any_point_of_recovery_changes_nothing(build: Callable[[
 
 @ALL_SCENES
 async def test_a_power_loss_at_any_point_of_recovery_changes_nothing(
-    build: Callable[[], Scene],
+    build: Callable[[], Scene], points: Points
 ) -> None:
     made = build()
-    for nth in itertools.count(1):
+    for nth in points(1):
         files = made.files.after_kill()
         files.faults.append(kill_at(nth, 1.0))
         state = StateManager(config=config(segment_bytes=SEGMENT_BYTES), files=files)

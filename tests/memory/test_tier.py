@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from persistence import ManualClock
 from persistence.clock import EngineTime
+from persistence.memory.ordered import make_memory_tier
 from persistence.memory.tier import (
     ENTRY_OVERHEAD_BYTES,
     MemoryTier,
@@ -39,9 +40,12 @@ def record(value: Any = None) -> bytes:
 
 
 def tier_with(
-    clock: ManualClock, max_bytes: int = 64 * KIB, default_life: float = NEVER
+    clock: ManualClock,
+    max_bytes: int = 64 * KIB,
+    default_life: float = NEVER,
+    policy: str = "lru",
 ) -> MemoryTier:
-    return MemoryTier(max_bytes, clock, EngineTime(clock), default_life)
+    return make_memory_tier(policy, max_bytes, clock, EngineTime(clock), default_life)
 
 
 def recent(tier: MemoryTier, since: float) -> list[str]:
@@ -283,12 +287,16 @@ def compare(tier: MemoryTier, model: Model, since: float) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(operations=OPERATIONS, max_bytes=st.sampled_from([64 * KIB, 32 * MIB]))
+@given(
+    operations=OPERATIONS,
+    max_bytes=st.sampled_from([64 * KIB, 32 * MIB]),
+    policy=st.sampled_from(["lru", "sieve", "s3fifo", "adaptive"]),
+)
 def test_accounting_and_accesses_are_exact_after_any_operations(
-    operations: list[tuple[str, int, int]], max_bytes: int
+    operations: list[tuple[str, int, int]], max_bytes: int, policy: str
 ) -> None:
     clock = ManualClock()
-    tier = tier_with(clock, max_bytes)
+    tier = tier_with(clock, max_bytes, policy=policy)
     model = Model()
     earlier = since = now_of(clock)
     for kind, number, size in operations:

@@ -1,0 +1,181 @@
+"""``persistence replay --policy all``: what each eviction policy would hit in which budget.
+
+Nothing is stored: the log is folded into its sessions, whose sizes grow as in a replay, and each
+policy is simulated on the order in which they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from persistence.cli import screen
+from persistence.cli.accesslog import Request
+from persistence.cli.failure import CommandError
+from persistence.cli.replay_run import LogReader
+from persistence.cli.screen import format_bytes
+from persistence.cli.workload import apply_request, session_id
+from persistence.memory.ordered import ADAPTIVE
+from persistence.memory.policies import POLICIES
+from persistence.memory.simulation import HitRatio, simulated
+from persistence.memory.tier import charge
+from persistence.record import pack_value
+
+NAMES: Final = (*POLICIES, ADAPTIVE)
+SHARES: Final = (0.01, 0.02, 0.05, 0.10, 0.25, 0.50, 1.0)
+"""The budgets, as shares of what all sessions need at the end of the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What one policy hits in one budget; ratios are in 0..1."""
+
+    memory_bytes: int
+    share: float
+    hit_ratio: float
+    byte_hit_ratio: float
+
+
+@dataclass(slots=True)
+class Curves:
+    """What ``--policy all --json`` prints.
+
+    Attributes:
+        requests: of the log.
+        skipped_lines: that are no requests.
+        sessions: that the log makes.
+        sessions_bytes: what they need in memory, all of them, at the end.
+        policies: the curve of each policy, by ascending budget.
+    """
+
+    requests: int
+    skipped_lines: int
+    sessions: int
+    sessions_bytes: int
+    policies: dict[str, list[Point]]
+
+
+class _Asked:
+    """The sessions that were asked for, in order, with the bytes each needed at that time."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, int]] = []
+        self.sizes: dict[str, int] = {}
+        self._data: dict[str, dict[str, Any]] = {}
+        self._ids: dict[str, str] = {}
+
+    def add(self, position: int, request: Request) -> None:
+        sid = session_id(request)
+        sid = self._ids.setdefault(sid, sid)  # one string object each, however often it is asked
+        data = self._data.setdefault(sid, {})
+        apply_request(data, position, request)
+        self.sizes[sid] = size = charge(sid, pack_value(data, "session"))
+        self.requests.append((sid, size))
+
+
+def compare_policies(
+    logs: Sequence[Path], limit: int | None, show: Callable[[str], None] | None
+) -> Curves:
+    """Simulate every policy on the logs, in budgets from one percent to all of what they need.
+
+    Args:
+        logs: access logs, in order.
+        limit: stop after so many requests.
+        show: called with a line that says how far it is.
+
+    Raises:
+        CommandError: a log cannot be read, or no line of it is a request.
+    """
+    asked, skipped = _read(logs, limit)
+    if not asked.requests:
+        raise CommandError("no line of the log is a request in Common or Combined Log Format")
+    total_bytes = sum(asked.sizes.values())
+    curves = Curves(len(asked.requests), skipped, len(asked.sizes), total_bytes, {})
+    for name in NAMES:
+        points = curves.policies[name] = []
+        for share in SHARES:
+            if show is not None:
+                show(f"{name}: {share:.0%} of {format_bytes(total_bytes)}")
+            budget_bytes = max(1, round(total_bytes * share))
+            points.append(
+                _point(share, budget_bytes, simulated(name, budget_bytes, asked.requests))
+            )
+    return curves
+
+
+def _read(logs: Sequence[Path], limit: int | None) -> tuple[_Asked, int]:
+    asked = _Asked()
+    reader = LogReader(tuple(logs), limit)
+    for position, request in enumerate(reader):
+        asked.add(position, request)
+    return asked, reader.skipped_lines
+
+
+def _point(share: float, budget_bytes: int, ratio: HitRatio) -> Point:
+    return Point(budget_bytes, share, ratio.ratio, ratio.byte_ratio)
+
+
+# --- showing --------------------------------------------------------------------------------------
+
+
+def print_curves(curves: Curves) -> None:
+    """Print a table: a row for each budget, hit ratio and byte hit ratio for each policy."""
+    sessions, needed = curves.sessions, format_bytes(curves.sessions_bytes)
+    screen.say(f"{curves.requests:,} requests of {sessions:,} sessions, which need {needed}")
+    screen.say("hit ratio (byte hit ratio) of each policy in so much memory:")
+    screen.print_columns(["memory", "share", *NAMES], _rows(curves), right={"memory", "share"})
+
+
+def _rows(curves: Curves) -> Iterator[list[str]]:
+    for number, share in enumerate(SHARES):
+        points = [curves.policies[name][number] for name in NAMES]
+        memory = format_bytes(points[0].memory_bytes)
+        yield [
+            memory,
+            f"{share:.0%}",
+            *(f"{p.hit_ratio:.3f} ({p.byte_hit_ratio:.3f})" for p in points),
+        ]
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be drawn, before anything is computed.
+
+    Raises:
+        CommandError: matplotlib is not installed, or does not know the suffix.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise CommandError(
+            "--plot needs matplotlib: pip install 'persistence-engine[plot]'"
+        ) from error
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise CommandError(f"--plot {path}: must end in one of .{', .'.join(sorted(known))}")
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """Draw hit ratio and byte hit ratio against memory, a line for each policy.
+
+    Raises:
+        CommandError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2), ("hit_ratio", "byte_hit_ratio"), strict=True):
+        for name, points in curves.policies.items():
+            memory = [point.memory_bytes / 2**20 for point in points]
+            axes.plot(memory, [getattr(point, what) for point in points], marker="o", label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("memory.max_bytes, MiB")
+        axes.set_ylabel(what.replace("_", " "))
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{curves.requests:,} requests of {curves.sessions:,} sessions")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,121 @@
+"""What a policy would have hit in a given budget, on keys that were asked for. Pure.
+
+For choosing a budget: ``persistence replay --policy all`` draws the curves of a log with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from persistence.memory.adaptive import START_SHARE, Shadows, full_house
+from persistence.memory.policies import EvictionPolicy, drained, make_policy
+
+ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True, slots=True)
+class HitRatio:
+    """What a simulated cache did.
+
+    Attributes:
+        requests: keys that were asked for.
+        hits: those of them that were resident.
+        requested_bytes: the sizes of all that was asked for.
+        hit_bytes: the sizes of what was resident.
+        policy: the policy in use at the end.
+    """
+
+    requests: int
+    hits: int
+    requested_bytes: int
+    hit_bytes: int
+    policy: str
+
+    @property
+    def ratio(self) -> float:
+        """Hits of all requests; 0 for none."""
+        return self.hits / self.requests if self.requests else 0.0
+
+    @property
+    def byte_ratio(self) -> float:
+        """Bytes that were resident of all bytes asked for; 0 for none."""
+        return self.hit_bytes / self.requested_bytes if self.requested_bytes else 0.0
+
+
+class SimulatedCache:
+    """A cache of keys with sizes, under one policy or the adaptive one.
+
+    Args:
+        name: a name of `policies.POLICIES`, or `ADAPTIVE`.
+        budget_bytes: what the resident keys' sizes may sum up to.
+    """
+
+    def __init__(self, name: str, budget_bytes: int) -> None:
+        self.used_bytes = 0
+        self._is_adaptive = name == ADAPTIVE
+        self._name = "lru" if self._is_adaptive else name
+        self._budget_bytes = budget_bytes
+        self._policy: EvictionPolicy = make_policy(self._name)
+        self._sizes: dict[str, int] = {}
+        self._shadows: Shadows | None = None
+
+    @property
+    def policy(self) -> str:
+        """The policy in use."""
+        return self._name
+
+    def ask(self, key: str, size_bytes: int) -> bool:
+        """Ask for a key, which is resident after that if it fits at all; tell whether it was."""
+        policy, sizes = self._policy, self._sizes
+        is_hit = key in policy
+        if is_hit:
+            policy.hit(key)
+        if self._is_adaptive:
+            self._observe(key)
+            policy = self._policy
+        self.used_bytes += size_bytes - sizes.get(key, 0)
+        if not is_hit:
+            self._make_room(0)
+            policy.insert(key)
+        sizes[key] = size_bytes
+        self._make_room(1)
+        return is_hit
+
+    def _make_room(self, least: int) -> None:
+        policy = self._policy
+        while self.used_bytes > self._budget_bytes and len(policy) > least:
+            self.used_bytes -= self._sizes.pop(policy.evict())
+
+    def _observe(self, key: str) -> None:
+        shadows = self._shadows
+        if shadows is None:
+            if self.used_bytes >= START_SHARE * self._budget_bytes:
+                self._watch()
+            return
+        if not shadows.observe(key):
+            return
+        if shadows.policy != self._name:
+            self._name = shadows.policy
+            self._policy = make_policy(self._name, drained(self._policy))
+        if not shadows.fits(self._full_house()):
+            self._watch()
+
+    def _watch(self) -> None:
+        self._shadows = Shadows(self._full_house(), self._name, self._sizes)
+
+    def _full_house(self) -> int:
+        return full_house(len(self._policy), self.used_bytes, self._budget_bytes)
+
+
+def simulated(name: str, budget_bytes: int, asked: Iterable[tuple[str, int]]) -> HitRatio:
+    """Return what a cache of `budget_bytes` hits of (key, size in bytes), asked for in order."""
+    cache = SimulatedCache(name, budget_bytes)
+    requests = hits = requested_bytes = hit_bytes = 0
+    for key, size_bytes in asked:
+        requests += 1
+        requested_bytes += size_bytes
+        if cache.ask(key, size_bytes):
+            hits += 1
+            hit_bytes += size_bytes
+    return HitRatio(requests, hits, requested_bytes, hit_bytes, cache.policy)
