@@ -6,7 +6,8 @@ reply to our commit overtakes the announcement of the one that it was built on. 
 that was told of each session is remembered (of the last 32,768 sessions), and what comes late is
 not told again: the later version has counted it as skipped.
 
-A version that is older, and not the one that the last one was built on, is of another line: a worker has restored a checkpoint, or lost a conflict. That is told as a ``reset``.
+A version that is older, and not the one that the last was built on, is of another line: a worker
+has restored a checkpoint, or lost a conflict. That is told as a ``reset``.
 """
 
 from __future__ import annotations
