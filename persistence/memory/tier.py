@@ -176,9 +176,10 @@ class MemoryTier:
     def note(self, session_id: str, accessed: float) -> None:
         """Note an access at `accessed`, if the session is still here."""
         shard = self._shards[hash(session_id) & self._mask]
-        last = shard.accessed.pop(session_id, None)
-        if last is not None:
-            shard.accessed[session_id] = max(last, accessed)
+        last = shard.accessed.get(session_id)
+        if last is not None and last < accessed:
+            del shard.accessed[session_id]  # to the end, as in `access`
+            shard.accessed[session_id] = accessed
 
     def peek(self, session_id: str) -> bytes | None:
         """Return the record of a resident session, expired or not, without accessing it."""
