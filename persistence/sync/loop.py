@@ -6,7 +6,7 @@ stands before one lock, and calls that come while the loop is busy are taken tog
 
 Invariants:
 - a call is answered, whatever happens: by the loop, or by whoever ends it (`_fail_rest`);
-- no thread waits for itself: not the loop's own thread, and none that runs an event loop;
+- no thread waits for itself: none of the engine's own, and none that runs an event loop;
 - after a fork nothing here is touched any more in the child: the thread is not there, and what the
   loop holds (its epoll set) is the parent's.
 """
@@ -32,6 +32,7 @@ T = TypeVar("T")
 _log = logging.getLogger("persistence.sync")
 
 _LEFT_OVER_SECONDS: Final = 0.5
+_OWN_THREADS: Final = "persistence-"  # the loop's, the writer, the readers
 running_loop = asyncio._get_running_loop
 """Returns the running event loop of this thread, or None; in C, where there is C."""
 
@@ -41,9 +42,12 @@ class _Caller(threading.local):
 
     Attributes:
         context: its calls run in it; in it, `OWNER` is this thread's own object.
+        is_engines: it is one of the engine's own threads, which must never wait for the engine. The
+            finalizers that a garbage collection calls may be called there, and may call anything.
     """
 
     def __init__(self) -> None:
+        self.is_engines = threading.current_thread().name.startswith(_OWN_THREADS)
         self.context = Context()
         self.context.run(OWNER.set, object())
 
@@ -141,7 +145,7 @@ class LoopThread:
             begin: makes it; called on the loop.
 
         Raises:
-            WrongEventLoop: this thread runs an event loop itself.
+            WrongEventLoop: this thread runs an event loop, or is one of the engine's own.
             ManagerClosed: the loop has ended, or this is the child of a fork.
         """
         return cast(T, self.ask(begin))
@@ -153,6 +157,11 @@ class LoopThread:
             WrongEventLoop, ManagerClosed: see `run`.
         """
         refuse_event_loop()
+        if _caller.is_engines:
+            raise WrongEventLoop(
+                "this is one of the engine's own threads, which would wait for itself: make the "
+                "call in another thread (a finalizer may close a manager, and call nothing else)"
+            )
         call = _Call(begin, _caller.context.copy())
         self._calls.append(call)
         # Whoever ends the loop says so first and looks for calls then, so none is forgotten.
@@ -201,17 +210,16 @@ class LoopThread:
     # --- the end ------------------------------------------------------------------------------
 
     def end(self, grace_seconds: float | None) -> None:
-        """End everything, and wait for that, unless this is the loop's own thread.
+        """End everything, and wait for that, unless this is one of the engine's own threads.
 
-        There it is a garbage collection, or a callback, that ends it. It goes on when the loop gets
-        its turn again; the interpreter waits for it at exit.
+        There it is a garbage collection, or a callback, that ends it. It goes on when that thread
+        gets on with its work; the interpreter waits for it at exit.
         """
         if self not in _running:
             return  # ended, or this is the child of a fork
-        if threading.get_ident() == self._thread.ident:
-            self._begin_end(grace_seconds)
-            return
         self._post(lambda: self._begin_end(grace_seconds))
+        if _caller.is_engines:
+            return
         self._thread.join()
         error, self._end_error = self._end_error, None
         if error is not None:

@@ -109,8 +109,8 @@ class StateManager:
     def close(self, *, grace_seconds: float | None = None) -> None:
         """Refuse new work, let running edits finish, sync, deliver, seal; end the thread.
 
-        Waits until that is done. Only where the engine's own thread calls it (a garbage collection
-        may), it returns at once, and the closing goes on. Idempotent.
+        Waits until that is done. Only where one of the engine's own threads calls it (a garbage
+        collection may), it returns at once, and the closing goes on. Idempotent.
 
         Args:
             grace_seconds: at most so many seconds for what may take long, also for a close that is

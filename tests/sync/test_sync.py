@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -511,36 +512,51 @@ def test_an_open_edit_is_waited_for_and_then_given_up(opened: Opened) -> None:
         block.__exit__(None, None, None)
 
 
-def test_a_garbage_collection_on_the_engines_thread_may_close_it(
-    opened: Opened, tmp_path: Path
+@pytest.mark.parametrize("where", ["loop", "writer", "reader"])
+def test_a_garbage_collection_on_the_engines_threads_may_close_it(
+    opened: Opened, where: str
 ) -> None:
-    """A holder whose finalizer closes the manager, collected while the loop runs."""
+    """A holder whose finalizer closes the manager, collected where the engine is at work."""
     state = opened()
     sid = state.create_session(data={"n": 0})
     thread = state._thread
     assert thread is not None
+    threads = state._manager._disk.threads
+    closed_in: list[str] = []
+    refused: list[BaseException] = []
 
     class Holder:
         def __init__(self) -> None:
             self.itself = self
 
         def __del__(self) -> None:
-            closed_in.append(threading.current_thread())
+            try:
+                state.update_session(sid, add_one)
+            except WrongEventLoop as error:
+                refused.append(error)
             state.close()
+            closed_in.append(threading.current_thread().name)
 
-    closed_in: list[threading.Thread] = []
+    collect: Callable[[], object] = gc.collect
+    if where == "writer":
+        collect = partial(threads.write, gc.collect)
+    elif where == "reader":
+        collect = partial(threads.read, gc.collect)
     gc.collect()
     gc.disable()
     try:
         Holder()
-        thread.post(gc.collect)
+        thread.post(collect)
         until(lambda: bool(closed_in))
     finally:
         gc.enable()
-    assert closed_in == [thread._thread]
+    assert closed_in[0].startswith(f"persistence-{where}")
+    assert len(refused) == 1
     thread._thread.join(PATIENCE_SECONDS)
     assert not thread._thread.is_alive()
-    assert opened().get_session(sid) is not None
+    session = opened().get_session(sid)
+    assert session is not None
+    assert session["n"] == 0
 
 
 def test_one_that_nobody_closes_says_so_and_is_closed(tmp_path: Path) -> None:
