@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,35 +13,20 @@ from typing import Any
 from persistence import StateConfig, StateManager
 from tests.crash_nursery import State
 from tests.engine import contents
+from tests.nurseries import NurseryProcess
 
 NURSERY = Path(__file__).with_name("crash_nursery.py")
-ROOT = Path(__file__).parents[1]
 
 
-class Nursery:
+class Nursery(NurseryProcess):
     """The process that raises the workers and kills them."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(NURSERY)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def close(self) -> None:
-        self._process.__exit__(None, None, None)  # closes its stdin, which ends it
+        super().__init__(NURSERY)
 
     def run(self, order: dict[str, Any]) -> Iterator[list[Any]]:
         """Yield what a worker reports until its end, the end included."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            words = json.loads(line)
+        for words in self.answers(order):
             yield words
             if words[0] == "end":
                 return

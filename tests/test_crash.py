@@ -19,6 +19,8 @@ from tests.crashes import History, Nursery, check_by_opening, work_and_check
 
 KILLS = 24
 LONGEST_SECONDS = 0.4
+LEAST_ACKNOWLEDGED = 20 * KILLS
+"""Where the machine is slow and workers come to little in their time, there are more of them."""
 MOST_SEGMENTS = 40
 
 
@@ -27,6 +29,10 @@ def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.close()
+
+
+def acknowledged(histories: dict[str, History]) -> int:
+    return sum(history.acknowledged for history in histories.values())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +51,7 @@ async def test_a_kill_at_any_time_loses_nothing_acknowledged_and_invents_nothing
     directory = tmp_path / "state"
     histories = {session_id: History() for session_id in SESSIONS}
     kills = run = 0
-    while kills < KILLS:
+    while kills < KILLS or acknowledged(histories) < LEAST_ACKNOWLEDGED:
         run += 1
         order = {
             "directory": str(directory),
@@ -62,6 +68,5 @@ async def test_a_kill_at_any_time_loses_nothing_acknowledged_and_invents_nothing
             reports = [report for report, _ in scan_directory(str(directory))]
             assert not any(report.damages for report in reports), "before it is opened again"
             assert len(reports) < MOST_SEGMENTS, "compaction keeps up, however short its life is"
-        assert run < 4 * KILLS
-    assert sum(history.acknowledged for history in histories.values()) > 20 * KILLS
+        assert run < 10 * KILLS
     await check_by_opening(directory, tmp_path / "copy", histories)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +19,7 @@ from persistence.disk.inspect import scan_directory
 from persistence.disk.segments import Damage
 from persistence.disk.threads import Threads
 from tests.full_size import full_or
+from tests.nurseries import NurseryProcess
 from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parents[1]
@@ -47,21 +44,11 @@ class End(NamedTuple):
         return counts
 
 
-class Nursery:
+class Nursery(NurseryProcess):
     """The process that raises the workers."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(NURSERY)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def close(self) -> None:
-        self._process.__exit__(None, None, None)  # closes its stdin, which ends it
+        super().__init__(NURSERY)
 
     def run(self, directory: Path, kind: str, seconds: float | None = 0.1, **order: Any) -> End:
         """Run a worker to its end."""
@@ -73,24 +60,18 @@ class Nursery:
             "url": None,
             **order,
         }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
         reports: list[list[Any]] = []
-        for line in self._process.stdout:
-            words = json.loads(line)
+        for words in self.answers(order):
             if words[0] == "end":
                 return End(words[1], words[2], reports)
             reports.append(words)
-        raise AssertionError("the nursery died")
+        raise AssertionError("unreachable: a nursery that dies raises")
 
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+    with Nursery() as nursery:
+        yield nursery
 
 
 def damages(directory: Path) -> list[Damage]:

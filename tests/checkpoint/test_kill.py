@@ -5,11 +5,7 @@ A real process and a real server, at random moments.
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,9 @@ from persistence.checkpoint.restore import RestoredInfo, restore_into
 from persistence.checkpoint.stores import ChunkKey
 from persistence.clock import SystemClock
 from tests.engine import ScriptedFiles, config_for, contents
+from tests.nurseries import NurseryProcess
 from tests.redis_servers import RedisServer
 
-ROOT = Path(__file__).parents[2]
 NURSERY = Path(__file__).with_name("nursery.py")
 KILLS = 15
 BRIEF_SECONDS = 0.03  # about as long as one checkpoint takes
@@ -38,24 +34,8 @@ Raise = Callable[[dict[str, Any]], dict[str, Any]]
 @pytest.fixture
 def raise_worker() -> Iterator[Raise]:
     """Run a worker until it is killed."""
-    with subprocess.Popen(
-        [sys.executable, str(NURSERY)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-
-        def run(order: dict[str, Any]) -> dict[str, Any]:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            answer: dict[str, Any] = json.loads(process.stdout.readline())
-            return answer
-
-        yield run
+    with NurseryProcess(NURSERY) as nursery:
+        yield nursery.answer
 
 
 async def listed_keys(store: RedisStore) -> set[str]:

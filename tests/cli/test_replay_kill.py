@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -20,6 +16,7 @@ from persistence.cli.jsonl import decode, encode
 from persistence.cli.replayer import CURSOR_ID
 from persistence.clock import SystemClock
 from tests.cli.generated import write_log
+from tests.nurseries import NurseryProcess
 from tests.redis_servers import RedisServer
 
 KILLS = 104
@@ -27,38 +24,19 @@ SHARED_KILLS = 16
 CHAINS = 2
 REQUESTS = 1200
 SCRIPT = Path(__file__).with_name("replay_nursery.py")
-ROOT = Path(__file__).parents[2]
 
 State = dict[str, tuple[Any, Any]]
 
 
-class Nursery:
+class Nursery(NurseryProcess):
     """A process that forks a replay for each order, and kills it when its time is over."""
 
     def __init__(self, log: Path, *more: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(log), *more],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.__exit__(None, None, None)  # closes its stdin, which ends it
+        super().__init__(SCRIPT, str(log), *more)
 
     def run_for(self, directory: Path, seconds: float | None) -> int | None:
         """Run a replay for so long (None: to its end); return its exit code, None if killed."""
-        order = {"directory": str(directory), "seconds": seconds}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        code = json.loads(self._process.stdout.readline())
+        code = self.answer({"directory": str(directory), "seconds": seconds})
         assert code is None or type(code) is int
         return code
 
