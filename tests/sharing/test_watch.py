@@ -9,9 +9,9 @@ import pytest
 from persistence import SessionChange, StateManager, Watch
 from persistence.errors import SessionNotFound
 from tests.engine import eventually
-from tests.redis_servers import Proxy, RedisServer
+from tests.redis_servers import Group, Proxy, RedisServer
 from tests.sharing.conftest import Worker
-from tests.sharing.support import add_one, until_down, until_up, value
+from tests.sharing.support import add_one, until_delivered, until_down, until_up, value
 
 PATIENCE_SECONDS = 20
 
@@ -83,9 +83,9 @@ async def test_a_session_of_another_worker_is_fetched_to_be_watched(pair: Pair) 
 
 
 async def test_versions_of_several_workers_come_in_order_and_complete(
-    worker: Worker, shared_server: RedisServer
+    worker: Worker, deployment: Group
 ) -> None:
-    workers = [await worker(shared_server.url) for _ in range(3)]
+    workers = [await worker(deployment.url) for _ in range(3)]
     await until_up(*workers)
     sid = await workers[0].create_session(data={"n": 0})
     for state in workers:
@@ -222,3 +222,23 @@ async def test_all_versions_of_all_workers_are_told_once_and_in_order(
     for changes in told.values():
         assert is_complete(changes, 2)
         assert {change.kind for change in changes} == {"updated"}
+
+
+@pytest.mark.parametrize("write", ["through", "behind"])
+async def test_a_server_that_comes_back_without_its_data_is_no_change_of_a_session(
+    worker: Worker, own_server: RedisServer, write: str
+) -> None:
+    """Redis comes back empty: the sessions are brought back, and no version is made of that."""
+    here = await worker(own_server.url, write=write, heartbeat_seconds=0.1)
+    await until_up(here)
+    sid = await here.create_session(data={"n": 0})
+    await until_delivered(here)
+    watch, everything = here.watch(sid, after=1), here.watch()
+    own_server.restart_empty()
+    [change] = await following(everything, 1)
+    assert change.kind == "gap"
+    await until_up(here)
+    await until_delivered(here)
+    await here.update_session(sid, add_one)
+    [change] = await following(watch, 1)
+    assert (change.version, change.kind, change.skipped) == (2, "updated", 0)
