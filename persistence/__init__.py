@@ -11,6 +11,7 @@ from persistence.config import CheckpointConfig as CheckpointConfig
 from persistence.config import DiskConfig as DiskConfig
 from persistence.config import MemoryConfig as MemoryConfig
 from persistence.config import RedisConfig as RedisConfig
+from persistence.config import SecurityConfig as SecurityConfig
 from persistence.config import SessionConfig as SessionConfig
 from persistence.config import ShutdownConfig as ShutdownConfig
 from persistence.config import StateConfig as StateConfig
@@ -31,6 +32,7 @@ __all__ = [
     "ManualClock",
     "MemoryConfig",
     "RedisConfig",
+    "SecurityConfig",
     "Session",
     "SessionChange",
     "SessionConfig",

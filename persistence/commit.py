@@ -167,6 +167,15 @@ class Commit:
         # tombstone says why: `expired`.
 
 
+class ExactEnd(Commit):
+    """A tombstone that counts only on the very commit that it names as its base.
+
+    Another worker's commit since then is not ended unseen.
+    """
+
+    __slots__ = ()
+
+
 def row_user(record: bytes) -> int:
     """Return the `user` of the frame and the index row of a record (see `disk.format`)."""
     flags, user = _unpack_flags_and_user(record, FLAGS_AT)

@@ -145,6 +145,18 @@ def _url_text(value: object) -> object:
     return value
 
 
+def _file_text(value: object) -> object:
+    return None if value is None or value == "" else _path_text(value)
+
+
+def _secret_text(value: object) -> object:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise ValueError("no text")  # noqa: TRY004 - pydantic passes TypeError on
+    return value
+
+
 def _namespace_text(value: str) -> str:
     if not _NAMESPACE.fullmatch(value):
         raise ValueError("not a namespace")
@@ -164,12 +176,19 @@ if TYPE_CHECKING:
     _Size = _Given[int | str, int]
     _Path = _Given[str | os.PathLike[str], str]
     _Store = _Given[str | os.PathLike[str], str]
+    _File = _Given[str | os.PathLike[str] | None, str | None]
 else:
     _Size = Annotated[int, BeforeValidator(_size_bytes), _SIZE_NOUN]
     _Path = Annotated[str, BeforeValidator(_path_text), _Noun("the path of a directory")]
     _Store = Annotated[
         str, BeforeValidator(_path_text), _Noun('"auto", "redis" or the path of a directory')
     ]
+    _File = Annotated[
+        str | None, BeforeValidator(_file_text), _Noun("the path of a file, or empty for none")
+    ]
+_Secret = Annotated[
+    str | None, BeforeValidator(_secret_text), _Noun("keys as text, or empty for none")
+]
 _Url = Annotated[
     str | None,
     BeforeValidator(_url_text),
@@ -509,6 +528,55 @@ class ShutdownConfig(_Table):
     )
 
 
+class SecurityConfig(_Table):
+    """Keys, tokens and encryption. No representation and no error shows a key."""
+
+    table: ClassVar[str] = "security"
+
+    key_file: _File = Field(
+        default=_default(None),
+        description=(
+            "File with the keys, one a line, the newest last, made with a fresh key if it is "
+            "missing; workers that share it accept each other's tokens; empty = none."
+        ),
+    )
+    keys: _Secret = Field(
+        default=None,
+        description=(
+            "The keys themselves instead of a file, separated by commas, the newest last; best "
+            "from the environment, in PERSISTENCE_SECURITY__KEYS; empty = none."
+        ),
+    )
+    encrypt: bool = Field(
+        default=False,
+        description=(
+            "Whether sessions are encrypted in the log, in checkpoints and in Redis; needs keys, "
+            "and a directory that was made with it."
+        ),
+    )
+    token_ttl_seconds: _Seconds = Field(
+        default=86_400.0,
+        ge=0,
+        le=_MAX_SECONDS,
+        description="Seconds for which a token is valid at most; 0 = as long as its session.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.key_file is not None and self.keys is not None:
+            raise ConfigError("security.key_file and security.keys both say the keys: give one")
+        if self.encrypt and self.key_file is None and self.keys is None:
+            raise ConfigError(
+                "security.encrypt = True: needs keys: set security.key_file, or security.keys "
+                "(PERSISTENCE_SECURITY__KEYS)"
+            )
+        return self
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, "***" if name == "keys" and value else value
+
+
 class StateConfig(_Table):
     """The whole configuration, one section for each part of the engine.
 
@@ -533,6 +601,9 @@ class StateConfig(_Table):
     )
     shutdown: ShutdownConfig = Field(
         default=ShutdownConfig(), description="What happens when the worker ends."
+    )
+    security: SecurityConfig = Field(
+        default=SecurityConfig(), description="Keys, tokens and encryption."
     )
 
     @classmethod
@@ -638,6 +709,7 @@ def _read_environment() -> dict[str, Any]:
         redis: RedisConfig
         checkpoint: CheckpointConfig
         shutdown: ShutdownConfig
+        security: SecurityConfig
 
     source = EnvSettingsSource(
         Names, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_NESTED_DELIMITER
@@ -715,9 +787,18 @@ def _fault(table: type[_Table], details: Mapping[str, Any], given: Mapping[str, 
     if isinstance(cause, ConfigError) and (field is None or path in StateConfig.model_fields):
         return str(cause)
     shown = f"{path} = {_shown(given.get(name, details['input']))}"
+    if _may_be_secret(path):
+        shown = f"{path} = ***"
     if field is None:
         return f"{shown}: unknown; the closest known is {_closest(path)}"
     return f"{shown}: must be {_allowed(field)}"
+
+
+def _may_be_secret(path: str) -> bool:
+    """Whether what was given for a field may be a key, also where its name is misspelt."""
+    section, _, name = path.partition(".")
+    fields = SecurityConfig.model_fields.keys() - {"keys"}
+    return section == SecurityConfig.table and name not in fields
 
 
 def _allowed(field: FieldInfo) -> str:

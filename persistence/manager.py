@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from persistence import record as rec
+from persistence.access import Access, SessionHandle, check_client
 from persistence.arguments import (
     check_count_or_none,
-    check_mapping,
     check_seconds,
     check_switch_or_none,
     check_text,
@@ -49,10 +49,13 @@ from persistence.expiry import life_of
 from persistence.ids import CommitIds, check_session_id, new_session_id
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
 from persistence.record import NEVER, RENEWS
+from persistence.residency import Residency
+from persistence.rotation import Tiers as Rotating
 from persistence.session import (
     MAX_REQUESTS,
     USER_ID,
     Changes,
+    ClientInfo,
     Session,
     SessionDraft,
     SessionMetadata,
@@ -62,7 +65,15 @@ from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.stats import Latencies, Stats
 from persistence.tiers import Tiers
-from persistence.updates import Change, Edit, Updates
+from persistence.updates import (
+    Change,
+    Edit,
+    Updates,
+    field_change,
+    packed_data,
+    ttl_change,
+    whole_change,
+)
 from persistence.watching.stream import Watch
 from persistence.watching.watching import MAX_PENDING, Watching
 
@@ -128,6 +139,7 @@ class StateManager:
         self._no_limit_cleanup_before = -NEVER
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
         self._sharing: Sharing | None = None
+        self._access: Access | None = None
         self._resident: Callable[[str], Session | None] = self._refuse
         self._restore_now: Callable[[str], Session | None] = self._refuse
 
@@ -160,6 +172,7 @@ class StateManager:
             raise ManagerClosed("a manager is opened once; make another one")
         await self._tiers.open()
         self._take_tiers()
+        self._rotations = self._tiers.rotations
         self._start_background()
         self._keeper.start()
         self._loop = asyncio.get_running_loop()
@@ -167,6 +180,7 @@ class StateManager:
         self._is_open = True
         self._let_in()
         _open_managers.add(self)
+        await self._rotations.settle(self._incarnation_of, self.terminate_session)
 
     def _take_tiers(self) -> None:
         """Work with the tiers as they are now."""
@@ -237,6 +251,7 @@ class StateManager:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._grace.spend(self._updates.locks.all_free(), "running edits", _EDITS_SHARE)
+        await self._rotations.close()
         try:
             await self._tiers.finish(self._grace)
         finally:
@@ -336,7 +351,7 @@ class StateManager:
             session_id = new_session_id()
         key = check_session_id(session_id)
         meta = _packed_meta(user_id, metadata, max_requests)
-        fields = _packed_fields({} if data is None else data)
+        fields = packed_data({} if data is None else data)
         ttl = self.config.session.ttl_seconds if ttl_seconds is None else check_ttl(ttl_seconds)
         check_switch_or_none("auto_renew", auto_renew)
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
@@ -548,14 +563,7 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        packed = rec.pack_value(value, rec.check_field_name(field))
-
-        def change(record: bytes) -> Changes:
-            if field in rec.field_names(record):
-                return Changes({field: packed})
-            return Changes({}, {**rec.packed_fields(record), field: packed})
-
-        return await self._updates.apply(session_id, Change(change))
+        return await self._updates.apply(session_id, field_change(field, value))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
@@ -599,11 +607,7 @@ class StateManager:
             WriteOutcomeUnknown: as `update_session_data`.
         """
         await self._ready()
-        fields = _packed_fields(data)
-        ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
-        return await self._updates.apply(
-            session_id, Change(lambda _: Changes({}, fields), ttl_seconds=ttl)
-        )
+        return await self._updates.apply(session_id, whole_change(data, ttl_seconds))
 
     async def update_session_metadata(self, /, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
@@ -639,11 +643,9 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        ttl = check_ttl(ttl_seconds)
+        change = ttl_change(ttl_seconds)
         try:
-            await self._updates.apply(
-                session_id, Change(lambda _: Changes({}), ttl_seconds=ttl, same_version=True)
-            )
+            await self._updates.apply(session_id, change)
         except SessionNotFound:
             return False
         return True
@@ -719,6 +721,109 @@ class StateManager:
         allowed = "a finite number of seconds, at least 0"
         age = check_seconds("max_age_seconds", max_age_seconds, sys.float_info.max, allowed)
         return await self._listing.remove_idle(age)
+
+    # --- tokens and access --------------------------------------------------------------------
+
+    @property
+    def _token_access(self) -> Access:
+        """What issues and validates tokens, made when it is first needed."""
+        if self._access is None:
+            tiers = self._tiers
+            self._access = Access(
+                _SessionsOf(self),
+                tiers.keys.tokens(tiers.disk.secret, is_shared=tiers.shares_sessions),
+                self.config.security.token_ttl_seconds,
+                self._clock.wall,
+                tiers.learn_keys,
+            )
+        return self._access
+
+    def issue_token(
+        self, session_id: str, client: ClientInfo, *, ttl_seconds: float | None = None
+    ) -> str:
+        """Return a token that opens one session, for one client; see ``docs/security.md``.
+
+        Synchronous: where the session is in no cache, the event loop waits for one read of it.
+
+        Args:
+            session_id: a live session of this worker: one that it has made, or read before.
+            client: whom it is for; only the same address and program may use it.
+            ttl_seconds: for how long; 0: as long as the session; None: as configured
+                (``security.token_ttl_seconds``).
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            InvalidArgument: `client` or `ttl_seconds` is something else.
+            ConflictError: a checkpoint is being put in place: try again.
+            CorruptionError: its stored bytes are damaged.
+        """
+        self._check_open()
+        if self._gate is not None:
+            raise ConflictError("a checkpoint is being put in place; issue the token behind it")
+        key = check_session_id(session_id)
+        whom = check_client(client)
+        ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
+        record = self._residency.record_now(session_id, key)
+        if record is None:
+            raise SessionNotFound(session_id)
+        return self._token_access.issue(session_id, record, whom, ttl)
+
+    async def validate_token(self, token: str, client: ClientInfo) -> str:
+        """Return the id of the session that a token opens for `client`. Renews nothing.
+
+        Asynchronous: whether the session still lives is looked up, on disk and in the shared tier
+        where it has to be.
+
+        Raises:
+            TokenInvalid: it is damaged, expired, revoked or another client's. It never says which.
+            InvalidArgument: `client` is no ClientInfo.
+        """
+        whom = check_client(client)
+        await self._ready()
+        return (await self._token_access.claims_of(token, whom)).session_id
+
+    async def open_session(self, session_id: str, token: str, client: ClientInfo) -> SessionHandle:
+        """Return a handle through which this session can be reached, and no other.
+
+        Each of its calls looks again whether the token still holds.
+
+        Raises:
+            TokenInvalid: the token is not valid, or another session's.
+            InvalidArgument: `client` is no ClientInfo.
+        """
+        whom = check_client(client)
+        check_session_id(session_id)
+        await self._ready()
+        return await self._token_access.open_session(session_id, token, whom)
+
+    async def rotate_session_id(self, session_id: str) -> str:
+        """Move a session to a fresh id, and return that; the old id and its tokens are no more.
+
+        To be done whenever a client's rights change, at a login first of all: an id that somebody
+        knew before is worth nothing then. Data, metadata, version and lifetime stay; the TTL starts
+        anew if the session renews. A crash meanwhile leaves one of the two.
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            ConflictError: this task holds the session's edit.
+            DiskFull: it has kept its id.
+            WriteOutcomeUnknown: one of the two ids lives; see `commit`.
+        """
+        while True:
+            await self._ready()
+            tiers = Rotating(self._updates, self._residency, self._commits)
+            try:
+                return await self._rotations.rotate(tiers, session_id)
+            except Overtaken:
+                continue  # on the version that another worker has made
+
+    async def _incarnation_of(self, session_id: str) -> bytes | None:
+        """Return the incarnation id of a live session; renews nothing."""
+        await self._ready()
+        await self._bring_here(session_id)
+        key = check_session_id(session_id)
+        base = await self._residency.acknowledged_base(session_id, key, access=False)
+        return None if base is None else rec.incarnation_of(base[0])
 
     # --- listing ------------------------------------------------------------------------------
 
@@ -961,6 +1066,20 @@ class StateManager:
             self._residency.set_budget(budget)
 
 
+class _SessionsOf:
+    """What `access` needs of a manager."""
+
+    def __init__(self, manager: StateManager) -> None:
+        self._manager = manager
+        self.bring_here = manager._bring_here
+        self.get_session = manager.get_session
+
+    async def current(self) -> tuple[Updates, Residency]:
+        """Return the tiers as they are now."""
+        await self._manager._ready()
+        return self._manager._updates, self._manager._residency
+
+
 def _not_here(session_id: str) -> Session | None:
     return None
 
@@ -995,13 +1114,6 @@ def _packed_meta(
             **(metadata or SessionMetadata()).packed_parts(),
         }
     )
-
-
-def _packed_fields(data: Mapping[str, Any]) -> dict[str, bytes | memoryview]:
-    return {
-        rec.check_field_name(name): rec.pack_value(value, name)
-        for name, value in check_mapping("data", data).items()
-    }
 
 
 def _if_current(

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from persistence.clock import Clock, EngineTime
-from persistence.commit import Commit, CommitQueue, committed, row_user
+from persistence.commit import Commit, CommitQueue, ExactEnd, committed, row_user
 from persistence.config import MemoryConfig
 from persistence.disk.format import (
     DELETE,
@@ -419,6 +419,22 @@ class Residency:
         except CorruptionError:
             return None
 
+    def record_now(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the acknowledged record of a live session; None: there is none.
+
+        Neither renews nor restores it. Where it is in no cache, the disk is waited for.
+
+        Raises:
+            CorruptionError: its stored bytes are damaged.
+        """
+        if not self.is_acknowledged(session_id, key):
+            return None
+        record = self.resident(session_id)
+        if record is not None:
+            return record
+        row = self.disk.index.get(self.disk.fingerprint(key))
+        return None if row is None else self.disk.read_waiting(row, key)
+
     def commit_of(self, session_id: str) -> bytes | None:
         """Return the id of the newest commit of a session, in flight or acknowledged.
 
@@ -508,6 +524,7 @@ class Residency:
         wait: bool = True,
         local: bool = False,
         expired: bool = False,
+        exact: bool = False,
     ) -> Commit:
         """Submit a tombstone on top of whatever there is.
 
@@ -517,6 +534,7 @@ class Residency:
             wait: whether somebody waits for it.
             local: the shared tier knows already, or finds out by itself.
             expired: its time is over, and that is why.
+            exact: end the version that is here, and no newer one that the shared tier may have.
         """
         now = self._time.now()
         tail = self._commits.tails.get(session_id)
@@ -526,7 +544,7 @@ class Residency:
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
             ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
-        commit = Commit(
+        commit = (ExactEnd if exact else Commit)(
             DELETE,
             session_id,
             key,

@@ -8,7 +8,7 @@ the tiers before it find their commit queue closed, and fail without a trace.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -19,17 +19,20 @@ from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
 from persistence.config import RedisConfig, StateConfig
-from persistence.disk.filenames import CONFLICTS, OUTBOX
+from persistence.disk.filenames import CONFLICTS, OUTBOX, ROTATIONS
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
 from persistence.errors import ConflictError, RemoteUnavailable
 from persistence.expiry import life_of
+from persistence.keys import Keys
 from persistence.listing import Listing
 from persistence.memory.ordered import make_memory_tier
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.remote.contract import RemoteTier
 from persistence.residency import Residency
+from persistence.rotation import Rotations
+from persistence.sealer import Sealer, Seals
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Outbox
@@ -61,6 +64,8 @@ class Tiers:
         disk, memory, residency, commits, listing, updates: see these modules.
         sharing: None: there is no shared tier for sessions.
         keeper: makes checkpoints.
+        keys: for tokens and encryption.
+        rotations: of sessions' ids.
     """
 
     time: EngineTime
@@ -71,7 +76,11 @@ class Tiers:
     listing: Listing
     updates: Updates
     keeper: Keeper
+    keys: Keys
+    rotations: Rotations
     sharing: Sharing | None = None
+
+    _seals: Seals | None = None
 
     def __init__(
         self,
@@ -103,15 +112,26 @@ class Tiers:
         """
         config = self._config
         self.time = EngineTime(self._clock)
+        self.keys = await Keys.load(config.security, config.disk.path, self._clock)
+        seals = self._seals = self.keys.seals
         await self._check_redis()
         async with AsyncExitStack() as undo:
-            self.disk = await DiskTier.open(config.disk, self.time, self._files)
+            self.disk = await DiskTier.open(
+                config.disk, self.time, self._files, None if seals is None else seals.records
+            )
             undo.push_async_callback(self.disk.close)
             threads = self.disk.threads
             self._store = _open_store(config, self.disk, self._files)
             synced = config.disk.fsync == "always"
             self._outbox = Outbox(self.disk.journal(OUTBOX), threads, sync=synced)
-            self._conflicts = Conflicts(self.disk.journal(CONFLICTS), threads)
+            self._conflicts = Conflicts(
+                self.disk.journal(CONFLICTS), threads, None if seals is None else seals.conflicts
+            )
+            self.rotations = Rotations(
+                self.disk.journal(ROTATIONS), threads, self.disk.directory, sync=synced
+            )
+            undo.push_async_callback(self.rotations.close)
+            await self.rotations.open()
             self.keeper = self._make_keeper()
             self._assemble()
             undo.pop_all()
@@ -127,7 +147,7 @@ class Tiers:
         redis = self._config.redis
         if redis.url is None or self.shares_sessions:
             return
-        tier = _redis_tier(redis, self._clock)
+        tier = self._redis_tier()
         try:
             await tier.open()
         except RemoteUnavailable as error:
@@ -156,6 +176,7 @@ class Tiers:
     async def close(self) -> None:
         """Close everything, in order; the log is sealed in any case."""
         try:
+            await self.rotations.close()
             await self._store.close()
             if self.sharing is not None:
                 await self.sharing.close()
@@ -227,11 +248,17 @@ class Tiers:
             self.watching,
         )
         redis = self._config.redis
-        sharing = Sharing(
-            _redis_tier(redis, self._clock), redis, self._outbox, self._conflicts, local
-        )
+        sharing = Sharing(self._redis_tier(), redis, self._outbox, self._conflicts, local)
         self.residency.confirm_end = sharing.confirm_end
         return sharing
+
+    def _redis_tier(self) -> RemoteTier:
+        sealer = None if self._seals is None else self._seals.remote
+        return _redis_tier(self._config.redis, self._clock, sealer, self.learn_keys)
+
+    async def learn_keys(self) -> None:
+        """Look for keys that other workers may have begun to seal with."""
+        await self.keys.learn(self.disk.threads)
 
     def _make_keeper(self) -> Keeper:
         config = self._config
@@ -245,6 +272,7 @@ class Tiers:
             compress=config.checkpoint.compression == "lz4",
             keep=config.checkpoint.keep,
             namespace=config.redis.namespace,
+            seals=self._seals,
         )
         return Keeper(self.disk, self._store.store, plan, schedule, self._clock, self.settle)
 
@@ -299,10 +327,15 @@ class Tiers:
 # objects, over which every full garbage collection goes from then on.
 
 
-def _redis_tier(config: RedisConfig, clock: Clock) -> RemoteTier:
+def _redis_tier(
+    config: RedisConfig,
+    clock: Clock,
+    sealer: Sealer | None,
+    learn: Callable[[], Awaitable[None]],
+) -> RemoteTier:
     from persistence.remote.redis import RedisTier  # noqa: PLC0415 - as said
 
-    return RedisTier(config, clock)
+    return RedisTier(config, clock, sealer, learn)
 
 
 def _open_store(config: StateConfig, disk: DiskTier, files: Files | None) -> OpenStore:

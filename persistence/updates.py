@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Final, NoReturn
 
 from persistence import record as rec
+from persistence.arguments import check_mapping, check_ttl
 from persistence.clock import EngineTime
 from persistence.commit import Commit, CommitQueue, committed, row_user
 from persistence.config import SessionConfig
@@ -53,6 +54,55 @@ class Change:
     meta: Callable[[bytes], bytes] | None = None
     ttl_seconds: float | None = None
     same_version: bool = False
+
+
+def field_change(field: str, value: object) -> Change:
+    """Return the change that sets one field.
+
+    Raises:
+        ValueNotSerializable: it cannot be stored.
+    """
+    packed = rec.pack_value(value, rec.check_field_name(field))
+
+    def change(record: bytes) -> Changes:
+        if field in rec.field_names(record):
+            return Changes({field: packed})
+        return Changes({}, {**rec.packed_fields(record), field: packed})
+
+    return Change(change)
+
+
+def whole_change(data: Mapping[str, Any], ttl_seconds: float | None) -> Change:
+    """Return the change that replaces all fields, and the TTL unless it is None.
+
+    Raises:
+        InvalidArgument, ValueNotSerializable: they cannot be stored.
+    """
+    fields = packed_data(data)
+    ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
+    return Change(lambda _: Changes({}, fields), ttl_seconds=ttl)
+
+
+def ttl_change(ttl_seconds: float) -> Change:
+    """Return the change that sets the TTL, from now on, and nothing else.
+
+    Raises:
+        InvalidArgument: it is no duration.
+    """
+    ttl = check_ttl(ttl_seconds)
+    return Change(lambda _: Changes({}), ttl_seconds=ttl, same_version=True)
+
+
+def packed_data(data: Mapping[str, Any]) -> dict[str, bytes | memoryview]:
+    """Return the fields of a session as they are stored.
+
+    Raises:
+        InvalidArgument, ValueNotSerializable: they cannot be stored.
+    """
+    return {
+        rec.check_field_name(name): rec.pack_value(value, name)
+        for name, value in check_mapping("data", data).items()
+    }
 
 
 class Updates:
@@ -345,6 +395,22 @@ class Updates:
         cap = deadline_after(now, self._max_lifetime_seconds) if cap is None else cap - skew
         return self._submit(session_id, key, record, now, life, cap, None)
 
+    def new_incarnation(self) -> bytes:
+        """Return a fresh incarnation id."""
+        return self._commit_ids.next()
+
+    def copy(self, base: Base, session_id: str, incarnation: bytes) -> Commit:
+        """Submit the first version of a session that is all that `base` is, but for its id.
+
+        What it may live at most stays as it was; its TTL starts anew if it renews. Never awaits.
+        """
+        record, life, cap = base
+        copied = b"".join(
+            (incarnation, self._commit_ids.next(), record[_IDS_BYTES:])  # all but its two ids
+        )
+        now, key = self._time.tick(), session_id.encode()
+        return self._submit(session_id, key, copied, now, life, cap, None)
+
     def _submit(
         self,
         session_id: str,
@@ -410,6 +476,11 @@ class Edit:
             updates.locks.release(self._session_id)
             raise
         return self._draft
+
+    @property
+    def record(self) -> bytes:
+        """The record that the draft was made of."""
+        return self._base[0]
 
     async def __aexit__(
         self,

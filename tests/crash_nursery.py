@@ -40,6 +40,7 @@ from typing import Any
 
 from persistence import SessionDraft, StateConfig, StateManager
 from persistence.errors import PersistenceError
+from tests import encryption
 from tests.faults.killpoints import KillingFiles
 
 SESSIONS = [f"session {number}" for number in range(24)]
@@ -147,6 +148,7 @@ async def live(order: dict[str, Any]) -> None:
                 **order["disk"],
             },
             "checkpoint": {"keep": 2},
+            **encryption.sections(),
         }
     )
     files = None

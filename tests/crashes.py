@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persistence import StateConfig, StateManager
+from tests import encryption
 from tests.crash_nursery import State
 from tests.engine import contents
 from tests.nurseries import NurseryProcess
@@ -88,7 +89,8 @@ def work_and_check(
 
 async def check_by_opening(directory: Path, copy: Path, histories: dict[str, History]) -> None:
     shutil.copytree(directory, copy)
-    config = StateConfig.model_validate({"disk": {"path": str(copy)}})
+    disk = {"disk": {"path": str(copy)}}
+    config = StateConfig.model_validate({**disk, **encryption.sections()})
     async with StateManager(config=config) as state:
         left = await contents(state)
         assert left.keys() <= histories.keys()

@@ -18,6 +18,7 @@ from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
 from persistence.memory.tier import MemoryTier
 from persistence.residency import Residency
+from tests import encryption
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -193,7 +194,7 @@ def config_for(path: Path, **sections: dict[str, Any]) -> StateConfig:
     given["session"] = {"cleanup_interval_seconds": 0, **given.get("session", {})}
     given["memory"] = {"check_interval_seconds": 0, **given.get("memory", {})}
     given["disk"] = {"path": str(path), **given.get("disk", {})}
-    return StateConfig.model_validate(given)
+    return StateConfig.model_validate({**encryption.sections(), **given})
 
 
 def memory_of(state: StateManager) -> MemoryTier:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from persistence import DiskConfig, MemoryConfig, SessionConfig, StateConfig, StateManager
 from persistence.clock import Clock, ManualClock
 from persistence.disk.files import Files
+from tests import encryption
 from tests.disk.memoryfiles import MemoryFiles
 
 Points = Callable[[int], Iterable[int]]
@@ -31,6 +32,7 @@ def config(path: str = PATH, *, ttl_seconds: float = 3600, **disk: Any) -> State
         session=SessionConfig(ttl_seconds=ttl_seconds, cleanup_interval_seconds=0),
         memory=MemoryConfig(check_interval_seconds=0),
         disk=DiskConfig(**{"path": path, "compaction_bytes_per_second": 0, **disk}),
+        **encryption.sections(),
     )
 
 

@@ -19,6 +19,7 @@ from persistence.config import (
     DiskConfig,
     MemoryConfig,
     RedisConfig,
+    SecurityConfig,
     SessionConfig,
     ShutdownConfig,
     StateConfig,
@@ -37,6 +38,7 @@ SECTIONS = (
     RedisConfig,
     CheckpointConfig,
     ShutdownConfig,
+    SecurityConfig,
 )
 ALL_FIELDS = [(section, name) for section in SECTIONS for name in section.model_fields]
 
@@ -124,6 +126,12 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "store": "auto",
         },
         "shutdown": {"checkpoint": True, "grace_seconds": 25},
+        "security": {
+            "key_file": None,
+            "keys": None,
+            "encrypt": False,
+            "token_ttl_seconds": 86_400,
+        },
     }
 
 
@@ -296,7 +304,8 @@ def test_a_wrong_value_is_refused_and_the_message_says_what_is_allowed(
 @pytest.mark.parametrize(("section", "name"), ALL_FIELDS)
 def test_every_field_refuses_a_value_of_no_type_at_all(section: type[Any], name: str) -> None:
     line = fault(section, **{name: object()})
-    assert line.startswith(f"{section.table}.{name} = <object object")
+    shown = "***" if name == "keys" else "<object object"  # a key may be anything
+    assert line.startswith(f"{section.table}.{name} = {shown}")
     assert ": must be " in line
 
 
@@ -380,6 +389,52 @@ def test_a_password_is_in_no_fault(section: type[Any], values: dict[str, object]
     line = fault(section, **values)
     assert "hunter2" not in line
     assert "***" in line
+
+
+# Keys
+
+KEY = "c0ffee" * 10 + "cafe"
+
+
+def test_a_key_is_in_the_field_and_in_no_representation() -> None:
+    config = StateConfig(security=SecurityConfig(keys=KEY))
+    assert config.security.keys == KEY
+    for text in (repr(config), str(config), repr(config.security), str(config.security)):
+        assert "c0ffee" not in text
+        assert "***" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (SecurityConfig, {"keys": [KEY]}),
+        (SecurityConfig, {"keys": KEY.encode()}),
+        (SecurityConfig, {"key": KEY}),
+        (SecurityConfig, {"Keys": KEY}),
+        (StateConfig, {"security": KEY}),
+        (StateConfig, {"security": [KEY]}),
+        (StateConfig, {"security": {"kyes": KEY}}),
+        (StateConfig, {"security": {"keys": {"a": KEY}}}),
+    ],
+)
+def test_a_key_is_in_no_fault(section: type[Any], values: dict[str, object]) -> None:
+    line = fault(section, **values)
+    assert "c0ffee" not in line
+    assert "= ***: " in line
+
+
+def test_a_key_is_in_no_fault_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSISTENCE_SECURITY__KYES", KEY)
+    [line] = load_fault()
+    assert "c0ffee" not in line
+    assert "the closest known is security.keys" in line
+
+
+def test_encryption_needs_keys_and_keys_have_one_source() -> None:
+    assert "needs keys" in fault(SecurityConfig, encrypt=True)
+    assert "give one" in fault(SecurityConfig, keys=KEY, key_file="keys")
+    assert SecurityConfig(encrypt=True, key_file=Path("keys")).key_file == "keys"
+    assert SecurityConfig(keys="", key_file="") == SecurityConfig()
 
 
 def test_an_empty_url_means_none() -> None:

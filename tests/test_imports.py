@@ -2,16 +2,17 @@
 
 Imports point one way, from the bottom up::
 
-    errors, clock, config, record, session, slices
+    errors, clock, config, record, session, slices, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit
-                residency
+                residency | keys
                     sharing | watching
                         updates | listing
-                            tiers
-                                manager
-                                    persistence/__init__.py         (the public names)
-                                        sync, worker, cli, web
+                            access | rotation
+                                tiers
+                                    manager
+                                        persistence/__init__.py     (the public names)
+                                            sync, worker, cli, web
 """
 
 from __future__ import annotations
@@ -33,19 +34,21 @@ PACKAGE = "persistence"
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
-    **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown"), 0),
+    **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit"), 2),
     **dict.fromkeys(("residency", "stats"), 3),
+    "keys": 3,
     **dict.fromkeys(("sharing", "watching"), 4),
     **dict.fromkeys(("updates", "listing"), 5),
-    "tiers": 6,
-    "manager": 7,
-    "": 8,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 9),
+    **dict.fromkeys(("access", "rotation"), 6),
+    "tiers": 7,
+    "manager": 8,
+    "": 9,
+    **dict.fromkeys(("sync", "worker", "cli", "web"), 10),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 9)
+OPEN_FLOORS = (0, 10)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli")

@@ -27,7 +27,6 @@ FIRST_COMMANDS = [
 ]
 PLANNED = {
     "RequestLimitReached",
-    "TokenInvalid",
 }
 """Errors that nothing raises yet, so README does not list them."""
 

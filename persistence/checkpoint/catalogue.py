@@ -25,6 +25,7 @@ from persistence.checkpoint.manifest import (
 from persistence.checkpoint.stores import CheckpointStore, ChunkKey
 from persistence.disk.format import OtherFormat
 from persistence.errors import CheckpointNotFound, printable
+from persistence.sealer import Sealer
 
 _log = logging.getLogger("persistence.checkpoint")
 
@@ -91,7 +92,7 @@ class Catalogue:
     Attributes:
         manifests: the ones that can be read, by id, oldest first.
         damaged: why others cannot, by id.
-        newer: which are of a newer format.
+        newer: which are of a newer format, or sealed with a key that is not here.
     """
 
     manifests: dict[str, Manifest]
@@ -99,12 +100,12 @@ class Catalogue:
     newer: dict[str, str]
 
     @staticmethod
-    async def load(store: CheckpointStore) -> Catalogue:
+    async def load(store: CheckpointStore, sealer: Sealer | None = None) -> Catalogue:
         """Read all manifests. What is wrong with one is no reason to withhold the others."""
         found = Catalogue({}, {}, {})
         for checkpoint_id, data in sorted((await store.manifests()).items()):
             try:
-                found.manifests[checkpoint_id] = decode_manifest(data, checkpoint_id)
+                found.manifests[checkpoint_id] = decode_manifest(data, checkpoint_id, sealer)
             except OtherFormat as error:
                 found.newer[checkpoint_id] = str(error)
             except MalformedCheckpoint as error:
@@ -148,9 +149,11 @@ def not_found(checkpoint_id: str) -> CheckpointNotFound:
     )
 
 
-async def list_checkpoints(store: CheckpointStore) -> list[CheckpointInfo]:
+async def list_checkpoints(
+    store: CheckpointStore, sealer: Sealer | None = None
+) -> list[CheckpointInfo]:
     """Return all restore points, oldest first; damaged ones are named as such."""
-    catalogue = await Catalogue.load(store)
+    catalogue = await Catalogue.load(store, sealer)
     problems = {**catalogue.damaged, **catalogue.newer}
     return [
         info_of(catalogue.manifests[one])
@@ -160,7 +163,9 @@ async def list_checkpoints(store: CheckpointStore) -> list[CheckpointInfo]:
     ]
 
 
-async def delete_checkpoint(store: CheckpointStore, checkpoint_id: str) -> None:
+async def delete_checkpoint(
+    store: CheckpointStore, checkpoint_id: str, sealer: Sealer | None = None
+) -> None:
     """Delete one restore point, and the chunks that no other one needs.
 
     Raises:
@@ -168,7 +173,7 @@ async def delete_checkpoint(store: CheckpointStore, checkpoint_id: str) -> None:
     """
     if not is_id(checkpoint_id) or not await store.withdraw(checkpoint_id):
         raise not_found(checkpoint_id)
-    catalogue = await Catalogue.load(store)
+    catalogue = await Catalogue.load(store, sealer)
     if catalogue.is_complete:
         await store.remove_chunks(
             [
@@ -181,7 +186,9 @@ async def delete_checkpoint(store: CheckpointStore, checkpoint_id: str) -> None:
         )
 
 
-async def prune(store: CheckpointStore, worker: str, keep: int, now: float) -> Catalogue:
+async def prune(
+    store: CheckpointStore, worker: str, keep: int, now: float, sealer: Sealer | None = None
+) -> Catalogue:
     """Keep the newest `keep` restore points of a worker; sweep up orphans. Return what is left.
 
     Args:
@@ -189,8 +196,9 @@ async def prune(store: CheckpointStore, worker: str, keep: int, now: float) -> C
         worker: hexadecimal, as in ids; other workers' restore points are left alone.
         keep: how many stay; those that cannot be read do not count.
         now: wall seconds.
+        sealer: opens manifests that are sealed.
     """
-    catalogue = await Catalogue.load(store)
+    catalogue = await Catalogue.load(store, sealer)
     mine = [one for one in catalogue.manifests if worker_of(one) == worker[:8]]
     if len(mine) > keep:
         oldest_kept = mine[-keep]

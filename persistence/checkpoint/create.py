@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Final, NamedTuple
 
@@ -34,6 +35,7 @@ from persistence.checkpoint.manifest import (
     ChunkRef,
     Manifest,
     PackedRun,
+    chunk_name,
     encode_chunk,
     encode_manifest,
     make_id,
@@ -49,6 +51,7 @@ from persistence.disk.shipped import Shipped
 from persistence.disk.threads import undisturbed
 from persistence.disk.tier import DiskTier
 from persistence.errors import DirectoryNotUsable
+from persistence.sealer import Sealer, Seals
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.checkpoint")
@@ -86,11 +89,18 @@ class Plan:
         compress: whether chunks are compressed.
         keep: how many restore points stay.
         namespace: of this worker.
+        seals: seal them; None: they are not sealed.
     """
 
     compress: bool = True
     keep: int = 5
     namespace: str = ""
+    seals: Seals | None = None
+
+    @property
+    def sealer(self) -> Sealer | None:
+        """What seals chunks and manifests, if anything does."""
+        return None if self.seals is None else self.seals.checkpoints
 
 
 async def create_checkpoint(
@@ -112,7 +122,7 @@ async def create_checkpoint(
         WriteOutcomeUnknown: the log takes no more writes.
     """
     worker = tier.directory_id.hex()
-    catalogue = await Catalogue.load(store)
+    catalogue = await Catalogue.load(store, plan.sealer)
     await sweep(store, catalogue, worker, clock.wall())
     parent = await _parent(tier, store, catalogue)
     with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
@@ -138,7 +148,7 @@ async def create_checkpoint(
             worker=worker,
             chunks=(*(parent.chunks if parent else ()), *chunks),
         )
-        await store.publish(made, encode_manifest(manifest))
+        await store.publish(made, encode_manifest(manifest, plan.sealer))
         await _remember(tier, Shipped(store.name, made, cut.sequence))
     await _tidy(store, plan, worker, clock)
     info = info_of(manifest)
@@ -197,7 +207,7 @@ async def _remember(tier: DiskTier, shipped: Shipped) -> None:
 
 async def _tidy(store: CheckpointStore, plan: Plan, worker: str, clock: Clock) -> None:
     try:
-        await prune(store, worker, plan.keep, clock.wall())
+        await prune(store, worker, plan.keep, clock.wall(), plan.sealer)
     except Exception as error:  # noqa: BLE001 - the checkpoint is made; the next one tidies again
         _log.warning("old checkpoints could not be dropped: %s", error)
 
@@ -329,7 +339,17 @@ class Shipping:
             ]
             return await undisturbed(
                 self._tier.threads.read(
-                    _pack, self._tier.files, sources, chunk.frames, self._plan.compress, buffer
+                    _pack,
+                    self._tier.files,
+                    sources,
+                    buffer,
+                    partial(
+                        encode_chunk,
+                        frames=chunk.frames,
+                        compress=self._plan.compress,
+                        sealer=self._plan.sealer,
+                        name=chunk_name(self._id, chunk.number),
+                    ),
                 )
             )
 
@@ -346,7 +366,10 @@ class _Source(NamedTuple):
 
 
 def _pack(
-    files: Files, sources: list[_Source], frames: int, compress: bool, buffer: bytearray
+    files: Files,
+    sources: list[_Source],
+    buffer: bytearray,
+    encode: Callable[[list[PackedRun]], bytes],
 ) -> bytes:
     """Read and encode a chunk. What one read brings is packed where it was read to."""
     runs = []
@@ -365,7 +388,7 @@ def _pack(
             literals = b"".join([run.literal for run in source.runs])
             if literals:
                 runs.append(PackedRun(source.salt_checksum, literals))
-        return encode_chunk(runs, frames, compress=compress)
+        return encode(runs)
 
 
 def _taken(buffer: memoryview, used: int, nbytes: int) -> memoryview:

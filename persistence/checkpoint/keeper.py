@@ -161,12 +161,12 @@ class Keeper:
 
     async def list(self) -> list[CheckpointInfo]:
         """Return all restore points, oldest first."""
-        return await list_checkpoints(self._store)
+        return await list_checkpoints(self._store, self._plan.sealer)
 
     async def delete(self, checkpoint_id: str) -> None:
         """Delete one."""
         async with self._lock:
-            await delete_checkpoint(self._store, checkpoint_id)
+            await delete_checkpoint(self._store, checkpoint_id, self._plan.sealer)
 
     async def restore(
         self,
@@ -188,6 +188,7 @@ class Keeper:
                 skew=skew,
                 segment_bytes=segment_bytes,
                 on_progress=on_progress,
+                seals=self._plan.seals,
             )
             await install(staged)
             self._shipped_at = self._tier.writer.bytes_written

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,10 +47,12 @@ from persistence.disk.format import Frame, OtherFormat
 from persistence.disk.index import Fingerprints
 from persistence.disk.install import Staging, install, install_fresh, staging_for
 from persistence.disk.manifest import Manifest as DirectoryManifest
+from persistence.disk.sealed import RecordCodec
 from persistence.disk.spool import Spool
 from persistence.disk.threads import Threads, undisturbed
 from persistence.disk.tier import DiskTier
 from persistence.errors import CheckpointDamaged, DirectoryNotUsable, DiskFull
+from persistence.sealer import Sealer, Seals
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.checkpoint")
@@ -99,13 +102,16 @@ class Candidates:
     fall_back: bool
 
     @staticmethod
-    async def find(store: CheckpointStore, wanted: str, *, fall_back: bool) -> Candidates:
+    async def find(
+        store: CheckpointStore, wanted: str, *, fall_back: bool, seals: Seals | None = None
+    ) -> Candidates:
         """Look for `wanted`.
 
         Raises:
             CheckpointNotFound: there is none of that id.
         """
-        catalogue = await Catalogue.load(store)
+        sealer = None if seals is None else seals.checkpoints
+        catalogue = await Catalogue.load(store, sealer)
         ids = catalogue.newest_first(wanted)
         return Candidates(catalogue, ids if fall_back else ids[:1], fall_back)
 
@@ -121,7 +127,9 @@ class Restorer:
         fingerprints: Fingerprints,
         clock: Clock,
         on_progress: OnProgress | None = None,
+        seals: Seals | None = None,
     ) -> None:
+        self._seals = seals
         self._store = store
         self._threads = threads
         self._spool = spool
@@ -139,8 +147,9 @@ class Restorer:
         """
         try:
             manifest, state, places, skipped = await self._verified(candidates)
+            codec = self._codec_of(manifest)
             for ref, place in zip(manifest.chunks, places, strict=True):
-                await self._stage_chunk(ref, place, state, staging, new_ids, skew)
+                await self._stage_chunk(ref, place, state, staging, new_ids, skew, codec)
             await staging.finish()
         finally:
             await undisturbed(self._threads.read(self._spool.close))
@@ -177,6 +186,9 @@ class Restorer:
             reason = catalogue.damaged.get(candidate)
             if reason is None:
                 manifest = catalogue.manifests[candidate]
+                if self._seals is not None and not manifest.is_sealed:
+                    reason = "it is not encrypted, and security.encrypt is on"
+            if reason is None:
                 try:
                     state, places = await self._fetch(manifest)
                 except MalformedCheckpoint as error:
@@ -191,17 +203,24 @@ class Restorer:
             "nothing was changed"
         )
 
+    def _codec_of(self, manifest: Manifest) -> RecordCodec | None:
+        """Return what opens the frames of a checkpoint; None: they are not sealed."""
+        if self._seals is None:
+            return None
+        return RecordCodec(self._seals.records, bytes.fromhex(manifest.worker))
+
     async def _fetch(self, manifest: Manifest) -> tuple[State, list[int]]:
         """Fetch and verify all chunks; return what state they make up, and where they are."""
         self._spool.clear()
         state = State(self._fingerprints, total_frames(manifest.chunks))
         places = []
         done_bytes = 0
+        codec = self._codec_of(manifest)
         for ref in manifest.chunks:
             data = await self._get(ref)
             runs = await self._decoded(data, ref)
             walked = Walked()
-            for number, found in enumerate(walk(runs, walked)):
+            for number, found in enumerate(walk(runs, walked, codec)):
                 state.note(found)
                 if number % _LOOK_EVERY == 0:
                     await self._slices.give_way_if_due()
@@ -224,7 +243,8 @@ class Restorer:
 
     async def _decoded(self, data: bytes, ref: ChunkRef) -> list[PackedRun]:
         try:
-            return await undisturbed(self._threads.read(decode_chunk, data, ref))
+            sealer = None if self._seals is None else self._seals.checkpoints
+            return await undisturbed(self._threads.read(decode_chunk, data, ref, sealer))
         except (MalformedCheckpoint, OtherFormat) as error:
             raise MalformedCheckpoint(f"chunk {ref.number} of {ref.checkpoint}: {error}") from error
 
@@ -238,10 +258,11 @@ class Restorer:
         staging: Staging,
         new_ids: NewIds,
         skew: float,
+        codec: RecordCodec | None,
     ) -> None:
         data = await undisturbed(self._threads.read(self._spool.read, place, ref.stored_bytes))
         runs = await self._decoded(data, ref)
-        for number, found in enumerate(walk(runs, Walked())):
+        for number, found in enumerate(walk(runs, Walked(), codec)):
             winner = state.winner(found) if isinstance(found, Frame) else None
             # The same frame may have been shipped twice, when a merge did not get to its end.
             if winner is not None and staging.index.place(winner[0]) is None:
@@ -259,7 +280,7 @@ def same_ids(frame: Frame) -> bytes:
 # --- into a fresh directory -----------------------------------------------------------------------
 
 
-async def restore_into(
+async def restore_into(  # noqa: PLR0913 - each a thing of its own
     store: CheckpointStore,
     directory: str,
     clock: Clock,
@@ -269,6 +290,7 @@ async def restore_into(
     segment_bytes: int = _SEGMENT_BYTES,
     fall_back: bool = True,
     on_progress: OnProgress | None = None,
+    seals: Seals | None = None,
 ) -> RestoredInfo:
     """Restore into a directory that is new, or holds no sessions: every byte as it was shipped.
 
@@ -281,6 +303,7 @@ async def restore_into(
         segment_bytes: size of a segment.
         fall_back: whether the one before is taken when one is damaged.
         on_progress: told how far it is.
+        seals: open what was sealed, and seal what is restored; None: nothing is sealed.
 
     Raises:
         CheckpointNotFound: there is none of that id.
@@ -291,11 +314,13 @@ async def restore_into(
         RemoteUnavailable: the store does not answer.
     """
     # First of all: without a checkpoint no directory is made.
-    candidates = await Candidates.find(store, wanted, fall_back=fall_back)
+    candidates = await Candidates.find(store, wanted, fall_back=fall_back, seals=seals)
+    records = None if seals is None else seals.records
     files = files or Files()
+    directory = _absolute(directory)
     threads = Threads()
     try:
-        lock, manifest = await undisturbed(threads.read(_lock_fresh, files, directory))
+        lock, manifest = await undisturbed(threads.read(_lock_fresh, files, directory, records))
         try:
             return await _restore_fresh(
                 Restorer(
@@ -305,6 +330,7 @@ async def restore_into(
                     Fingerprints(manifest.fingerprint_key),
                     clock,
                     on_progress,
+                    seals,
                 ),
                 Staging(
                     files,
@@ -314,6 +340,7 @@ async def restore_into(
                     next_number=count(manifest.next_number).__next__,
                     after_sequence=0,
                     segment_bytes=segment_bytes,
+                    codec=None if records is None else RecordCodec(records, manifest.directory_id),
                 ),
                 lambda staging: install_fresh(files, directory, manifest, staging),
                 threads,
@@ -344,12 +371,18 @@ async def _restore_fresh(
     return restored
 
 
-def _lock_fresh(files: Files, directory: str) -> tuple[DirectoryLock, DirectoryManifest]:
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)
+
+
+def _lock_fresh(
+    files: Files, directory: str, sealer: Sealer | None
+) -> tuple[DirectoryLock, DirectoryManifest]:
     make_directory(files, directory)
     check_ours(files, directory)
     lock = DirectoryLock(files, directory)
     try:
-        manifest, _ = open_manifest(files, directory)
+        manifest, _ = open_manifest(files, directory, sealer)
         numbers = map(parse_segment, files.list_directory(directory))
         # Of a restore that was killed there may be segments that no manifest knows as live.
         if manifest.sealed or any(
@@ -418,6 +451,7 @@ async def stage_restore(  # noqa: PLR0913 - each a thing of its own
     segment_bytes: int = _SEGMENT_BYTES,
     fall_back: bool = True,
     on_progress: OnProgress | None = None,
+    seals: Seals | None = None,
 ) -> StagedRestore:
     """Fetch and verify a checkpoint for a directory that is in use; nothing changes yet.
 
@@ -432,11 +466,12 @@ async def stage_restore(  # noqa: PLR0913 - each a thing of its own
         segment_bytes: size of a segment.
         fall_back: whether the one before is taken when one is damaged.
         on_progress: told how far it is.
+        seals: open what was sealed; None: nothing is sealed.
 
     Raises:
         CheckpointNotFound, CheckpointDamaged, DiskFull, RemoteUnavailable: as `restore_into`.
     """
-    candidates = await Candidates.find(store, wanted, fall_back=fall_back)
+    candidates = await Candidates.find(store, wanted, fall_back=fall_back, seals=seals)
     staging = staging_for(tier, segment_bytes)
     restorer = Restorer(
         store,
@@ -445,6 +480,7 @@ async def stage_restore(  # noqa: PLR0913 - each a thing of its own
         tier.fingerprints,
         clock,
         on_progress,
+        seals,
     )
     try:
         info = await restorer.stage(candidates, staging, new_ids, skew)

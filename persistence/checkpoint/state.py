@@ -25,6 +25,7 @@ from persistence.disk.format import (
     decode_frame,
 )
 from persistence.disk.index import Fingerprints, Index
+from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.errors import printable
 
 _IS_PUT: Final = 2  # as the length in a row: not `ROW_IS_DELETE`, and no frame is that short
@@ -38,8 +39,17 @@ class Walked:
     defects: int = 0
 
 
-def walk(runs: list[PackedRun], walked: Walked) -> Iterator[Frame | Corrupt | Torn]:
-    """Yield the frames of a chunk, and the defects in it; count both in `walked`."""
+def walk(
+    runs: list[PackedRun], walked: Walked, codec: RecordCodec | None = None
+) -> Iterator[Frame | Corrupt | Torn]:
+    """Yield the frames of a chunk, and the defects in it; count both in `walked`.
+
+    Args:
+        runs: what is in it.
+        walked: counts.
+        codec: opens sealed frames: they are yielded as in a plain directory. One that does not
+            open is a defect, and so is a put that is not sealed.
+    """
     for run in runs:
         data = bytes(run.frames)
         at = 0
@@ -48,11 +58,19 @@ def walk(runs: list[PackedRun], walked: Walked) -> Iterator[Frame | Corrupt | To
             if isinstance(found, Frame):
                 walked.frames += 1
                 at += found.length
+                if codec is not None and found.type == FrameType.PUT:
+                    found = codec.opened(found) or _not_opened(found)
             else:
                 walked.defects += 1
                 length = None if isinstance(found, Torn) else found.length
                 at = _next_frame(data, at + 1, run.salt_checksum) if not length else at + length
             yield found
+
+
+def _not_opened(frame: Frame) -> Corrupt:
+    """Return the defect of a put that does not open."""
+    times = (frame.accessed, frame.deadline, frame.cap)
+    return Corrupt(NOT_SEALED_HERE, frame.key, frame.length, frame.sequence, frame.type, times)
 
 
 def _next_frame(data: bytes, at: int, salt_checksum: int) -> int:

@@ -14,7 +14,17 @@ from typing import Annotated, Final, NoReturn, TypeGuard
 
 import typer
 
-from persistence.cli import checkpoints, demo, export, import_, inspect, replay, screen, verify
+from persistence.cli import (
+    checkpoints,
+    demo,
+    export,
+    import_,
+    inspect,
+    keys,
+    replay,
+    screen,
+    verify,
+)
 from persistence.cli.failure import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from persistence.cli.running import exit_code_of_signal, interruptible
 from persistence.errors import PersistenceError
@@ -40,6 +50,7 @@ for name, module, summary in (
 ):
     app.command(name, short_help=summary)(module.command)
 app.add_typer(checkpoints.commands, name="checkpoints")
+app.add_typer(keys.commands, name="keys")
 
 
 def _print_version(is_asked: bool) -> None:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from persistence import StateConfig
+from persistence import SecurityConfig, StateConfig
 from persistence.checkpoint.opening import open_store
 from persistence.checkpoint.stores import CheckpointStore
 from persistence.cli.failure import CommandError
+from persistence.cli.key_source import of_environment, security_for, source_of
 from persistence.disk.threads import Threads
 
 StoreOption = Annotated[
@@ -34,7 +35,12 @@ _KEEP_ALL: Final = 2**63 - 1
 
 
 def config_of(
-    store: str | None, namespace: str | None, config: Path | None, directory: Path | None = None
+    store: str | None,
+    namespace: str | None,
+    config: Path | None,
+    directory: Path | None = None,
+    *,
+    key_file: Path | None = None,
 ) -> StateConfig:
     """Return the configuration for work on checkpoints: nothing in it happens by itself.
 
@@ -45,6 +51,7 @@ def config_of(
         namespace: of the keys in Redis.
         config: a file.
         directory: of the worker, where the command has one; its neighbour is the default.
+        key_file: what opens encrypted ones; None: as `config` or the environment says.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -56,7 +63,7 @@ def config_of(
     if namespace is not None and not is_url:
         raise CommandError("--namespace needs --store with the URL of a Redis")
     if store is None:
-        return _of_worker(config, directory)
+        return _with_keys(_of_worker(config, directory), directory, key_file)
     if is_url:
         redis = {"url": store} if namespace is None else {"url": store, "namespace": namespace}
         sections: dict[str, Any] = {"redis": redis, "checkpoint": {"store": "redis"}}
@@ -69,7 +76,21 @@ def config_of(
     sections["checkpoint"]["keep"] = _KEEP_ALL
     # Sessions go to no Redis from here, only checkpoints.
     sections.setdefault("redis", {})["write"] = "checkpoint"
-    return _at(StateConfig.model_validate(sections), directory)
+    made = _at(StateConfig.model_validate(sections), directory)
+    return _with_keys(made, directory, key_file)
+
+
+def _with_keys(config: StateConfig, directory: Path | None, key_file: Path | None) -> StateConfig:
+    """Return `config` with the keys that are given, unless it says itself how to encrypt."""
+    if key_file is None and config.security.encrypt:
+        return config
+    if directory is not None:
+        security = security_for(directory, key_file)
+    elif key_file is not None:
+        security = SecurityConfig(encrypt=True, **source_of(key_file))
+    else:
+        security = of_environment()
+    return config.model_copy(update={"security": security})
 
 
 def _of_worker(file: Path | None, directory: Path | None) -> StateConfig:

@@ -30,10 +30,13 @@ from persistence.cli.checkpoint_place import (
 )
 from persistence.cli.directory import require_directory
 from persistence.cli.failure import EXIT_FAILED, EXIT_OK
+from persistence.cli.key_source import KeyFileOption
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.running import run
 from persistence.cli.screen import format_bytes, note, say
 from persistence.clock import SystemClock
+from persistence.keys import seals_for
+from persistence.sealer import Sealer
 
 commands = typer.Typer(
     help="List, make, restore and delete checkpoints.\n\n"
@@ -52,6 +55,7 @@ def show(
     store: StoreOption = None,
     namespace: NamespaceOption = None,
     config: ConfigOption = None,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Show all checkpoints, oldest first, those of other workers too.
@@ -60,7 +64,7 @@ def show(
     chunk shows when it is restored.
     """
     with _said_once():
-        infos = run(_list(config_of(store, namespace, config)))
+        infos = run(_list(config_of(store, namespace, config, key_file=key_file)))
     if as_json:
         screen.print_json({"checkpoints": [_fields(info) for info in infos]})
     elif infos:
@@ -77,6 +81,7 @@ def create(
     store: StoreOption = None,
     namespace: NamespaceOption = None,
     config: ConfigOption = None,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Make a checkpoint of a directory, which must not be open elsewhere.
@@ -86,7 +91,7 @@ def create(
     neighbour, as a worker's do.
     """
     require_directory(directory)
-    made_with = without_sharing(config_of(store, namespace, config, directory))
+    made_with = without_sharing(config_of(store, namespace, config, directory, key_file=key_file))
     with _said_once(), _bar("create", as_json) as on_progress:
         info = run(_create(made_with, reason, on_progress))
     if as_json:
@@ -115,6 +120,7 @@ def restore(
     store: StoreOption = None,
     namespace: NamespaceOption = None,
     config: ConfigOption = None,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Restore a checkpoint into a new directory, or one without sessions.
@@ -125,7 +131,9 @@ def restore(
     """
     if live:
         require_directory(directory)
-    restored_with = config_of(store, namespace, config, directory if live else None)
+    restored_with = config_of(
+        store, namespace, config, directory if live else None, key_file=key_file
+    )
     with _said_once(), _bar("restore", as_json) as on_progress:
         work = _restore_live if live else _restore_fresh
         restored = run(work(restored_with, checkpoint, directory, on_progress))
@@ -148,12 +156,18 @@ def delete(
     store: StoreOption = None,
     namespace: NamespaceOption = None,
     config: ConfigOption = None,
+    key_file: KeyFileOption = None,
 ) -> int:
     """Delete a checkpoint, and what no other one needs of it. Damaged ones can be deleted too."""
     with _said_once():
-        run(_delete(config_of(store, namespace, config), checkpoint))
+        run(_delete(config_of(store, namespace, config, key_file=key_file), checkpoint))
     say(f"Deleted {checkpoint}.")
     return EXIT_OK
+
+
+def _sealer(config: StateConfig) -> Sealer | None:
+    seals = seals_for(config.security)
+    return None if seals is None else seals.checkpoints
 
 
 # --- the work -------------------------------------------------------------------------------------
@@ -161,7 +175,7 @@ def delete(
 
 async def _list(config: StateConfig) -> list[CheckpointInfo]:
     async with opened_store(config) as store:
-        return await list_checkpoints(store)
+        return await list_checkpoints(store, _sealer(config))
 
 
 async def _create(config: StateConfig, reason: str, on_progress: OnProgress) -> CheckpointInfo:
@@ -180,6 +194,7 @@ async def _restore_fresh(
             wanted,
             segment_bytes=config.disk.segment_bytes,
             on_progress=on_progress,
+            seals=seals_for(config.security),
         )
 
 
@@ -192,7 +207,7 @@ async def _restore_live(
 
 async def _delete(config: StateConfig, checkpoint_id: str) -> None:
     async with opened_store(config) as store:
-        await delete_checkpoint(store, checkpoint_id)
+        await delete_checkpoint(store, checkpoint_id, _sealer(config))
 
 
 # --- what is shown --------------------------------------------------------------------------------

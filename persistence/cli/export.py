@@ -13,6 +13,7 @@ import typer
 
 from persistence import (
     DiskConfig,
+    SecurityConfig,
     Session,
     SessionConfig,
     ShutdownConfig,
@@ -23,6 +24,7 @@ from persistence.cli import screen
 from persistence.cli.directory import require_directory
 from persistence.cli.failure import EXIT_FAILED, EXIT_OK, CommandError
 from persistence.cli.jsonl import encode
+from persistence.cli.key_source import KeyFileOption, security_for
 from persistence.cli.options import DirectoryArgument, deep_values
 from persistence.cli.running import run
 from persistence.errors import CorruptionError
@@ -33,6 +35,7 @@ def command(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write to; else stdout.")
     ] = None,
+    key_file: KeyFileOption = None,
 ) -> int:
     """Write every live session as one line of JSON, with its values as what they are.
 
@@ -40,9 +43,10 @@ def command(
     damaged is left out and named, be it a session or a whole segment, and the exit code is 1.
     """
     require_directory(directory)
+    security = security_for(directory, key_file)
     damages: list[CorruptionError] = []
     with _opened(output) as file, deep_values():
-        count = run(_export(directory, file, damages))
+        count = run(_export(directory, file, damages, security))
     for damage in damages:
         screen.note(f"left out: {damage}")
     screen.note(f"{count:,} sessions exported")
@@ -82,10 +86,12 @@ def _opened(output: Path | None) -> Iterator[IO[bytes]]:
             partial.unlink()
 
 
-async def _export(directory: Path, file: IO[bytes], damages: list[CorruptionError]) -> int:
+async def _export(
+    directory: Path, file: IO[bytes], damages: list[CorruptionError], security: SecurityConfig
+) -> int:
     count = 0
     # Closed here and now, so that the engine is, when the output takes no more.
-    async with aclosing(sessions_in(directory, damages)) as sessions:
+    async with aclosing(sessions_in(directory, damages, security)) as sessions:
         async for session in sessions:
             file.write(encode(line_fields(session)))
             count += 1
@@ -93,7 +99,7 @@ async def _export(directory: Path, file: IO[bytes], damages: list[CorruptionErro
 
 
 async def sessions_in(
-    directory: Path, damages: list[CorruptionError]
+    directory: Path, damages: list[CorruptionError], security: SecurityConfig | None = None
 ) -> AsyncGenerator[Session, None]:
     """Yield the live sessions of `directory`, without renewing them.
 
@@ -104,6 +110,7 @@ async def sessions_in(
         session=SessionConfig(cleanup_interval_seconds=0),
         disk=DiskConfig(path=str(directory)),
         shutdown=ShutdownConfig(checkpoint=False),
+        security=security or SecurityConfig(),
     )
     async with StateManager(config=config) as state:
         async for sid in state.iter_sessions():

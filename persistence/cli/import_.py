@@ -15,11 +15,19 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from persistence import DiskConfig, SessionConfig, ShutdownConfig, StateConfig, StateManager
+from persistence import (
+    DiskConfig,
+    SecurityConfig,
+    SessionConfig,
+    ShutdownConfig,
+    StateConfig,
+    StateManager,
+)
 from persistence.arguments import MAX_TTL_SECONDS, check_count_or_none, check_ttl
 from persistence.cli import screen
 from persistence.cli.failure import EXIT_OK, CommandError
 from persistence.cli.jsonl import LineError, decode
+from persistence.cli.key_source import KeyFileOption, security_for
 from persistence.cli.options import DirectoryArgument, deep_values
 from persistence.cli.running import run
 from persistence.clock import SystemClock
@@ -56,16 +64,19 @@ def command(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace sessions that exist; else they are refused.")
     ] = False,
+    key_file: KeyFileOption = None,
 ) -> int:
     """Create a session for each line of JSON, as 'persistence export' writes them.
 
     All lines are checked before the first session is created: when one is wrong, or its session
     exists or is there twice, nothing is imported. Version and times are the import's own; the TTL
     starts anew, except that a session which is not renewed keeps its deadline, and an absolute
-    limit on a session's lifetime stays. What expired is left out.
+    limit on a session's lifetime stays. What expired is left out. With --key-file a new
+    directory is an encrypted one.
     """
+    security = security_for(directory, key_file)
     with _opened(input_file) as file, deep_values():
-        counts = run(_import(directory, file, is_replacing=replace))
+        counts = run(_import(directory, file, security, is_replacing=replace))
     screen.note(
         f"{counts.created:,} sessions created, {counts.replaced:,} replaced, "
         f"{counts.expired:,} left out because they have expired"
@@ -89,13 +100,16 @@ def _opened(input_file: Path | None) -> Iterator[IO[bytes]]:
         yield copy
 
 
-async def _import(directory: Path, file: IO[bytes], *, is_replacing: bool) -> Counts:
+async def _import(
+    directory: Path, file: IO[bytes], security: SecurityConfig, *, is_replacing: bool
+) -> Counts:
     config = StateConfig(
         # What another configuration has accepted is not refused here.
         session=SessionConfig(max_bytes=GIB, cleanup_interval_seconds=0),
         # Nobody acts on a single line's acknowledgement: one sync, at the end, covers all.
         disk=DiskConfig(path=str(directory), fsync="interval"),
         shutdown=ShutdownConfig(checkpoint=False),
+        security=security,
     )
     # A file with a wrong line should not leave a new directory behind.
     _check_all(file, may_repeat=is_replacing)

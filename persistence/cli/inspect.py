@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from persistence.cli import screen
@@ -14,7 +14,7 @@ from persistence.cli.failure import EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
 from persistence.disk.format import FORMAT_VERSION
-from persistence.disk.inspect import inspect_directory
+from persistence.disk.inspect import inspect_directory, keys_of
 
 
 @dataclass(slots=True)
@@ -32,6 +32,7 @@ class Summary:
         free_bytes: what its file system still takes.
         is_writable: whether this user may write to it, on a file system that takes writes.
         is_open_elsewhere: a process has the directory open, so the numbers are of a moment.
+        keys: ids of the keys that it is encrypted with; none: it is not encrypted.
     """
 
     directory: str
@@ -53,6 +54,7 @@ class Summary:
     free_bytes: int = 0
     is_writable: bool = True
     is_open_elsewhere: bool = False
+    keys: list[str] = field(default_factory=list)
 
 
 def command(directory: DirectoryArgument, as_json: JsonOption = False) -> int:
@@ -80,6 +82,7 @@ def summarize(directory: Path) -> Summary:
         free_bytes=shutil.disk_usage(directory).free,
         is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
+        keys=[each.hex() for each in keys_of(str(directory))],
     )
     for report in inspect_directory(str(directory)):
         summary.segments += report.number > 0  # 0: the manifest
@@ -99,6 +102,8 @@ def summarize(directory: Path) -> Summary:
 
 def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "format version", str(summary.format_version)
+    if summary.keys:
+        yield "encrypted with key", ", ".join(summary.keys)
     yield "segments", f"{summary.segments:,} ({summary.sealed_segments:,} sealed)"
     yield "bytes", format_bytes(summary.bytes)
     yield "… live", format_bytes(summary.live_bytes)

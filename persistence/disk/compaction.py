@@ -62,7 +62,8 @@ def choose_inputs(
 
     In this order: the oldest segments, when tombstones have piled up (only together with
     everything older can they go) and take more than the dead do; segments that are dead to
-    `MIN_DEAD_FRACTION`, the deadest first, as many as fill one output; many small ones. Where dead
+    `MIN_DEAD_FRACTION`, the deadest first, as many as fill one output (among them those that are
+    sealed with an old key, dead or not); many small ones. Where dead
     ones are merged and there are many small ones, the smallest go along: under a load that never
     pauses there is always something dead, and each merge may leave a small one behind.
 
@@ -108,9 +109,12 @@ def choose_inputs(
 
 
 def _is_dead(item: Segment) -> bool:
-    """Whether merging this segment alone would pay: it is empty, or much of it is dead."""
+    """Whether merging this segment alone would pay.
+
+    It is empty, or much of it is dead, or it is sealed with an old key.
+    """
     is_empty = item.length <= SEGMENT_HEADER_BYTES + FOOTER_BYTES
-    return is_empty or item.dead_bytes > MIN_DEAD_FRACTION * item.length
+    return is_empty or item.stale or item.dead_bytes > MIN_DEAD_FRACTION * item.length
 
 
 def fade_touches(segments: Iterable[Segment], frames: int, sessions: int) -> None:

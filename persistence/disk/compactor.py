@@ -36,6 +36,7 @@ from persistence.disk.format import (
 from persistence.disk.index import Fingerprints, Index
 from persistence.disk.pressure import Pressure
 from persistence.disk.reserve import Reserve
+from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import OpenSegments, Pins, Segment
 from persistence.disk.threads import Threads
 from persistence.slices import Slices
@@ -46,6 +47,7 @@ _CHUNK_BYTES: Final = 256 * 1024
 _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two frames that are read together
 _MARK_BYTES: Final = FRAME_OVERHEAD_BYTES + MAX_KEY_BYTES
 _ROWS_PER_STEP: Final = 256
+_THREAD_SEAL_BYTES: Final = 128 * 1024
 
 
 class _Stopped(Exception):
@@ -85,8 +87,9 @@ class Surroundings:
     `publish` writes the manifest for (outputs, inputs): the moment of truth. `monotonic` and
     `skew` are the clock's. `damage` reports a defect. `frames_applied` counts the frames that the
     index has taken in. `pressure` tells how much dead space there is. `reserve` is space for a
-    full disk. `shipped_sequence` says up to where tombstones have been shipped; `before_merging`
-    is awaited whenever there may be something to merge.
+    full disk. `codec` seals anew what is sealed with an old key. `shipped_sequence` says up to
+    where tombstones have been shipped; `before_merging` is awaited whenever there may be something
+    to merge.
     """
 
     files: Files
@@ -107,6 +110,7 @@ class Surroundings:
     shipped_sequence: Callable[[], int]
     before_merging: Callable[[], Awaitable[None]]
     reserve: Reserve
+    codec: RecordCodec | None
     monotonic: Callable[[], float]
     skew: Callable[[], float]
 
@@ -354,16 +358,28 @@ class Compactor:
                 if raw is None:
                     raise _Defect(source, item.offset)
                 output = await self._output_for(outputs, lowest, len(raw))
+                resealed = await self._resealed(raw, source, output) if source.stale else None
                 # Only now, behind the last await: the session may have moved on.
                 if not merge.is_current(item, source.number):
                     continue
-                stamped = restamp(raw, source.salt_checksum, output.segment.salt_checksum)
+                stamped = resealed
+                if not source.stale:
+                    stamped = restamp(raw, source.salt_checksum, output.segment.salt_checksum)
                 if stamped is None:
                     raise _Defect(source, item.offset)
                 if away:
                     item = _shifted(item, away)  # noqa: PLW2901 - the same frame
                 add_frame(output, item, stamped, source.number)
                 await slices.give_way_if_due()
+
+    async def _resealed(self, raw: bytes, source: Segment, output: Output) -> bytes | None:
+        """Return a frame sealed with the newest key; None: it is damaged."""
+        around = self._around
+        assert around.codec is not None, "a segment is only stale in an encrypted directory"
+        salts = (source.salt_checksum, output.segment.salt_checksum)
+        if len(raw) < _THREAD_SEAL_BYTES:
+            return around.codec.reseal(raw, *salts)
+        return await around.threads.read(around.codec.reseal, raw, *salts)
 
     async def _output_for(self, outputs: list[Output], lowest: int, nbytes: int) -> Output:
         """Return the output that takes a frame of `nbytes`, with its buffer flushed when full."""

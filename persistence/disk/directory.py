@@ -24,6 +24,7 @@ from persistence.disk.manifest import (
     encode_manifest,
 )
 from persistence.errors import DirectoryLocked, DirectoryNotUsable, DiskFull, PersistenceError
+from persistence.sealer import Sealer
 
 _log = logging.getLogger("persistence.disk")
 
@@ -124,22 +125,55 @@ def check_ours(files: Files, directory: str) -> None:
         )
 
 
-def open_manifest(files: Files, directory: str) -> tuple[Manifest, str | None]:
+def check_keys(directory: str, manifest: Manifest, sealer: Sealer | None) -> None:
+    """Refuse a directory that cannot be read, or written to, with these keys.
+
+    Raises:
+        DirectoryNotUsable: a key is missing, or it is encrypted and should not be, or the other
+            way round. Nothing is changed.
+    """
+    if sealer is None:
+        if manifest.keys:
+            names = ", ".join(each.hex() for each in manifest.keys_in_use)
+            raise DirectoryNotUsable(
+                f"{directory} is encrypted (key {names}) and security.encrypt is off; nothing was "
+                "changed; turn it on, and name the keys with security.key_file or security.keys "
+                "('--key-file FILE' on the command line)"
+            )
+        return
+    if not manifest.keys:
+        raise DirectoryNotUsable(
+            f"{directory} is not encrypted and security.encrypt is on; nothing was changed; "
+            "'persistence export' it, and import it into a new directory with '--key-file FILE'"
+        )
+    missing = [each.hex() for each in manifest.keys_in_use if not sealer.knows(each)]
+    if missing:
+        raise DirectoryNotUsable(
+            f"{directory} is encrypted with key {', '.join(missing)}, which is not among the keys "
+            "given; nothing was changed; add it to security.key_file or security.keys, in front "
+            "of the newest"
+        )
+
+
+def open_manifest(
+    files: Files, directory: str, sealer: Sealer | None = None
+) -> tuple[Manifest, str | None]:
     """Return the manifest, making a fresh one in a directory that is new or empty.
 
     Where the manifest was damaged and its copy was used, also what was wrong with it; it is whole
     again by then.
 
     Raises:
-        DirectoryNotUsable: other format, damaged manifest, segments without a manifest, or
-            files that are not ours. Nothing is changed.
+        DirectoryNotUsable: other format, damaged manifest, segments without a manifest,
+            files that are not ours, or other keys. Nothing is changed.
     """
     if any(files.exists(f"{directory}/{name}") for name in (MANIFEST, MANIFEST_COPY)):
         manifest, defect = read_manifest(files, directory)
+        check_keys(directory, manifest, sealer)
         _agree(files, directory, manifest, defect)
         return manifest, defect
     check_ours(files, directory)
-    manifest = Manifest.fresh()
+    manifest = Manifest.fresh(None if sealer is None else sealer.newest)
     write_manifest(files, directory, manifest)
     # Whoever made the directory may have died before its name was durable. A parent that we may
     # not read is not of our making.

@@ -15,6 +15,7 @@ STAGED: Final = "STAGED"
 QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
+ROTATIONS: Final = "ROTATIONS"
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -31,6 +32,7 @@ _NAMES: Final = frozenset(
         QUARANTINE,
         OUTBOX,
         CONFLICTS,
+        ROTATIONS,
     }
 )
 _NUMBERED: Final = re.compile(r"(\d{10})\.(seg|hint)", re.ASCII)

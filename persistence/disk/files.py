@@ -20,6 +20,7 @@ NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 UNCOUNTED: Final = 2**63 - 1
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
+MAX_KEY_FILE_BYTES: Final = 2**20
 
 
 class Space(NamedTuple):
@@ -27,6 +28,52 @@ class Space(NamedTuple):
 
     free_bytes: int
     free_inodes: int
+
+
+def read_key_file(path: str) -> tuple[bytes, int]:
+    """Return the content of a small file, and its mode."""
+    fd = _open_file(path, os.O_RDONLY)
+    try:
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(MAX_KEY_FILE_BYTES), os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
+
+
+def create_key_file(path: str, data: bytes) -> bool:
+    """Create a file that only the user can read, durably and whole or not at all.
+
+    Several processes may do so at the same time: one of them makes it.
+
+    Returns:
+        False: it is there already, and was left as it is.
+    """
+    partial = f"{path}.{os.getpid()}.{os.urandom(8).hex()}.tmp"
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)  # fails where a rename would replace
+        except FileExistsError:
+            return False
+    finally:
+        os.unlink(partial)
+    Files().sync_directory(os.path.dirname(os.path.abspath(path)))
+    return True
+
+
+def replace_key_file(path: str, data: bytes) -> None:
+    """Replace a file by one that only the user can read, atomically and durably.
+
+    Behind a link, the file that it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    partial = f"{path}.{os.getpid()}.{os.urandom(8).hex()}.tmp"
+    directory, name = os.path.dirname(path), os.path.basename(path)
+    replace_file(Files(), directory, name, os.path.basename(partial), data)
 
 
 class Files:

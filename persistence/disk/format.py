@@ -128,7 +128,7 @@ FRAME_MAGIC: Final = b"\xf5PF\xa1"
 FRAME_HEADER_FIELDS: Final = (
     ("magic", "4s", "0xF5 `PF` 0xA1"),
     ("type", "B", "see the frame types"),
-    ("flags", "B", "bit 0: the payload is an LZ4 block"),
+    ("flags", "B", "bit 0: the payload is an LZ4 block; bit 1: the payload is sealed"),
     ("key_bytes", "H", "length of the key: the session id as UTF-8, 1 to 512; 0 in a footer"),
     ("payload_bytes", "I", "length of the payload as stored"),
     ("raw_bytes", "I", "length of the payload once decompressed"),
@@ -173,6 +173,8 @@ DELETE: Final = int(FrameType.DELETE)
 TOUCH: Final = int(FrameType.TOUCH)
 
 COMPRESSED: Final = 1
+SEALED: Final = 2
+_KNOWN_FLAGS: Final = COMPRESSED | SEALED
 COMPRESSION_MIN_BYTES: Final = 1024
 RECORD_IDS_BYTES: Final = 32
 
@@ -338,7 +340,7 @@ def decode_frame(
     length = FRAME_OVERHEAD_BYTES + key_bytes + payload_bytes
     if here < length:
         return Torn(length, key, sequence, FrameType(kind) if kind in _KNOWN_TYPES else None)
-    if kind not in _KNOWN_TYPES or flags & ~COMPRESSED:
+    if kind not in _KNOWN_TYPES or flags & ~_KNOWN_FLAGS:
         return Corrupt(f"frame type {kind} with flags {flags} is not known", key, length)
     end = offset + length - 4
     if _unpack_checksum(data, end)[0] != crc32c(view[offset:end], salt_checksum):
@@ -370,7 +372,7 @@ def corrupt_behind_header(head: bytes, reason: str) -> Corrupt | None:
     magic, kind, flags, key_bytes, payload_bytes, _, sequence, _, _, *times, _ = _unpack_header(
         head, 0
     )
-    if magic != FRAME_MAGIC or kind not in _KNOWN_TYPES or flags & ~COMPRESSED:
+    if magic != FRAME_MAGIC or kind not in _KNOWN_TYPES or flags & ~_KNOWN_FLAGS:
         return None
     key = head[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + key_bytes]
     length = FRAME_OVERHEAD_BYTES + key_bytes + payload_bytes
@@ -437,7 +439,9 @@ def decompress(flags: int, payload: bytes, raw_bytes: int) -> bytes | None:
 
 
 def record_of(frame: Frame) -> bytes | None:
-    """Return the record of a put frame; None when its payload does not decompress."""
+    """Return the record of a put frame; None when its payload does not decompress, or is sealed."""
+    if frame.flags & SEALED:
+        return None
     raw = decompress(frame.flags, frame.payload, frame.raw_bytes)
     return None if raw is None else b"".join((frame.incarnation, frame.commit, raw))
 

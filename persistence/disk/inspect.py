@@ -7,12 +7,13 @@ while they are being looked at are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from persistence.disk.caches import covers, is_intact_cache, read_guard
-from persistence.disk.directory import read_manifest
+from persistence.disk.directory import check_keys, read_manifest
 from persistence.disk.filenames import (
     INDEX_SNAPSHOT,
     MANIFEST,
@@ -32,10 +33,12 @@ from persistence.disk.format import (
 from persistence.disk.lastlog import Tail, scan_last
 from persistence.disk.manifest import encode_manifest
 from persistence.disk.reader import scan_frames
+from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage, Segment
 from persistence.disk.survey import MISSING, Survey, survey
 from persistence.errors import DirectoryNotUsable
 from persistence.record import MalformedValue, validate
+from persistence.sealer import Sealer
 
 _LOOKS = 10
 
@@ -90,14 +93,20 @@ def inspect_directory(path: str) -> Iterator[SegmentReport]:
         yield replace(report, live_sessions=len(live), live_bytes=live_bytes)
 
 
-def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tally]]]:
+def scan_directory(
+    path: str, sealer: Sealer | None = None
+) -> Iterator[tuple[SegmentReport, dict[bytes, _Tally]]]:
     """Yield, segment by segment, a report and the newest frame of each session in it.
+
+    Args:
+        path: the directory.
+        sealer: opens the records of an encrypted one; None: of those only checksums are checked.
 
     Raises:
         DirectoryNotUsable: not a directory of this library, or of another format.
     """
     files = Files()
-    found, defect = _look(files, path)
+    found, defect, codec = _look(files, path, sealer)
     if defect is not None:
         damage = Damage(f"{path}/{MANIFEST}", 0, None, defect)
         yield SegmentReport(MANIFEST, 0, 0, damages=[damage]), {}
@@ -109,27 +118,52 @@ def scan_directory(path: str) -> Iterator[tuple[SegmentReport, dict[bytes, _Tall
             yield SegmentReport(name, number, segment.length, damages=damages), {}
             continue
         with suppress(FileNotFoundError):  # compacted away meanwhile
-            yield _scan_segment(files, path, segment, damages)
+            yield _scan_segment(files, path, segment, damages, codec)
     for number, data in found.torn_creations.items():
         yield SegmentReport(segment_name(number), number, len(data), torn_bytes=len(data)), {}
 
 
-def _look(files: Files, path: str) -> tuple[Survey, str | None]:
-    """Return what segments there are, and what is wrong with the manifest.
+def keys_of(path: str) -> list[bytes]:
+    """Return the ids of the keys that the directory at `path` is encrypted with; none: it is not.
+
+    Raises:
+        DirectoryNotUsable: not a directory of this library, or of another format.
+    """
+    try:
+        manifest, _ = read_manifest(Files(), path)
+    except OSError as error:
+        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
+    return manifest.keys_in_use
+
+
+_Checked: TypeAlias = Callable[[Frame], bytes | None] | None
+"""Returns the record of a put, None if it has none; None: that cannot be found out."""
+
+
+def _look(
+    files: Files, path: str, sealer: Sealer | None = None
+) -> tuple[Survey, str | None, _Checked]:
+    """Return what segments there are, what is wrong with the manifest, and how records are read.
 
     A compaction may come between reading the manifest and looking at what it names; then segments
     seem to be missing, and all is looked at again.
     """
     found, defect = Survey(), None
+    decode: _Checked = record_of
     try:
         for _ in range(_LOOKS):
             with suppress(FileNotFoundError):
                 manifest, defect = read_manifest(files, path)
+                if sealer is not None:
+                    check_keys(path, manifest, sealer)
+                    decode = RecordCodec(sealer, manifest.directory_id).record_of
+                elif manifest.keys:
+                    decode = None
                 names = files.list_directory(path)
                 found = survey(files, path, manifest, names)
                 if MISSING not in found.damages.values():
                     break
-        return found, defect
+        return found, defect, decode
     except OSError as error:
         raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
 
@@ -143,7 +177,7 @@ def cache_warnings(path: str) -> Iterator[tuple[str, str]]:
         DirectoryNotUsable: not a directory of this library, or of another format.
     """
     files = Files()
-    found, _ = _look(files, path)
+    found, *_ = _look(files, path)
     try:
         manifest, _ = read_manifest(files, path)
         names = set(files.list_directory(path))
@@ -169,7 +203,7 @@ def cache_warnings(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _scan_segment(
-    files: Files, path: str, segment: Segment, damages: list[Damage]
+    files: Files, path: str, segment: Segment, damages: list[Damage], decode: _Checked
 ) -> tuple[SegmentReport, dict[bytes, _Tally]]:
     name = segment_name(segment.number)
     where = f"{path}/{name}"
@@ -177,7 +211,7 @@ def _scan_segment(
     tail = Tail(segment.lowest_sequence - 1)
     fd = files.open_read(where)
     try:
-        scan = _Scan(segment.number, where, damages)
+        scan = _Scan(segment.number, where, damages, decode)
         if segment.sealed:
             frames = scan_frames(files, fd, size, segment.salt_checksum)
         else:
@@ -194,7 +228,10 @@ def _scan_segment(
 class _Scan:
     """Counts what is in a segment."""
 
-    def __init__(self, number: int, where: str, damages: list[Damage]) -> None:
+    def __init__(
+        self, number: int, where: str, damages: list[Damage], decode: _Checked = record_of
+    ) -> None:
+        self._decode = decode
         self._number = number
         self._where = where
         self._counts = dict.fromkeys(FrameType, 0)
@@ -228,10 +265,14 @@ class _Scan:
                 self.newest[frame.key] = _Tally(self._number, frame.sequence, length)
 
     def _check_record(self, offset: int, frame: Frame) -> None:
-        record = record_of(frame)
+        if self._decode is None:
+            return
+        record = self._decode(frame)
         try:
             if record is None:
-                raise MalformedValue("the payload does not decompress")  # noqa: TRY301 - one handler for both
+                is_plain = self._decode is record_of
+                what = "the payload does not decompress" if is_plain else NOT_SEALED_HERE
+                raise MalformedValue(what)  # noqa: TRY301 - one handler for both
             validate(record)
         except MalformedValue as error:
             self._damage(offset, frame.key, str(error))

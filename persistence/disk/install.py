@@ -10,6 +10,7 @@ Installing is the replacement of the manifest: it names the staged segments and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from persistence.disk.caches import write_hint, write_snapshot
@@ -23,9 +24,10 @@ from persistence.disk.compaction import (
 )
 from persistence.disk.directory import write_manifest
 from persistence.disk.files import Files
-from persistence.disk.format import INDEX_ROW, PUT, Frame, encode_frame
+from persistence.disk.format import INDEX_ROW, PUT, SEALED, Frame, encode_frame
 from persistence.disk.index import Index
 from persistence.disk.manifest import Manifest
+from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import Segment
 from persistence.disk.threads import Threads, undisturbed
 from persistence.disk.tier import DiskTier
@@ -46,6 +48,7 @@ class Staging:
         next_number: asked for the number of each segment.
         after_sequence: the frames' sequence numbers are above this.
         segment_bytes: size of a segment.
+        codec: seals payloads; None: they are stored as they are.
 
     Attributes:
         outputs: the segments.
@@ -63,6 +66,7 @@ class Staging:
         next_number: Callable[[], int],
         after_sequence: int,
         segment_bytes: int,
+        codec: RecordCodec | None = None,
     ) -> None:
         self._files = files
         self._threads = threads
@@ -70,6 +74,7 @@ class Staging:
         self._directory_id = directory_id
         self._next_number = next_number
         self._segment_bytes = segment_bytes
+        self._codec = codec
         self.outputs: list[Output] = []
         self.index = Index()
         self.sequence = after_sequence
@@ -79,17 +84,23 @@ class Staging:
 
         Args:
             fingerprint: of the session, in this directory.
-            frame: the put; its times are wall seconds.
+            frame: the put, not sealed; its times are wall seconds.
             ids: incarnation, commit and base, one behind the other.
             skew: wall seconds minus the seconds of the index.
         """
         output = await self._output_for(frame.length)
         self.sequence += 1
+        payload, flags = frame.payload, frame.flags
+        if self._codec is not None:
+            payload = self._codec.seal(
+                payload, frame.key, self.sequence, ids, flags, frame.raw_bytes
+            )
+            flags |= SEALED
         data = encode_frame(
             output.segment.salt_checksum,
             PUT,
             frame.key,
-            frame.payload,
+            payload,
             self.sequence,
             0,
             ids,
@@ -97,7 +108,7 @@ class Staging:
             frame.deadline,
             frame.cap,
             frame.user,
-            frame.flags,
+            flags,
             frame.raw_bytes,
         )
         row = INDEX_ROW.pack(
@@ -184,6 +195,7 @@ def staging_for(tier: DiskTier, segment_bytes: int) -> Staging:
         next_number=tier.next_number,
         after_sequence=tier.writer.sequence + SEQUENCE_GAP,
         segment_bytes=segment_bytes,
+        codec=tier.codec,
     )
 
 
@@ -215,9 +227,10 @@ def install_fresh(files: Files, directory: str, manifest: Manifest, staging: Sta
     numbers = frozenset(segment.number for segment in staging.segments)
     next_number = max(numbers, default=0) + 1
     identity = (manifest.directory_id, manifest.fingerprint_key)
-    write_manifest(files, directory, Manifest(*identity, next_number=next_number))
+    fresh = Manifest(*identity, next_number=next_number, keys=manifest.keys)
+    write_manifest(files, directory, fresh)
     name_outputs(files, directory, staging.outputs)
-    write_manifest(files, directory, Manifest(*identity, numbers, next_number=next_number))
+    write_manifest(files, directory, replace(fresh, sealed=numbers))
     for segment in staging.segments:
         write_hint(
             files,

@@ -19,6 +19,7 @@ from crc32c import crc32c
 
 from persistence.disk.filenames import MAX_SEGMENT_NUMBER
 from persistence.disk.format import FORMAT_VERSION, check_version
+from persistence.sealer import KEY_ID_BYTES
 
 _ID_BYTES: Final = 16
 MAGIC: Final = "persistence directory"
@@ -38,6 +39,8 @@ class Manifest:
         sealed: numbers of the sealed segments.
         dropped: numbers of the segments that a compaction replaced.
         next_number: the lowest segment number that this manifest knows nothing of.
+        keys: of an encrypted directory: (number, key id), in order: segments from that number on
+            are sealed with that key. A directory is encrypted from its first day, or never.
     """
 
     directory_id: bytes
@@ -45,26 +48,38 @@ class Manifest:
     sealed: frozenset[int] = field(default_factory=frozenset)
     dropped: frozenset[int] = field(default_factory=frozenset)
     next_number: int = 1
+    keys: tuple[tuple[int, bytes], ...] = ()
 
     @staticmethod
-    def fresh() -> Manifest:
-        """Return the manifest of a new directory."""
-        return Manifest(secrets.token_bytes(16), secrets.token_bytes(16))
+    def fresh(key_id: bytes | None = None) -> Manifest:
+        """Return the manifest of a new directory, encrypted with a key or not at all."""
+        keys = () if key_id is None else ((1, key_id),)
+        return Manifest(secrets.token_bytes(16), secrets.token_bytes(16), keys=keys)
+
+    def key_of(self, number: int) -> bytes | None:
+        """Return the id of the key that segment `number` is sealed with; None: it is not."""
+        return next((key_id for first, key_id in reversed(self.keys) if first <= number), None)
+
+    @property
+    def keys_in_use(self) -> list[bytes]:
+        """The ids of the keys that are needed to read what there is."""
+        return list(dict.fromkeys(key_id for _, key_id in self.keys))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Encode `manifest`."""
-    body = json.dumps(
-        {
-            "what": MAGIC,
-            "format_version": FORMAT_VERSION,
-            "directory_id": manifest.directory_id.hex(),
-            "fingerprint_key": manifest.fingerprint_key.hex(),
-            "sealed": sorted(manifest.sealed),
-            "dropped": sorted(manifest.dropped),
-            "next_number": manifest.next_number,
-        }
-    ).encode()
+    entries = {
+        "what": MAGIC,
+        "format_version": FORMAT_VERSION,
+        "directory_id": manifest.directory_id.hex(),
+        "fingerprint_key": manifest.fingerprint_key.hex(),
+        "sealed": sorted(manifest.sealed),
+        "dropped": sorted(manifest.dropped),
+        "next_number": manifest.next_number,
+    }
+    if manifest.keys:
+        entries["keys"] = [(first, key_id.hex()) for first, key_id in manifest.keys]
+    body = json.dumps(entries).encode()
     return body + b"\n%08x\n" % crc32c(body)
 
 
@@ -90,6 +105,9 @@ def decode_manifest(data: bytes) -> Manifest:
             sealed=frozenset(map(int, entries["sealed"])),
             dropped=frozenset(map(int, entries["dropped"])),
             next_number=int(entries["next_number"]),
+            keys=tuple(
+                (int(first), bytes.fromhex(key_id)) for first, key_id in entries.get("keys", ())
+            ),
         )
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise MalformedManifest(f"its content is wrong ({error})") from error
@@ -103,3 +121,6 @@ def _check(manifest: Manifest) -> None:
         raise MalformedManifest("it names segments that cannot be")
     if {len(manifest.directory_id), len(manifest.fingerprint_key)} != {_ID_BYTES}:
         raise MalformedManifest("its ids have a wrong length")
+    firsts = [first for first, _ in manifest.keys]
+    if firsts != sorted(set(firsts)) or any(len(each) != KEY_ID_BYTES for _, each in manifest.keys):
+        raise MalformedManifest("its keys are out of order")

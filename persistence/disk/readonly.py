@@ -9,16 +9,18 @@ No lock is taken: read a directory that nobody writes to.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from persistence.disk.directory import read_manifest
+from persistence.disk.directory import check_keys, read_manifest
 from persistence.disk.filenames import MANIFEST, segment_name
 from persistence.disk.files import Files, read_all, read_exactly
 from persistence.disk.format import Frame, FrameType, decode_frame, record_of
 from persistence.disk.index import SHARDS, Fingerprints, Row
 from persistence.disk.recovery import Recovery
+from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage
+from persistence.sealer import Sealer
 
 _FIRST_FD: Final = 2**30  # no real descriptor
 
@@ -153,19 +155,26 @@ class StoredRecord(NamedTuple):
     deadline: float
 
 
-def newest_records(path: str) -> Iterator[StoredRecord | Damage]:
+def newest_records(path: str, sealer: Sealer | None = None) -> Iterator[StoredRecord | Damage]:
     """Yield the newest record of each session at `path`, and each damage, writing nothing.
 
     Those whose deadline has passed are among them. A session whose newest record is damaged is a
     `Damage`; older versions are never yielded. Memory: the index, 90 bytes for each session.
 
+    Args:
+        path: the directory.
+        sealer: opens what an encrypted one holds.
+
     Raises:
-        DirectoryNotUsable: not a directory of this library, or of another format.
+        DirectoryNotUsable: not a directory of this library, of another format, or with other keys.
         OSError: it cannot be read.
     """
     files = ReadOnlyFiles()
     directory = os.path.abspath(path)
     manifest, defect = read_manifest(files, directory)
+    check_keys(directory, manifest, sealer)
+    codec = None if sealer is None else RecordCodec(sealer, manifest.directory_id)
+    decode = record_of if codec is None else codec.record_of
     if defect is not None:
         yield Damage(f"{directory}/{MANIFEST}", 0, None, defect)
     recovery = Recovery(files, directory, manifest, Fingerprints(manifest.fingerprint_key))
@@ -177,12 +186,18 @@ def newest_records(path: str) -> Iterator[StoredRecord | Damage]:
     for shard in range(SHARDS):
         for row in sorted(found.index.rows_of_shard(shard), key=lambda row: row.segment):
             segment = found.segments[row.segment]
-            record = _read(files, directory, row, segment.salt_checksum)
+            record = _read(files, directory, row, segment.salt_checksum, decode)
             if isinstance(record, StoredRecord) or (record.path, record.offset) not in told:
                 yield record
 
 
-def _read(files: Files, directory: str, row: Row, salt_checksum: int) -> StoredRecord | Damage:
+def _read(
+    files: Files,
+    directory: str,
+    row: Row,
+    salt_checksum: int,
+    decode: Callable[[Frame], bytes | None],
+) -> StoredRecord | Damage:
     path = f"{directory}/{segment_name(row.segment)}"
     try:
         fd = files.open_read(path)
@@ -193,10 +208,12 @@ def _read(files: Files, directory: str, row: Row, salt_checksum: int) -> StoredR
     except OSError as error:
         return Damage(path, row.offset, None, f"it cannot be read ({error.strerror})")
     frame = decode_frame(data, 0, salt_checksum)
-    record = record_of(frame) if isinstance(frame, Frame) and frame.type == FrameType.PUT else None
+    record = decode(frame) if isinstance(frame, Frame) and frame.type == FrameType.PUT else None
     if record is None:
         key = frame.key
         whose = key.decode("utf-8", "backslashreplace") if key else None
-        return Damage(path, row.offset, whose, "the stored bytes fail their checksum")
+        intact = isinstance(frame, Frame) and decode is not record_of
+        reason = NOT_SEALED_HERE if intact else "the stored bytes fail their checksum"
+        return Damage(path, row.offset, whose, reason)
     assert isinstance(frame, Frame)
     return StoredRecord(frame.key.decode(), record, row.accessed, row.deadline)

@@ -44,6 +44,7 @@ class Segment:
         without_rows: its hint is gone; compaction leaves it alone until the next opening.
         sealed: it has its footer, nothing is appended any more.
         damaged: it has a defect: it stays as it is, and compaction leaves it alone.
+        stale: it is sealed with a key that is not the newest: compaction seals it anew.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Segment:
     without_rows: bool = False
     sealed: bool = False
     damaged: bool = False
+    stale: bool = False
 
     @staticmethod
     def of(header: SegmentHeader) -> Segment:

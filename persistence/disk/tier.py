@@ -27,12 +27,13 @@ from persistence.disk.directory import (
     write_manifest,
 )
 from persistence.disk.filenames import MANIFEST, MANIFEST_COPY, segment_name
-from persistence.disk.files import NO_SPACE, Files
+from persistence.disk.files import NO_SPACE, Files, read_exactly
 from persistence.disk.format import (
     DELETE,
     FRAME_HEADER_BYTES,
     MAX_KEY_BYTES,
     PUT,
+    is_intact,
     read_put,
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index, Row
@@ -43,11 +44,13 @@ from persistence.disk.pressure import Pressure
 from persistence.disk.reader import FrameReader
 from persistence.disk.recovery import Recovery
 from persistence.disk.reserve import RESERVE_BYTES, Reserve
+from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage, OpenSegments, Pins, Segment
 from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
 from persistence.disk.writer import ActiveSegment, LogWriter, Write
 from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
+from persistence.sealer import Sealer
 
 _log = logging.getLogger("persistence.disk")
 
@@ -90,7 +93,7 @@ class DiskTier:
     Every method runs on the event loop. What would block runs in the tier's own threads.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what `_open` has put together
         self,
         config: DiskConfig,
         time: EngineTime,
@@ -100,6 +103,7 @@ class DiskTier:
         threads: Threads,
         fingerprints: Fingerprints,
         recovery: Recovery,
+        sealer: Sealer | None = None,
     ) -> None:
         recovered, reserve = recovery.result, recovery.reserve
         self.directory = lock.directory
@@ -134,6 +138,7 @@ class DiskTier:
         self.shipped = ShippedRecord(files, self.directory, threads)
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)
+        self._use_keys(sealer, recovered.last_number)
         self._cached = self.reader.cached
         self.writer = LogWriter(
             files,
@@ -145,6 +150,7 @@ class DiskTier:
             last_sequence=recovered.last_sequence,
             skew=time.skew,
             reserve=reserve,
+            codec=self.codec,
         )
         if recovered.unsealed is not None:
             self.writer.full = f"{self.directory}: no space left for new writes"
@@ -168,6 +174,7 @@ class DiskTier:
                 shipped_sequence=lambda: self.shipped.sequence,
                 before_merging=self._stop_keeping_tombstones,
                 reserve=reserve,
+                codec=self.codec,
                 monotonic=time.now,
                 skew=time.skew,
             ),
@@ -175,13 +182,37 @@ class DiskTier:
             config.compaction_bytes_per_second,
         )
 
+    def _use_keys(self, sealer: Sealer | None, last_number: int) -> None:
+        """Seal with the newest key from the next segment on; mark those with an older one."""
+        self._keys = self._manifest.keys
+        self.codec: RecordCodec | None = None
+        self._read_put = read_put
+        if sealer is None:
+            return
+        self.codec = RecordCodec(sealer, self._manifest.directory_id)
+        self._read_put = self.codec.read_put
+        if self._keys[-1][1] != sealer.newest:
+            self._keys = (*self._keys, (last_number + 1, sealer.newest))
+        for number, segment in self.segments.items():
+            segment.stale = self._manifest.key_of(number) != sealer.newest
+
     # --- opening and closing ------------------------------------------------------------------
 
     @classmethod
     async def open(
-        cls, config: DiskConfig, time: EngineTime, files: Files | None = None
+        cls,
+        config: DiskConfig,
+        time: EngineTime,
+        files: Files | None = None,
+        sealer: Sealer | None = None,
     ) -> DiskTier:
         """Lock the directory, recover it, and start compacting.
+
+        Args:
+            config: ``path`` and more.
+            time: the engine's time base.
+            files: system calls on files; None: the system's.
+            sealer: seals and opens what is stored; None: it is stored as it is.
 
         Raises:
             DirectoryLocked: another process or manager holds it.
@@ -192,7 +223,7 @@ class DiskTier:
         # goes on recovering a directory whose lock has been given back.
         cancelled = asyncio.Event()
         opening = asyncio.create_task(
-            cls._open(config, time, files or Files(), cancelled), name="persistence-open"
+            cls._open(config, time, files or Files(), cancelled, sealer), name="persistence-open"
         )
         try:
             return await asyncio.shield(opening)
@@ -207,7 +238,12 @@ class DiskTier:
 
     @classmethod
     async def _open(
-        cls, config: DiskConfig, time: EngineTime, files: Files, cancelled: asyncio.Event
+        cls,
+        config: DiskConfig,
+        time: EngineTime,
+        files: Files,
+        cancelled: asyncio.Event,
+        sealer: Sealer | None,
     ) -> DiskTier:
         threads = Threads()
         # Absolute from here on, once and for all: files are opened all the time, and the process
@@ -215,7 +251,7 @@ class DiskTier:
         directory = _absolute(config.path)
         held: DirectoryLock | None = None
         try:
-            lock, manifest, defect = await threads.write(_lock_and_read, files, directory)
+            lock, manifest, defect = await threads.write(_lock_and_read, files, directory, sealer)
             held = lock
             fingerprints = Fingerprints(manifest.fingerprint_key)
             reserve = Reserve(files, directory, min(RESERVE_BYTES, config.segment_bytes))
@@ -227,7 +263,7 @@ class DiskTier:
             while await threads.write(_some_steps, steps):
                 if cancelled.is_set():
                     raise asyncio.CancelledError  # noqa: TRY301 - cleaned up like any failure
-            tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery)
+            tier = cls(config, time, files, lock, manifest, threads, fingerprints, recovery, sealer)
             # The manifest knows all that recovery sealed; dropped segments are gone.
             await tier._write_first_manifest(manifest)
             await tier.shipped.load()
@@ -312,7 +348,29 @@ class DiskTier:
         if frame is None:
             return None
         segment = self.segments.get(number)
-        return None if segment is None else read_put(frame, key, segment.salt_checksum)
+        return None if segment is None else self._read_put(frame, key, segment.salt_checksum)
+
+    def read_waiting(self, row: Row, key: bytes) -> bytes:
+        """Return the record that `row` points to; the event loop waits for the disk.
+
+        Raises:
+            CorruptionError: the stored bytes fail their checksum, or are gone.
+            DirectoryNotUsable: the process may open no more files.
+        """
+        record = self.read_now(row, key)
+        reason = "the stored bytes fail their checksum"
+        if record is None:
+            try:
+                fd = self._open_segments.fd(row.segment)
+                data = read_exactly(self._files, fd, row.length, row.offset)
+                record = self._read_put(data, key, self.segments[row.segment].salt_checksum)
+            except KeyError:
+                reason = "the segment is missing"
+            except OSError as error:
+                reason = _unreadable(error)
+        if record is None:
+            raise self._damaged(row, key.decode(), reason)
+        return record
 
     async def read(self, fingerprint: bytes, key: bytes) -> tuple[bytes, Row] | None:
         """Return the newest record of a session and its row, reading in a thread.
@@ -330,8 +388,11 @@ class DiskTier:
             if segment is not None:
                 try:
                     data = await self.reader.waiting(row.segment, row.offset, row.length)
-                    record = read_put(data, key, segment.salt_checksum)
+                    record = self._read_put(data, key, segment.salt_checksum)
                     reason = "the stored bytes fail their checksum"
+                    is_sealed = self.codec is not None
+                    if is_sealed and is_intact(data, segment.salt_checksum):  # and no record
+                        reason = NOT_SEALED_HERE
                 except OSError as error:
                     reason = _unreadable(error)
             now = self.index.get(fingerprint)
@@ -625,6 +686,7 @@ class DiskTier:
                 frozenset(sealed) - dropped,
                 dropped,
                 active.segment.number if active is not None else self._next_log_number,
+                self._needed_keys(),
             )
             if manifest == self._manifest:
                 return
@@ -632,6 +694,20 @@ class DiskTier:
                 _write_with_reserve, self._files, self.directory, manifest, self._reserve
             )
             self._manifest = manifest
+
+    def _needed_keys(self) -> tuple[tuple[int, bytes], ...]:
+        """Return the keys without those that no segment is sealed with any more."""
+        if len(self._keys) > 1:
+            ends = [first for first, _ in self._keys[1:]]
+            self._keys = (
+                *(
+                    (first, key_id)
+                    for (first, key_id), end in zip(self._keys[:-1], ends, strict=True)
+                    if any(first <= number < end for number in self.segments)
+                ),
+                self._keys[-1],
+            )
+        return self._keys
 
     async def _write_first_manifest(self, found: Manifest) -> None:
         """What recovery sealed, and nothing that it removed. The old one does on a full disk."""
@@ -730,6 +806,11 @@ class DiskTier:
         return self._manifest.directory_id
 
     @property
+    def secret(self) -> bytes:
+        """A secret of the directory, 16 bytes, in no checkpoint and no log."""
+        return self._manifest.fingerprint_key
+
+    @property
     def current_segments(self) -> list[Segment]:
         """The segments that make up the log, by number: those that a merge has replaced do not."""
         dropped = self._manifest.dropped
@@ -784,12 +865,14 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(os.fspath(path))
 
 
-def _lock_and_read(files: Files, directory: str) -> tuple[DirectoryLock, Manifest, str | None]:
+def _lock_and_read(
+    files: Files, directory: str, sealer: Sealer | None
+) -> tuple[DirectoryLock, Manifest, str | None]:
     make_directory(files, directory)
     check_ours(files, directory)
     lock = DirectoryLock(files, directory)
     try:
-        return lock, *open_manifest(files, directory)
+        return lock, *open_manifest(files, directory, sealer)
     except BaseException:
         lock.release()
         raise

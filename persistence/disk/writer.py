@@ -39,6 +39,7 @@ from persistence.disk.format import (
     ROW_IS_DELETE,
     ROW_IS_TOUCH,
     SALT_BYTES,
+    SEALED,
     SEGMENT_HEADER_BYTES,
     TOUCH,
     FrameType,
@@ -50,6 +51,7 @@ from persistence.disk.format import (
     frame_ends,
 )
 from persistence.disk.reserve import Reserve
+from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import Segment
 from persistence.errors import DirectoryNotUsable, DiskFull, WriteOutcomeUnknown
 
@@ -107,6 +109,7 @@ class LogWriter:
         last_sequence: the highest sequence number that was ever used.
         skew: wall time minus engine time, seconds (see `clock.EngineTime`).
         reserve: space for a full disk; None: there is none.
+        codec: seals payloads; None: they are stored as they are.
 
     Attributes:
         poisoned: why no more writes are taken until the directory is opened anew.
@@ -126,6 +129,7 @@ class LogWriter:
         last_sequence: int,
         skew: Callable[[], float],
         reserve: Reserve | None = None,
+        codec: RecordCodec | None = None,
     ) -> None:
         self._files = files
         self._directory = directory
@@ -135,6 +139,7 @@ class LogWriter:
         self._next_number = next_number
         self._skew = skew
         self._reserve = reserve
+        self._seal = None if codec is None else codec.seal
         self.may_use_reserve = False
         self.sequence = last_sequence
         self.durable_sequence = last_sequence
@@ -176,6 +181,7 @@ class LogWriter:
         sequence = self.sequence
         end = self._pending_end
         rows = self._pending_rows
+        seal = self._seal
         pieces: list[bytes] = []
         for write in writes:
             kind = write.kind
@@ -187,6 +193,9 @@ class LogWriter:
                 flags, payload = compress(payload)
             sequence += 1
             key = write.key
+            if seal is not None and kind == PUT:
+                payload = seal(payload, key, sequence, write.ids, flags, raw_bytes)
+                flags |= SEALED
             accessed = write.accessed
             deadline = write.deadline
             cap = write.cap

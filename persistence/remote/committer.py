@@ -30,6 +30,7 @@ from persistence.remote.layout import (
     pack_requests,
 )
 from persistence.remote.router import Router, Script, ScriptCall, Settled
+from persistence.sealer import Sealer
 
 REQUESTS_PER_CALL: Final = 128
 """One run of a script blocks Redis for everybody: this many sessions take about a millisecond."""
@@ -48,11 +49,20 @@ class Committer:
         worker: the id to announce commits under.
         config: ``timeout_seconds``, ``tombstone_seconds``.
         where: the tier, for messages.
+        sealer: seals values; None: they are sent as they are.
     """
 
     def __init__(
-        self, router: Router, keys: Keys, worker: bytes, *, config: RedisConfig, where: str
+        self,
+        router: Router,
+        keys: Keys,
+        worker: bytes,
+        *,
+        config: RedisConfig,
+        where: str,
+        sealer: Sealer | None = None,
     ) -> None:
+        self._sealer = sealer
         self._router = router
         self._keys = keys
         self._where = where
@@ -109,7 +119,7 @@ class Committer:
 
     def arguments(self, requests: Sequence[Request]) -> list[bytes]:
         """Return the arguments of one run of the script."""
-        packed = pack_requests(requests, self._tombstone_ms)
+        packed = pack_requests(requests, self._tombstone_ms, self._sealer)
         return [*self._announcing, packed.requests, *packed.outside]
 
     @property

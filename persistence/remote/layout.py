@@ -12,7 +12,8 @@ when the value was written, and up to four more, whose names are not UTF-8 and s
     together if there were so many commits. They survive a re-creation.
 ``\xffhead``
     accessed, deadline, cap (floats, wall seconds), CRC-32C of the whole record (4 bytes), then the
-    record's fixed part and its metadata, as they are in the record.
+    record's fixed part and its metadata, as they are in the record. Where the tier is encrypted,
+    what comes behind the three floats is sealed, and so is every field's value (see `sealed`).
 ``\xfforder``
     MessagePack array of the fields' names in the record's order; written when that changes.
 
@@ -42,17 +43,21 @@ from persistence.remote.contract import (
     Stored,
     Touch,
 )
+from persistence.remote.sealed import FieldCodec
+from persistence.sealer import Sealer
 
 STATE: Final = b"\xffstate"
 HEAD: Final = b"\xffhead"
 ORDER: Final = b"\xfforder"
 OLDER: Final = b"\xffolder"
+_OURS: Final = frozenset((STATE, HEAD, ORDER, OLDER))
 
 _STATE: Final = Struct("<cQ16s16s")  # with the newest commit id
 STATE_BYTES: Final = _STATE.size
 _TIMES: Final = Struct("<dd")
 _HEAD: Final = Struct("<dddI")
 _HEAD_BYTES: Final = _HEAD.size
+_HEAD_TIMES_BYTES: Final = 3 * 8  # accessed, deadline, cap
 # Incarnation, commit and version are one piece, as in a record.
 _HEADER: Final = Struct("<cIII40s16sdI")
 _PUT_HEADER: Final = Struct("<cIII40s16sdIdddI")  # with the start of \xffhead, `_HEAD`
@@ -63,6 +68,7 @@ _pack_header = _HEADER.pack
 _NO_VERSION: Final = bytes(8)
 _VERSION_END: Final = 2 * ID_BYTES + 8
 _pack_put_header = _PUT_HEADER.pack
+_pack_head_start = _HEAD.pack
 _pack_length = _LENGTH.pack
 _pack_lengths = _LENGTHS.pack
 
@@ -98,18 +104,23 @@ class Packed(NamedTuple):
     outside: list[bytes]
 
 
-def pack_requests(requests: Iterable[Request], tombstone_ms: float) -> Packed:
+def pack_requests(
+    requests: Iterable[Request], tombstone_ms: float, sealer: Sealer | None = None
+) -> Packed:
     """Pack requests for ``commit.lua``, whose head describes the format.
 
     Args:
         requests: what to do, in order.
         tombstone_ms: for how long a tombstone is kept, milliseconds.
+        sealer: seals values; None: they are sent as they are.
     """
     pieces: list[bytes] = []
     outside: list[bytes] = []
     for request in requests:
         if type(request) is Put:
-            if not _pack_update(request, pieces):
+            if sealer is not None:
+                _pack_put(request, pieces, outside, FieldCodec(sealer, request.session_id.encode()))
+            elif not _pack_update(request, pieces):
                 _pack_put(request, pieces, outside)
         elif type(request) is Delete:
             ids = request.incarnation + request.commit + _NO_VERSION
@@ -159,7 +170,9 @@ def _pack_update(put: Put, pieces: list[bytes]) -> bool:
     return True
 
 
-def _pack_put(put: Put, pieces: list[bytes], outside: list[bytes]) -> None:
+def _pack_put(
+    put: Put, pieces: list[bytes], outside: list[bytes], codec: FieldCodec | None = None
+) -> None:
     """Pack a put into `pieces`."""
     _, record, base, accessed, deadline, cap, old, known = put
     removed: Sequence[bytes] = ()
@@ -173,9 +186,13 @@ def _pack_put(put: Put, pieces: list[bytes], outside: list[bytes]) -> None:
         changed = []
         for field, value in known.items():
             changed += (field.encode(), value)
-    meta_end = rec.meta_end_of(record)
+    head = _pack_head_start(accessed, deadline, cap, crc32c(record))
+    head += record[: rec.meta_end_of(record)]
+    if codec is not None:
+        changed = _sealed_values(changed, record[:ID_BYTES], codec)
+        head = head[:_HEAD_TIMES_BYTES] + codec.seal_head(head[_HEAD_TIMES_BYTES:])
     at = len(pieces)
-    pieces += (b"", record[:meta_end])  # the first is the header, once the fields are counted
+    pieces += (b"", head)  # the first is the header, once the fields are counted
     later = 0
     names = iter(changed)
     for name in names:
@@ -189,7 +206,7 @@ def _pack_put(put: Put, pieces: list[bytes], outside: list[bytes]) -> None:
         pieces += _names_of_large(changed)
     for name in removed:
         pieces += (_pack_length(len(name)), name)
-    pieces[at] = _pack_put_header(
+    pieces[at] = _pack_header(
         kind,
         len(changed) // 2 - later,
         later,
@@ -197,12 +214,17 @@ def _pack_put(put: Put, pieces: list[bytes], outside: list[bytes]) -> None:
         record[:_VERSION_END],
         base,
         deadline * 1000,
-        _HEAD_BYTES + meta_end,
-        accessed,
-        deadline,
-        cap,
-        crc32c(record),
+        len(head),
     )
+
+
+def _sealed_values(changed: list[bytes], incarnation: bytes, codec: FieldCodec) -> list[bytes]:
+    """Return names and values in turn with the values sealed. The order of names stays as it is."""
+    sealed = list(changed)
+    for at in range(0, len(changed), 2):
+        if changed[at] != ORDER:
+            sealed[at + 1] = codec.seal(changed[at], changed[at + 1], incarnation)
+    return sealed
 
 
 def _names_of_large(changed: list[bytes]) -> list[bytes]:
@@ -256,7 +278,7 @@ def decode_state(state: bytes) -> Stored:
 
 
 def decode_session(
-    key: bytes, session_id: str, fields: Mapping[bytes, bytes]
+    key: bytes, session_id: str, fields: Mapping[bytes, bytes], sealer: Sealer | None = None
 ) -> RemoteSession | Stored | None:
     """Put a session together again from its hash; None: the hash is empty, so there is none.
 
@@ -269,6 +291,8 @@ def decode_session(
         stored = decode_state(fields[STATE])
         if not stored.lives:
             return stored
+        if sealer is not None:
+            fields = _opened(fields, FieldCodec(sealer, session_id.encode()))
         session = _assemble(fields)
     except KeyError as error:
         raise RemoteDamaged(_text(key), f"it has no {error.args[0]!r}", session_id) from None
@@ -277,6 +301,28 @@ def decode_session(
     if session.record[ID_BYTES : 2 * ID_BYTES] != stored.commit:
         raise RemoteDamaged(_text(key), "its head is of another commit than its state", session_id)
     return session
+
+
+def _opened(fields: Mapping[bytes, bytes], codec: FieldCodec) -> dict[bytes, bytes]:
+    """Return a hash as it would be in a tier that is not encrypted.
+
+    Raises:
+        Unopened: something is not what was sealed.
+    """
+    head = fields[HEAD]
+    opened = dict(fields)
+    plain = codec.open_head(head[_HEAD_TIMES_BYTES:])
+    incarnation = plain[_HEAD_BYTES - _HEAD_TIMES_BYTES :][:ID_BYTES]
+    opened[HEAD] = head[:_HEAD_TIMES_BYTES] + plain
+    for name, value in fields.items():
+        if name not in _OURS:
+            opened[name] = codec.open(name, value, incarnation)
+    return opened
+
+
+def lacks_key(session_id: str, fields: Mapping[bytes, bytes], sealer: Sealer) -> bool:
+    """Whether a live session is sealed with a key that is not known."""
+    return FieldCodec(sealer, session_id.encode()).missing_key(fields, _HEAD_TIMES_BYTES)
 
 
 def _assemble(fields: Mapping[bytes, bytes]) -> RemoteSession:

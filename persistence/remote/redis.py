@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from persistence.clock import Clock
@@ -33,11 +33,12 @@ from persistence.remote.faults import (
     explain_key,
 )
 from persistence.remote.keys import Keys
-from persistence.remote.layout import decode_session, decode_state
+from persistence.remote.layout import decode_session, decode_state, lacks_key
 from persistence.remote.link import Command
 from persistence.remote.router import Router, Script, ScriptCall
 from persistence.remote.topology import topology_of
 from persistence.remote.urls import parse_url
+from persistence.sealer import Sealer
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.remote")
@@ -53,12 +54,20 @@ class RedisTier:
         config: ``url`` (must be set), ``namespace``, ``timeout_seconds``, ``tombstone_seconds``,
             ``heartbeat_seconds``, ``max_connections``, ``allow_eviction``.
         clock: process time.
+        sealer: seals and opens values; None: they are stored as they are.
+        learn: awaited when one is sealed with a key that is not known: it may have been added.
 
     Raises:
         ConfigError: the URL is wrong.
     """
 
-    def __init__(self, config: RedisConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: RedisConfig,
+        clock: Clock,
+        sealer: Sealer | None = None,
+        learn: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         if config.url is None:
             raise ConfigError("redis.url is not set: there is no shared tier")
         self.worker = secrets.token_bytes(ID_BYTES)
@@ -71,8 +80,10 @@ class RedisTier:
         self._topology = topology_of(self._target, config.max_connections, config.timeout_seconds)
         self._router = Router(self._topology, clock)
         self._states_script = Script("states.lua")
+        self._sealer = sealer
+        self._learn = learn
         self._committer = Committer(
-            self._router, self._keys, self.worker, config=config, where=self.where
+            self._router, self._keys, self.worker, config=config, where=self.where, sealer=sealer
         )
         self._subscription: Subscription | None = None
 
@@ -115,10 +126,22 @@ class RedisTier:
         replies = await self._read(calls, f"load {_sessions(session_ids)}")
         slices = Slices(self._clock.monotonic)
         found = []
+        if self._sealer is not None:
+            await self._learn_keys(session_ids, replies, self._sealer)
         for key, session_id, reply in zip(keys, session_ids, replies, strict=True):
             found.append(self._decode(key, session_id, reply))
             await slices.give_way_if_due()
         return found
+
+    async def _learn_keys(
+        self, session_ids: Sequence[str], replies: Sequence[Any], sealer: Sealer
+    ) -> None:
+        """Look for new keys if one is lacking: another worker may have begun to seal with one."""
+        if self._learn is not None and any(
+            isinstance(reply, dict) and lacks_key(session_id, reply, sealer)
+            for session_id, reply in zip(session_ids, replies, strict=True)
+        ):
+            await self._learn()
 
     def _decode(
         self, key: bytes, session_id: str, reply: Any
@@ -129,7 +152,7 @@ class RedisTier:
             about_key = explain_key(code, str(reply), name, session_id)
             return about_key or explain(reply, self.where, f"load session {printable(session_id)}")
         try:
-            return decode_session(key, session_id, reply)
+            return decode_session(key, session_id, reply, self._sealer)
         except RemoteDamaged as damage:
             return damage
 

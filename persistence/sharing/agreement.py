@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from persistence import record as rec
 from persistence.clock import EngineTime
-from persistence.commit import Commit
+from persistence.commit import Commit, ExactEnd
 from persistence.disk.format import DELETE, PUT, TOUCH
 from persistence.errors import (
     Overtaken,
@@ -106,7 +106,8 @@ def request_of(commit: Commit, skew: float, base: bytes | None = None) -> Reques
         )
     own = ids[_COMMIT_AT:_BASE_AT]
     if commit.kind == DELETE:
-        return Delete(commit.session_id, own, ids[:ID_BYTES])
+        is_exact = isinstance(commit, ExactEnd)
+        return Delete(commit.session_id, own, ids[:ID_BYTES], ids[_BASE_AT:] if is_exact else NO_ID)
     if own == NO_ID:
         return None
     return Touch(commit.session_id, own, commit.accessed + skew, commit.deadline + skew)

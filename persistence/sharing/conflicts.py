@@ -14,6 +14,7 @@ import msgpack
 from persistence.disk.journal import Journal
 from persistence.disk.threads import Threads
 from persistence.errors import printable
+from persistence.sealer import Sealer
 
 _log = logging.getLogger("persistence.sharing")
 
@@ -44,9 +45,11 @@ class Conflicts:
     Args:
         journal: where they are kept.
         threads: runs the journal's calls.
+        sealer: seals their records; None: they are stored as they are.
     """
 
-    def __init__(self, journal: Journal, threads: Threads) -> None:
+    def __init__(self, journal: Journal, threads: Threads, sealer: Sealer | None = None) -> None:
+        self._sealer = sealer
         self.count = 0
         self._journal = journal
         self._threads = threads
@@ -61,7 +64,11 @@ class Conflicts:
         Raises:
             DiskFull, WriteOutcomeUnknown: it could not be kept.
         """
-        data = msgpack.packb(tuple(conflict))
+        stored = conflict
+        if self._sealer is not None:
+            about = conflict.session_id.encode()
+            stored = conflict._replace(record=self._sealer.seal(conflict.record, about))
+        data = msgpack.packb(tuple(stored))
         await self._threads.write(self._journal.append, [data], sync=True)
         self.count += 1
         _log.warning(
@@ -75,7 +82,11 @@ class Conflicts:
         await self._threads.write(self._journal.close)
 
 
-def decode_conflict(data: bytes) -> Conflict:
-    """Decode one conflict record."""
+def decode_conflict(data: bytes, sealer: Sealer | None = None) -> Conflict | None:
+    """Decode one conflict record; None: it is sealed, and not with a key of ours."""
     fields: list[Any] = msgpack.unpackb(data)
-    return Conflict(*fields)
+    conflict = Conflict(*fields)
+    if sealer is None:
+        return conflict
+    record = sealer.open(conflict.record, conflict.session_id.encode())
+    return None if record is None else conflict._replace(record=record)

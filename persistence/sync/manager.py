@@ -15,9 +15,10 @@ from persistence.config import StateConfig
 from persistence.disk.files import Files
 from persistence.errors import ManagerClosed, Overtaken, SessionNotFound
 from persistence.manager import StateManager as AsyncManager
-from persistence.session import Session, SessionDraft
+from persistence.session import ClientInfo, Session, SessionDraft
 from persistence.sync.blocks import Block, Stream
 from persistence.sync.glance import Glances
+from persistence.sync.handle import SessionHandle
 from persistence.sync.loop import LoopThread, refuse_event_loop, running_loop
 from persistence.sync.mapping import SessionMapping
 from persistence.updates import Edit, change_draft, drafted
@@ -255,6 +256,26 @@ class StateManager:
         refuse_event_loop()
         thread = self._on_loop()
         return Stream(thread, self._manager.iter_sessions(prefix, namespace=namespace))
+
+    # --- tokens and access --------------------------------------------------------------------
+
+    def issue_token(
+        self, session_id: str, client: ClientInfo, *, ttl_seconds: float | None = None
+    ) -> str:
+        """Return a token that opens one session; see `persistence.StateManager.issue_token`."""
+        issue = partial(self._manager.issue_token, session_id, client, ttl_seconds=ttl_seconds)
+        return cast(str, self._on_loop().ask(issue))
+
+    def open_session(self, session_id: str, token: str, client: ClientInfo) -> SessionHandle:
+        """Return a handle for one session; see `persistence.StateManager.open_session`."""
+        thread = self._on_loop()
+        opening = partial(self._manager.open_session, session_id, token, client)
+        return SessionHandle(thread, thread.run(opening))
+
+    validate_token = _blocking(AsyncManager.validate_token)
+    rotate_session_id = _blocking(AsyncManager.rotate_session_id)
+
+    # --- all of them --------------------------------------------------------------------------
 
     def as_mapping(self) -> SessionMapping:
         """Return all sessions as a mutable mapping: id -> dict of the session's fields."""

@@ -26,6 +26,7 @@ from persistence.disk.format import (
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
     MAX_KEY_BYTES,
+    SEALED,
     SEGMENT_HEADER_BYTES,
     Corrupt,
     Frame,
@@ -236,10 +237,19 @@ def test_an_intact_frame_of_an_unknown_type_is_corruption(frame_type: int) -> No
     assert f"type {frame_type}" in found.reason
 
 
-@pytest.mark.parametrize("flags", [2, 3, 128])
+@pytest.mark.parametrize("flags", [4, 5, 7, 128])
 def test_an_intact_frame_with_unknown_flags_is_corruption(flags: int) -> None:
     frame = put_of(b"key", bytes(100))._replace(flags=flags)
     assert isinstance(decode_frame(encode(frame), 0, SALT), Corrupt)
+    assert read_put(encode(frame), b"key", SALT) is None
+
+
+@pytest.mark.parametrize("flags", [SEALED, SEALED | COMPRESSED])
+def test_a_sealed_frame_has_no_value_in_a_directory_that_is_not_encrypted(flags: int) -> None:
+    frame = put_of(b"key", bytes(100))._replace(flags=flags)
+    found = decode_frame(encode(frame), 0, SALT)
+    assert isinstance(found, Frame)
+    assert record_of(found) is None
     assert read_put(encode(frame), b"key", SALT) is None
 
 
@@ -538,6 +548,7 @@ def tables() -> list[Table]:
                     "a journal: the sessions whose newest version Redis has not seen",
                 ),
                 (filenames.CONFLICTS, "a journal: versions that Redis refused"),
+                (filenames.ROTATIONS, "a journal: sessions whose id is being rotated"),
                 (
                     filenames.temporary_name(filenames.STAGED),
                     "a checkpoint that is being restored",
@@ -557,7 +568,7 @@ def tables() -> list[Table]:
 
 
 def manifest_keys() -> list[str]:
-    line = manifest.encode_manifest(manifest.Manifest.fresh()).split(b"\n")[0].decode()
+    line = manifest.encode_manifest(manifest.Manifest.fresh(bytes(4))).split(b"\n")[0].decode()
     return re.findall(r'"(\w+)":', line)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from persistence import StateConfig, StateManager
 from persistence.disk.inspect import scan_directory
+from tests import encryption
 from tests.crash_nursery import SESSIONS
 from tests.crashes import History, Nursery, check_by_opening, work_and_check
 from tests.faults.killpoints import POINTS
@@ -126,7 +127,8 @@ class Kills:
         shutil.copytree(self._directory, directory)
         store = Path(f"{self._directory}-checkpoints")
         shutil.copytree(store, f"{directory}-checkpoints")
-        config = StateConfig.model_validate({"disk": {"path": str(directory)}})
+        disk = {"disk": {"path": str(directory)}}
+        config = StateConfig.model_validate({**disk, **encryption.sections()})
         async with StateManager(config=config) as state:
             listed = {info.id: info for info in await state.list_checkpoints()}
             assert max(self._made) in listed, "an acknowledged checkpoint is there"

@@ -40,6 +40,10 @@ DIRECTORY: Final = "persistence/disk/directory.py"
 CHECKPOINT: Final = "persistence/checkpoint/manifest.py"
 SCRIPT: Final = "persistence/remote/scripts/commit.lua"
 
+TOKENS: Final = "persistence/security/tokens.py"
+ACCESS: Final = "persistence/access.py"
+SEALED: Final = "persistence/disk/sealed.py"
+
 MONITORED: Final = (
     "tests/faults/test_nth_call.py::test_a_run_has_500_operations_and_every_kind_of_call"
 )
@@ -56,6 +60,14 @@ MERGING: Final = "tests/disk/test_compaction.py"
 ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
 COMMITTING: Final = "tests/test_commit.py"
 SHIPPING: Final = "tests/checkpoint/test_create.py"
+SECURITY: Final = "tests/security"
+ACCESSING: Final = "tests/test_access.py"
+SEALED_FRAMES: Final = (
+    "tests/disk/test_sealed.py::test_a_payload_opens_where_it_was_sealed_for_and_nowhere_else"
+)
+SEALED_VALUES: Final = (
+    "tests/remote/test_sealed.py::test_a_value_of_another_field_session_or_incarnation_is_refused"
+)
 
 
 class Mutant(NamedTuple):
@@ -370,6 +382,154 @@ MUTANTS: Final = (
         "  if read('<d', times) < read('<d', head) then return 'A' end\n",
         "",
         ("tests/remote/test_contract.py",),
+    ),
+    # --- tokens and what is sealed ------------------------------------------------------------
+    Mutant(
+        "a token never expires",
+        TOKENS,
+        "    if not is_client or not now < expires:\n",
+        "    if not is_client or not expires:\n",
+        (f"{SECURITY}/test_tokens.py::test_a_token_is_valid_until_the_moment_it_expires",),
+    ),
+    Mutant(
+        "a token is anybody's",
+        TOKENS,
+        "    if not is_client or not now < expires:\n",
+        "    if is_client is None or not now < expires:\n",
+        (f"{SECURITY}/test_tokens.py::test_a_token_is_one_clients",),
+    ),
+    Mutant(
+        "a token has several spellings",
+        TOKENS,
+        " or _encoded(data) != token:\n",
+        ":\n",
+        (f"{SECURITY}/test_tokens.py::test_a_token_has_one_spelling",),
+    ),
+    Mutant(
+        "a token outlives its session",
+        ACCESS,
+        "rec.incarnation_of(record) == claims.incarnation and self._wall() < claims.expires",
+        "self._wall() < claims.expires",
+        (f"{ACCESSING}::test_a_token_ends_with_its_session",),
+    ),
+    Mutant(
+        "a token opens any session",
+        ACCESS,
+        "        if claims.session_id != session_id:\n",
+        "        if not session_id:\n",
+        (f"{ACCESSING}::test_a_handle_takes_no_token_of_another_session",),
+    ),
+    Mutant(
+        "a handle checks its session before it waits, and not behind that",
+        ACCESS,
+        "            self._check(record)\n            return change.data(record)\n",
+        "            return change.data(record)\n",
+        (f"{ACCESSING}::test_a_session_that_is_created_anew_while_a_call_waits_is_not_touched",),
+    ),
+    Mutant(
+        "a nonce comes again",
+        "persistence/security/sealing.py",
+        "        nonce = secrets.token_bytes(_NONCE_BYTES)\n",
+        "        nonce = bytes(_NONCE_BYTES)\n",
+        (f"{SECURITY}/test_sealing.py::test_the_same_is_never_sealed_to_the_same_bytes",),
+    ),
+    Mutant(
+        "a payload is any session's",
+        SEALED,
+        "        return _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key\n",
+        "        return _pack_about(self._directory_id, sequence, flags, raw_bytes, ids)\n",
+        (SEALED_FRAMES,),
+    ),
+    Mutant(
+        "a payload is of any time",
+        SEALED,
+        "        return _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key\n",
+        "        return _pack_about(self._directory_id, 0, flags, raw_bytes, ids) + key\n",
+        (SEALED_FRAMES,),
+    ),
+    Mutant(
+        "a payload is of any version",
+        SEALED,
+        "        return _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key\n",
+        "        return _pack_about(self._directory_id, sequence, flags, raw_bytes, b'') + key\n",
+        (SEALED_FRAMES,),
+    ),
+    Mutant(
+        "a payload is any directory's",
+        SEALED,
+        "        return _pack_about(self._directory_id, sequence, flags, raw_bytes, ids) + key\n",
+        "        return _pack_about(b'', sequence, flags, raw_bytes, ids) + key\n",
+        ("tests/disk/test_sealed.py",),
+    ),
+    Mutant(
+        "a value in Redis is of any incarnation",
+        "persistence/remote/sealed.py",
+        "(lengths, self._session_id, name, incarnation)",
+        "(lengths, self._session_id, name)",
+        (SEALED_VALUES,),
+    ),
+    Mutant(
+        "a value in Redis is any field's",
+        "persistence/remote/sealed.py",
+        "(lengths, self._session_id, name, incarnation)",
+        "(lengths, self._session_id, incarnation)",
+        (SEALED_VALUES,),
+    ),
+    Mutant(
+        "a value in Redis is any session's",
+        "persistence/remote/sealed.py",
+        "(lengths, self._session_id, name, incarnation)",
+        "(lengths, name, incarnation)",
+        (SEALED_VALUES,),
+    ),
+    Mutant(
+        "a chunk is any chunk of its checkpoint",
+        CHECKPOINT,
+        '    return f"chunk {checkpoint_id} {number} ".encode()\n',
+        '    return f"chunk {checkpoint_id} ".encode()\n',
+        ("tests/checkpoint/test_sealed.py",),
+    ),
+    Mutant(
+        "a plain chunk passes for a sealed one",
+        CHECKPOINT,
+        '    elif sealer is not None:\n        raise MalformedCheckpoint("it is not sealed")\n',
+        "",
+        ("tests/checkpoint/test_sealed.py",),
+    ),
+    Mutant(
+        "a plain checkpoint is restored where everything is encrypted",
+        "persistence/checkpoint/restore.py",
+        "                if self._seals is not None and not manifest.is_sealed:\n",
+        "                if self._seals is None and manifest.is_sealed:\n",
+        ("tests/checkpoint/test_sealed.py",),
+    ),
+    Mutant(
+        "a directory is opened with any keys",
+        DIRECTORY,
+        "        check_keys(directory, manifest, sealer)\n        _agree",
+        "        _agree",
+        ("tests/test_encryption.py",),
+    ),
+    Mutant(
+        "a key is forgotten before everything is sealed anew",
+        "persistence/disk/tier.py",
+        "                    if any(first <= number < end for number in self.segments)\n",
+        "                    if first > end\n",
+        ("tests/test_encryption.py",),
+    ),
+    Mutant(
+        "a rotated id is not noted first",
+        "persistence/rotation.py",
+        "        await self._begin(new_id, move)\n",
+        "",
+        ("tests/test_rotation.py",),
+    ),
+    Mutant(
+        "a rotated id ends whatever another worker has made of it",
+        "persistence/sharing/agreement.py",
+        "        is_exact = isinstance(commit, ExactEnd)\n",
+        "        is_exact = False\n",
+        ("tests/sharing/test_security.py",),
     ),
 )
 

@@ -32,6 +32,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
         session: dict[str, Any] | None = None,
         memory: dict[str, Any] | None = None,
         checkpoint: dict[str, Any] | None = None,
+        security: dict[str, Any] | None = None,
         **redis: Any,
     ) -> StateManager:
         sections: dict[str, dict[str, Any]] = {
@@ -43,6 +44,8 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
             "memory": memory or {},
             "checkpoint": checkpoint or {},
         }
+        if security is not None:
+            sections["security"] = security
         directory = path or tmp_path / f"worker {next(numbers)}"
         config = config_for(directory, **sections)
         state = StateManager(url, config, files=ScriptedFiles())

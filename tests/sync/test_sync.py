@@ -325,9 +325,9 @@ def test_what_ended_is_absent_for_hot_reads_at_once(state: sync.StateManager) ->
 
 
 def test_sessions_are_iterated_while_they_come_and_go(state: sync.StateManager) -> None:
-    ids = [state.create_session(session_id=f"s{number}") for number in range(600)]
+    ids = [state.create_session(session_id=f"s {number}") for number in range(600)]
     seen = []
-    for number, sid in enumerate(state.iter_sessions("s")):
+    for number, sid in enumerate(state.iter_sessions("s ")):
         seen.append(sid)
         if number % 50 == 0:
             state.create_session()
