@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import inspect
 import logging
 import os
 import threading
@@ -284,6 +285,26 @@ class LoopThread:
             "this manager was opened by another process; after a fork, open one of your own with "
             "its own disk.path"
         )
+
+
+def off_loop(function: Any) -> Any:
+    """Return what calls a function in a thread, where it may block, and is awaited.
+
+    What is no function, or a coroutine function, is returned as it is.
+    """
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        return function
+
+    async def call(*arguments: Any) -> Any:
+        try:
+            result = await asyncio.to_thread(function, *arguments)
+        except RuntimeError:
+            if threading.main_thread().is_alive():
+                raise
+            result = function(*arguments)  # at exit: all executors have ended
+        return await result if inspect.isawaitable(result) else result
+
+    return call
 
 
 def refuse_event_loop() -> None:

@@ -15,11 +15,12 @@ from persistence.config import StateConfig
 from persistence.disk.files import Files
 from persistence.errors import ManagerClosed, Overtaken, SessionNotFound
 from persistence.manager import StateManager as AsyncManager
+from persistence.requests import Request
 from persistence.session import ClientInfo, Session, SessionDraft
 from persistence.sync.blocks import Block, Stream
 from persistence.sync.glance import Glances
 from persistence.sync.handle import SessionHandle
-from persistence.sync.loop import LoopThread, refuse_event_loop, running_loop
+from persistence.sync.loop import LoopThread, off_loop, refuse_event_loop, running_loop
 from persistence.sync.mapping import SessionMapping
 from persistence.updates import Edit, change_draft, drafted
 from persistence.watching.changes import SessionChange
@@ -59,7 +60,7 @@ class StateManager:
     submitted is decided all the same. What is still open at exit is closed then.
 
     Args:
-        url, config, clock, files: as for `persistence.StateManager`.
+        url, config, clock, files, schema: as for `persistence.StateManager`.
 
     Raises:
         ConfigError, InvalidArgument: as there.
@@ -72,9 +73,10 @@ class StateManager:
         *,
         clock: Clock | None = None,
         files: Files | None = None,
+        schema: object = None,
     ) -> None:
         self._thread: LoopThread | None = None
-        self._manager = AsyncManager(url, config, clock=clock, files=files)
+        self._manager = AsyncManager(url, config, clock=clock, files=files, schema=schema)
         self._glances = Glances(self._manager)
         self._look = self._glances.look
         self.config = self._manager.config
@@ -234,6 +236,42 @@ class StateManager:
         """
         return Block(self._on_loop(), partial(self._manager.edit, session_id))
 
+    def edit_typed(self, session_id: str) -> Block[Any]:
+        """Edit a session as an object: ``with state.edit_typed(sid) as cart``; see `edit`."""
+        return Block(self._on_loop(), partial(self._manager.edit_typed, session_id))
+
+    def typed(self, session: Session) -> Any:
+        """Return a session as an object; see `persistence.StateManager.typed`."""
+        return self._manager.typed(session)
+
+    def update_typed(self, session_id: str, function: Callable[[Any], Any]) -> Session:
+        """Change an object by a function, which is called in this thread; see `update_session`."""
+        return self.update_session(session_id, self._manager._typed_change(session_id, function))
+
+    # --- requests and what cannot be stored ---------------------------------------------------
+
+    def request(self, session_id: str, name: str = "") -> Block[Request]:
+        """Handle one request: ``with state.request(sid, "GET /page") as r``.
+
+        See `persistence.StateManager.request`.
+        """
+        return Block(self._on_loop(), partial(self._manager.request, session_id, name))
+
+    def resources(
+        self,
+        session_id: str,
+        name: str,
+        factory: Callable[[], Any],
+        close: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Return a live resource of a session; see `persistence.StateManager.resources`.
+
+        `factory` and `close` are called in some thread, and may block there. Coroutine functions
+        run on the engine's loop.
+        """
+        make, end = off_loop(factory), off_loop(close)
+        return self._on_loop().run(partial(self._manager.resources, session_id, name, make, end))
+
     # --- watching and listing -----------------------------------------------------------------
 
     def watch(
@@ -300,6 +338,13 @@ class StateManager:
     flush = _blocking(AsyncManager.flush)
     compact = _blocking(AsyncManager.compact)
     stats = _blocking(AsyncManager.stats)
+    record_request = _blocking(AsyncManager.record_request)
+    record_error = _blocking(AsyncManager.record_error)
+    is_request_limit_reached = _blocking(AsyncManager.is_request_limit_reached)
+    session_metrics = _blocking(AsyncManager.session_metrics)
+    session_health = _blocking(AsyncManager.session_health)
+    scratch_dir = _blocking(AsyncManager.scratch_dir)
+    get_typed = _blocking(AsyncManager.get_typed)
     create_checkpoint = _blocking(AsyncManager.create_checkpoint)
     list_checkpoints = _blocking(AsyncManager.list_checkpoints)
     delete_checkpoint = _blocking(AsyncManager.delete_checkpoint)
