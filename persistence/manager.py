@@ -178,13 +178,13 @@ class StateManager(Facilities):
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
         await self._tiers.open()
+        self._rotations = self._tiers.rotations
         try:
             self._take_tiers()
             await self._open_facilities(sync=self.config.disk.fsync == "always")
         except BaseException:
             await self._tiers.close()
             raise
-        self._rotations = self._tiers.rotations
         self._tiers.before_settling = self._requests.store_all
         self._start_background()
         self._keeper.start()
@@ -825,8 +825,9 @@ class StateManager(Facilities):
         """Move a session to a fresh id, and return that; the old id and its tokens are no more.
 
         To be done whenever a client's rights change, at a login first of all: an id that somebody
-        knew before is worth nothing then. Data, metadata, version and lifetime stay; the TTL starts
-        anew if the session renews. A crash meanwhile leaves one of the two.
+        knew before is worth nothing then. Data, metadata, version, requests, scratch directory and
+        lifetime stay; the TTL starts anew if the session renews; live resources are closed. A crash
+        meanwhile leaves one of the two.
 
         Raises:
             SessionNotFound: missing, expired or terminated.
@@ -834,8 +835,10 @@ class StateManager(Facilities):
             DiskFull: it has kept its id.
             WriteOutcomeUnknown: one of the two ids lives; see `commit`.
         """
+        check_session_id(session_id)
         while True:
             await self._ready()
+            await self._requests.store(session_id)  # what is counted moves with the session
             tiers = Rotating(self._updates, self._residency, self._commits)
             try:
                 return await self._rotations.rotate(tiers, session_id)

@@ -54,8 +54,9 @@ FLOORS: dict[str, int] = {
 OPEN_FLOORS = (0, 11)
 """On these, rooms may import each other, as long as there is no cycle."""
 
-FILE_USERS = ("disk.files", "memory.budget", "config", "cli")
-"""The only modules that open files: the seam of the disk tier; /proc; TOML; the user's files."""
+FILE_USERS = ("disk.files", "memory.budget", "config", "cli", "facilities")
+"""The only modules that open files or name paths: the seam of the disk tier; /proc; TOML; the
+user's files; and his scratch directories."""
 CLOCK_USERS = ("clock",)
 PURE = ("record", "disk.format", "memory.policies", "security.tokens")
 """Bytes in, bytes out: no event loop, no files, no time."""
