@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, cast
 
@@ -38,8 +39,9 @@ class Block(AbstractContextManager[T]):
     def __enter__(self) -> T:
         try:
             return self._thread.run(self._enter)
-        except KeyboardInterrupt:
-            self._thread.post(self._undo)  # it may have been entered this very moment
+        except BaseException as error:
+            # A signal may have interrupted the wait, and it may be entered this very moment.
+            self._thread.post(partial(self._undo, error))
             raise
 
     async def _enter(self) -> T:
@@ -48,9 +50,9 @@ class Block(AbstractContextManager[T]):
         self._is_inside = True
         return entered
 
-    def _undo(self) -> None:
+    def _undo(self, error: BaseException) -> None:
         if self._is_inside and self.inner is not None:
-            leaving = self.inner.__aexit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+            leaving = self.inner.__aexit__(type(error), error, None)
             self._leaving = self._thread.loop.create_task(_awaited(leaving))
 
     def __exit__(

@@ -1,6 +1,6 @@
 """An event loop in a thread of its own, and how other threads hand calls to it.
 
-``asyncio.run_coroutine_threadsafe`` would do, and costs twice as much: its future is a lock, a
+``asyncio.run_coroutine_threadsafe`` would do, and costs half as much again: its future is a lock, a
 condition and a list of callbacks, and each call writes to the loop's pipe. Here a waiting thread
 stands before one lock, and calls that come while the loop is busy are taken together.
 

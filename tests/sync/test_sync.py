@@ -645,3 +645,24 @@ def test_an_interrupted_wait_for_an_edit_leaves_no_lock(state: sync.StateManager
     holding.join(PATIENCE_SECONDS)
     assert state.update_session(sid, add_one)["n"] == 6
     assert len(state._manager._updates.locks) == 0
+
+
+def test_a_block_that_was_entered_while_its_wait_was_interrupted_is_left(
+    state: sync.StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes when the answer is there already: whatever its handler raises."""
+    sid = state.create_session(data={"n": 0})
+    thread = state._thread
+    assert thread is not None
+    run = thread.run
+
+    def interrupted(begin: Callable[[], Any]) -> Any:
+        run(begin)
+        raise TimeoutError("of a framework")
+
+    monkeypatch.setattr(thread, "run", interrupted)
+    with pytest.raises(TimeoutError), state.edit(sid) as draft:
+        draft["n"] = 1
+    monkeypatch.undo()
+    assert state.update_session(sid, add_one)["n"] == 1
+    assert len(state._manager._updates.locks) == 0
