@@ -19,6 +19,7 @@
     │   ├── TokenInvalid            a token is not valid (never says why)
     │   ├── CheckpointNotFound      no checkpoint has that id
     │   └── ManagerClosed           the manager is closed, or was opened by another process
+    │       └── WrongEventLoop      a call from another event loop, or a blocking one from any
     └── the world's fault
         ├── CorruptionError         stored bytes fail their checksum
         ├── CheckpointDamaged       a checkpoint's chunk or manifest fails its checksum
@@ -169,6 +170,10 @@ class CheckpointNotFound(PersistenceError, KeyError):
 
 class ManagerClosed(PersistenceError):
     """The manager is not open: not opened yet, closed, or inherited through a fork."""
+
+
+class WrongEventLoop(ManagerClosed):
+    """A call from an event loop or thread that must not make it; the message says who may."""
 
 
 class CorruptionError(PersistenceError):

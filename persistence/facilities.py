@@ -321,6 +321,12 @@ class Facilities:
             InvalidArgument: the manager has no schema.
             SessionNotFound, …: as `update_session`.
         """
+        return await self.update_session(session_id, self._typed_change(session_id, function))
+
+    def _typed_change(
+        self, session_id: str, function: Callable[[Any], Any]
+    ) -> Callable[[SessionDraft], Any]:
+        """Return the function that does to a draft what `function` does to an object."""
         schema = self._get_schema()
         if not callable(function):
             raise refused("function", function, "a function that takes the object and changes it")
@@ -328,7 +334,7 @@ class Facilities:
         def change(draft: SessionDraft) -> Any:
             return schema.open(session_id, draft).apply(function)
 
-        return await self.update_session(session_id, change)
+        return change
 
     def edit_typed(self, session_id: str) -> AbstractAsyncContextManager[Any]:
         """Edit a session as an object: ``async with state.edit_typed(sid) as cart``.

@@ -43,6 +43,7 @@ from persistence.errors import (
     SessionExists,
     SessionLimitReached,
     SessionNotFound,
+    WrongEventLoop,
 )
 from persistence.expiry import life_of
 from persistence.facilities import Facilities
@@ -74,6 +75,8 @@ from persistence.updates import (
     ttl_change,
     whole_change,
 )
+from persistence.watching.stream import Watch
+from persistence.watching.watching import MAX_PENDING, Watching
 
 _log = logging.getLogger("persistence")
 
@@ -125,7 +128,8 @@ class StateManager(Facilities):
             redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
             self.config = self.config.model_copy(update={"redis": redis})
         self._clock: Clock = clock or SystemClock()
-        self._tiers = Tiers(self.config, self._clock, files, self._check_open)
+        self._watching = Watching(self._brought)
+        self._tiers = Tiers(self.config, self._clock, files, self._check_open, self._watching)
         self._misses = 0
         self._rss_bytes = 0
         self._memory_reader = MemoryReader()
@@ -246,8 +250,9 @@ class StateManager(Facilities):
         await asyncio.shield(self._closing)
 
     def start_grace(self) -> None:
-        """Let the grace period of the close that will follow begin now."""
+        """Let the grace period of the close that will follow begin now, and end all watches."""
         self._grace.begin()
+        self._watching.close()
 
     async def _close(self) -> None:
         self._grace.begin()
@@ -256,6 +261,8 @@ class StateManager(Facilities):
         self._resident = self._refuse
         self._restore_now = self._refuse
         _open_managers.discard(self)
+        # First of all: what is open may be what keeps its readers from ending, and so a server.
+        await self._watching.closed()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -277,9 +284,10 @@ class StateManager(Facilities):
             self._refuse()
         # Not get_running_loop(): on some Pythons that asks the system for the process each time.
         if get_ident() != self._thread or not self._loop.is_running():
-            raise ManagerClosed(
-                "this manager was opened in another event loop: open one of your own with its own "
-                "disk.path, or hand the call to that loop (asyncio.run_coroutine_threadsafe)"
+            raise WrongEventLoop(
+                "this manager was opened in another event loop: use persistence.sync.StateManager, "
+                "which any thread can use, or hand the call to that loop "
+                "(asyncio.run_coroutine_threadsafe), or open one of your own with its own disk.path"
             )
 
     async def _ready(self) -> None:
@@ -412,7 +420,9 @@ class StateManager(Facilities):
     def _session_count(self) -> int:
         return len(self._disk.index) + len(self._residency.unlisted) + self._commits.creating
 
-    async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
+    async def get_or_create_session(
+        self, /, session_id: str | None = None, **create: Any
+    ) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
 
         Args:
@@ -525,6 +535,42 @@ class StateManager(Facilities):
             except ConflictError:  # a checkpoint is being put in place: ask again behind it
                 await self._ready()
 
+    async def _brought(self, session_id: str) -> None:
+        await self._ready()
+        await self._bring_here(session_id)
+
+    # --- watching -----------------------------------------------------------------------------
+
+    def watch(
+        self,
+        session_id: str | None = None,
+        *,
+        after: int | None = None,
+        max_pending: int = MAX_PENDING,
+    ) -> Watch:
+        """Listen to changes, from now on: ``async for change in state.watch(sid)``.
+
+        Of a session, its versions come in order, each once and those of other workers included;
+        what a slow reader or an outage leaves out is counted in the next change. The stream ends
+        behind the change that ends the session, and when the manager closes. Watching renews
+        nothing. See ``docs/watching.md``.
+
+        Args:
+            session_id: which session; None: all of them. Of what other workers do to those, only
+                the version is told, and what an outage leaves out is told as a ``gap``.
+            after: the version that was seen last: if there is another one by now, that comes first.
+            max_pending: changes that wait for the reader at most; then they are merged.
+
+        Raises:
+            InvalidArgument, InvalidSessionId: an argument is something else than it must be.
+            ManagerClosed: it is not open, or closing.
+        Raises (when the first change is asked for):
+            SessionNotFound: missing, expired or terminated.
+            CorruptionError: its stored bytes are damaged.
+        """
+        self._check_open()
+        return self._watching.watch(session_id, after, max_pending)
+
     # --- updating -----------------------------------------------------------------------------
 
     async def update_session_data(self, session_id: str, field: str, value: Any) -> Session:
@@ -594,7 +640,7 @@ class StateManager(Facilities):
             session_id, whole_change(self._plain_data(data), ttl_seconds)
         )
 
-    async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
+    async def update_session_metadata(self, /, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
 
         If it changes nothing, there is no new version.

@@ -41,6 +41,7 @@ from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.updates import Updates
+from persistence.watching.watching import Watching
 
 _log = logging.getLogger("persistence")
 
@@ -55,6 +56,7 @@ class Tiers:
         clock: time.
         files: system calls on files; None: the system's.
         check_open: raises ManagerClosed once the manager is closed.
+        watching: who is told of changes.
 
     Attributes:
         time: the engine's time base.
@@ -87,11 +89,13 @@ class Tiers:
         clock: Clock,
         files: Files | None,
         check_open: Callable[[], None],
+        watching: Watching,
     ) -> None:
         self._config = config
         self._clock = clock
         self._files = files
         self._check_open = check_open
+        self.watching = watching
 
     @property
     def shares_sessions(self) -> bool:
@@ -222,6 +226,8 @@ class Tiers:
             self.time,
             self._check_open,
         )
+        self.watching.attach(self.residency, self.time, is_shared=self.shares_sessions)
+        self.residency.adopting = self.watching.adopted
         self.sharing = self._make_sharing() if self.shares_sessions else None
         self.updates = Updates(
             config.session,
@@ -244,6 +250,7 @@ class Tiers:
             self._clock,
             self.time,
             partial(self.listing.ids, ""),
+            self.watching,
         )
         redis = self._config.redis
         sharing = Sharing(self._remote_tier(), redis, self._outbox, self._conflicts, local)
@@ -275,6 +282,8 @@ class Tiers:
         return Keeper(self.disk, self._store.store, plan, schedule, self._clock, self.settle)
 
     def _acknowledged(self, commits: Sequence[Commit]) -> None:
+        if self.watching.is_on:  # before memory follows, which has the versions before these
+            self.watching.acknowledged(commits)
         self.residency.acknowledged(commits)
         if self.sharing is not None:
             self.sharing.acknowledged(commits)
@@ -307,6 +316,7 @@ class Tiers:
             await self._exchanged()
             raise
         await self._exchanged()
+        await self.watching.restored()
         if self.sharing is not None:
             await self.sharing.impose(before)
 

@@ -6,7 +6,7 @@ Imports point one way, from the bottom up::
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit | providers
                 residency | keys
-                    sharing
+                    sharing | watching
                         updates | listing | census
                             access | rotation
                                 tiers | requests
@@ -41,8 +41,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
     **dict.fromkeys(("residency", "stats"), 3),
     "keys": 3,
-    "sharing": 4,
-    "scratch": 4,
+    **dict.fromkeys(("sharing", "scratch", "watching"), 4),
     **dict.fromkeys(("updates", "listing", "census"), 5),
     **dict.fromkeys(("access", "rotation"), 6),
     **dict.fromkeys(("tiers", "requests"), 7),
