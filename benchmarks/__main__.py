@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.cli import main
+if __name__ == "__main__":
+    # Each contender's process imports this module anew, and needs nothing of the command line.
+    from benchmarks.cli import main
 
-if __name__ == "__main__":  # contenders' processes import this module anew
     sys.exit(main())

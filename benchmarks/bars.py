@@ -21,6 +21,7 @@ class Kind(Enum):
     """How a bar compares; the value is how the report writes it."""
 
     RATIO_AT_LEAST = "≥ {limit:g} × {against}"
+    RATIO_AT_MOST = "≤ {limit:g} × {against}"
     EXCESS_AT_MOST = "≤ {against} + {limit:g}{unit}"
     AT_LEAST = "≥ {limit:,g}{unit}"
     AT_MOST = "≤ {limit:,g}{unit}"
@@ -30,7 +31,7 @@ class Kind(Enum):
 class Bar:
     """One claim: `metric` of `ours`, compared as `kind` says with `limit` or `against`.
 
-    `limit` is a factor for RATIO_AT_LEAST, else in the metric's unit.
+    `limit` is a factor for RATIO_AT_LEAST and RATIO_AT_MOST, else in the metric's unit.
     """
 
     metric: str
@@ -57,9 +58,11 @@ def judge(bar: Bar, samples: Samples, unit: str) -> Verdict:
     theirs = values(samples.get(bar.against or "", ()), bar.metric)
     if not ours or (bar.against is not None and not theirs):
         return Verdict(claim, "not measured", None)
-    if bar.kind is Kind.RATIO_AT_LEAST:
+    if bar.kind in {Kind.RATIO_AT_LEAST, Kind.RATIO_AT_MOST}:
         measured = paired(ours, theirs, lambda our, their: our / their)
-        return Verdict(claim, f"{measured:.2f} ×", measured >= bar.limit)
+        at_least = bar.kind is Kind.RATIO_AT_LEAST
+        passed = measured >= bar.limit if at_least else measured <= bar.limit
+        return Verdict(claim, f"{measured:.2f} ×", passed)
     if bar.kind is Kind.EXCESS_AT_MOST:
         measured = paired(ours, theirs, lambda our, their: our - their)
         return Verdict(claim, f"{measured:+,.0f}{unit}", measured <= bar.limit)

@@ -3,57 +3,93 @@
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import catalogue, environment, scratch
-from benchmarks.report import Printer, as_json, print_environment, print_result
+from benchmarks import catalogue, document, environment, html, results, scratch
+from benchmarks.collected import run_result, workload_result
+from benchmarks.compare import GONE, TOLERANCE, WORSE, NotComparableError, compare
+from benchmarks.compare import different_machine as differences
+from benchmarks.isolation import Inside, Isolated
+from benchmarks.lag import sample_lag
+from benchmarks.optional import UnavailableError
+from benchmarks.report import (
+    LEGEND,
+    Printer,
+    lost_rows,
+    number,
+    print_environment,
+    print_workload,
+)
+from benchmarks.results import ResultsError, RunResult
 from benchmarks.runner import Result, run
 from benchmarks.sizes import FULL, QUICK, STANDARD, TINY, Sizes
+from benchmarks.workload import Workload
 
-_LEGEND = """Medians of interleaved repetitions, each contender in a process of its own; ratios are
-medians of the ratios within a repetition. 'survives': what a write survives once acknowledged."""
+_EXIT_CODES = """exit code: 0; 1 when a contender crashed or answered wrongly, when --compare finds
+a regression, and with --check also when a bar was missed; 2 for a wrong command line or file."""
+
+_COMMANDS = ("run", "html", "compare", "document")
+
+_IDLE_SECONDS = 2  # at most, for the lag of a loop on which nothing happens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what `arguments` ask for; returns the exit code (see `--help`)."""
-    options = _parser().parse_args(arguments)
+    """Do what `arguments` ask for; returns the exit code (see `--help`)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in (*_COMMANDS, "-h", "--help"):
+        words.insert(0, "run")
+    options = _parser().parse_args(words)
     try:
-        workloads = catalogue.chosen(options.only)
-    except ValueError as error:
+        return int(options.act(options, Printer()))
+    except (
+        ValueError,
+        OSError,
+        ResultsError,
+        NotComparableError,
+        UnavailableError,
+        document.DocumentError,
+    ) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    sizes: Sizes = options.sizes
-    printer = Printer()
-    with scratch.Scratch(options.directory) as directory:
-        described = environment.describe(directory.path)
-        described["sizes"] = _described(sizes)
-        print_environment(printer, described)
-        printer.line(_LEGEND)
-        _warn(printer, directory.path, sizes)
-        results = []
-        for workload in workloads:
-            results.append(run(workload, sizes, directory, _progress))
-            _progress("")
-            print_result(printer, results[-1])
-    if options.json is not None:
-        report = as_json(described, asdict(sizes), results)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return _exit_code(printer, results, bool(options.check))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=catalogue.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code: 0; 1 when a contender crashed or answered wrongly, and with --check "
-        "also when a bar was missed; 2 for a wrong command line.",
+        description="This engine beside its peers, on this machine. The default command is run.",
     )
-    parser.add_argument("command", nargs="?", choices=["run"], default="run", help="(the default)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+    _run_options(
+        commands.add_parser(
+            "run",
+            help="run workloads, and print what they measured",
+            description=catalogue.DEFINITIONS,
+            epilog=_EXIT_CODES,
+            formatter_class=raw,
+        )
+    )
+    page = commands.add_parser("html", help="make the HTML report of an earlier run")
+    page.add_argument("results", type=Path, metavar="RUN.json")
+    page.add_argument("report", type=Path, metavar="FILE")
+    page.set_defaults(act=_html)
+    comparison = commands.add_parser("compare", help="look for regressions between two runs")
+    comparison.add_argument("old", type=Path, metavar="OLD.json")
+    comparison.add_argument("results", type=Path, metavar="NEW.json")
+    _tolerance_option(comparison)
+    comparison.set_defaults(act=_compare)
+    docs = commands.add_parser("document", help="bring docs/performance.md up to date")
+    docs.add_argument("results", type=Path, metavar="RUN.json")
+    docs.add_argument("into", type=Path, nargs="?", default=document.DEFAULT)
+    docs.set_defaults(act=_document)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
     how_long = parser.add_mutually_exclusive_group()
     for sizes, text in (
         (QUICK, "small sizes, under 2 minutes; the bars are indicative only"),
@@ -63,15 +99,20 @@ def _parser() -> argparse.ArgumentParser:
         how_long.add_argument(
             f"--{sizes.name}", dest="sizes", action="store_const", const=sizes, help=text
         )
-    parser.set_defaults(sizes=STANDARD)
+    parser.set_defaults(sizes=STANDARD, act=_run)
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="NAME",
-        help="run the workloads whose name starts with NAME; may be given several times",
+        help="run the workload NAME, or those whose name starts so; may be given several times",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a report with plots")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="fail when slower than in that run"
+    )
+    _tolerance_option(parser)
     parser.add_argument(
         "--directory",
         type=Path,
@@ -79,14 +120,74 @@ def _parser() -> argparse.ArgumentParser:
         help="where files are written, on a real disk; emptied afterwards (default: %(default)s)",
     )
     parser.add_argument("--check", action="store_true", help="fail when a bar is missed")
-    return parser
+
+
+def _tolerance_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="SHARE",
+        help="what --compare takes for no regression yet (default: %(default)s)",
+    )
+
+
+def _run(options: argparse.Namespace, printer: Printer) -> int:
+    workloads = catalogue.fitting(options.only, options.sizes)
+    old = results.read(options.compare) if options.compare else None  # before, not after, the run
+    if options.html is not None:
+        html.available()
+    measured, broken = _measure(options, printer, workloads)
+    if options.json is not None:
+        options.json.write_text(measured.as_json(), encoding="utf-8")
+    if options.html is not None:
+        options.html.write_text(html.render(measured), encoding="utf-8")
+    missed = _summarize(printer, measured)
+    regressed = old is not None and _regressed(printer, old, measured, options.tolerance)
+    return 1 if broken or regressed or (options.check and missed) else 0
+
+
+def _measure(
+    options: argparse.Namespace, printer: Printer, workloads: Sequence[Workload]
+) -> tuple[RunResult, bool]:
+    """Run the workloads; return what was measured, and whether anything went wrong."""
+    sizes: Sizes = options.sizes
+    found: list[Result] = []
+    with scratch.Scratch(options.directory) as directory:
+        described = environment.describe(directory.path)
+        described["sizes"] = _described(sizes)
+        idle = asyncio.run(sample_lag(min(_IDLE_SECONDS * 500, sizes.lag_samples)))
+        print_environment(printer, described, run_result(described, sizes, idle, []).idle)
+        printer.line(LEGEND)
+        _warn(printer, directory.path, sizes)
+        hosts = Inside if sizes is TINY else Isolated
+        for workload in workloads:
+            found.append(run(workload, sizes, directory, _progress, hosts))
+            _progress("")
+            print_workload(printer, workload_result(found[-1]))
+    return run_result(described, sizes, idle, found), any(each.broken for each in found)
+
+
+def _html(options: argparse.Namespace, printer: Printer) -> int:
+    options.report.write_text(html.render(results.read(options.results)), encoding="utf-8")
+    printer.line(f"{options.report} is written.")
+    return 0
+
+
+def _compare(options: argparse.Namespace, printer: Printer) -> int:
+    old, new = results.read(options.old), results.read(options.results)
+    return int(_regressed(printer, old, new, options.tolerance))
+
+
+def _document(options: argparse.Namespace, printer: Printer) -> int:
+    for path in document.write(results.read(options.results), options.into):
+        printer.line(f"{path} is written.")
+    return 0
 
 
 def _described(sizes: Sizes) -> str:
-    numbers = ", ".join(
-        f"{name} {value:,}" for name, value in asdict(sizes).items() if name != "name"
-    )
-    return f"{sizes.name}: {numbers}"
+    numbers = {name: value for name, value in asdict(sizes).items() if name != "name"}
+    return f"{sizes.name}: " + ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
 def _warn(printer: Printer, directory: Path, sizes: Sizes) -> None:
@@ -103,10 +204,33 @@ def _progress(text: str) -> None:
         sys.stderr.flush()
 
 
-def _exit_code(printer: Printer, results: Sequence[Result], check: bool) -> int:
-    verdicts = [verdict for result in results for verdict in result.verdicts]
-    passed = sum(verdict.passed is True for verdict in verdicts)
-    missed = sum(verdict.passed is False for verdict in verdicts)
-    printer.line(f"{passed} bars reached, {missed} missed, {len(verdicts) - passed - missed} open.")
-    broken = any(result.broken for result in results)
-    return 1 if broken or (check and missed) else 0
+def _summarize(printer: Printer, measured: RunResult) -> int:
+    """Say how many bars and rows are won and lost; return how many bars were missed."""
+    bars = [bar for workload in measured.workloads for bar in workload.bars]
+    passed = sum(bar.passed is True for bar in bars)
+    missed = sum(bar.passed is False for bar in bars)
+    printer.line(f"{passed} bars reached, {missed} missed, {len(bars) - passed - missed} open.")
+    lost = lost_rows(measured)
+    printer.line(f"{len(lost)} rows of peers are ahead{':' if lost else '.'}")
+    for workload, row in lost:
+        printer.line(f"  {workload.name}: {row.contender}, {workload.advantage(row):.2f} ×")
+    return missed
+
+
+def _regressed(printer: Printer, old: RunResult, new: RunResult, tolerance: float) -> bool:
+    """Print what has changed since an older run; return whether anything became worse."""
+    for difference in differences(old, new):
+        printer.line(f"Another machine? {difference}", "yellow")
+    changes = compare(old, new, tolerance)
+    for change in changes:
+        if change.kind != "same":
+            bad = change.kind in {WORSE, GONE}
+            text = (
+                f"{change.kind}: {change.workload}, {change.metric} of {change.contender}: "
+                f"{number(change.old)} before, {number(change.new)} now; {change.factor:.2f} × as "
+                f"good, the peers {change.drift:.2f} ×"
+            )
+            printer.line(text, "bold red" if bad else "green")
+    worse = sum(change.kind in {WORSE, GONE} for change in changes)
+    printer.line(f"{len(changes)} figures compared, {worse} worse.")
+    return worse > 0

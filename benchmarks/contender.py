@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
 
@@ -27,6 +27,13 @@ ENGINE = "persistence"
 NOTHING = "nothing"
 SYNCED = "power loss"
 PROCESS_CRASH = "process crash"
+
+# How asyncio code calls a contender.
+ASYNCIO = "await"
+INLINE = "inline"
+"""A blocking call on the event loop."""
+THREAD = "to_thread"
+"""A blocking call in `asyncio.to_thread`."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,26 @@ class Contender(ABC):
     Class attributes of a subclass, or fields of a dataclass:
         name: the row's name.
         durability: what an acknowledged write survives; every row states it.
+        called: how asyncio code calls it; every row states it.
         fresh_process: True for a new process per repetition (opening, memory), which then runs
             `open`, `measure` and `close` once.
+        request_tasks: how many tasks call `request` while the event loop's lag is sampled; 0: it
+            is sampled during `measure`.
+        ours: whether it is the engine.
+        is_limit: whether it is no peer but what the machine, or theory, sets as a limit.
+        series: of rows that differ in size alone, the name that they have in common.
+        size: the size of such a row, in the unit of its workload.
     """
 
     name: str
     durability: str = NOTHING
+    called: str = INLINE
     fresh_process: bool = False
+    request_tasks: int = 0
+    ours: bool = False
+    is_limit: bool = False
+    series: str = ""
+    size: float | None = None
 
     @abstractmethod
     async def open(self, directory: Path) -> None:
@@ -76,6 +96,10 @@ class Contender(ABC):
             WrongResultError: what came back is not what was stored.
         """
 
+    async def request(self) -> None:
+        """Do one request of this workload, called as asyncio code calls this contender."""
+        raise NotImplementedError
+
     async def close(self) -> None:
         """Release everything; the process ends after it."""
         return
@@ -92,7 +116,10 @@ def check(condition: bool, message: str) -> None:
 
 
 class Stopwatch:
-    """Measures one `with` block."""
+    """Measures one `with` block, and remembers when it was: what is measured, and what is not."""
+
+    intervals: ClassVar[list[tuple[float, float]]] = []
+    """Start and end of all blocks that have ended in this process, `time.perf_counter` seconds."""
 
     seconds: float = 0.0
 
@@ -101,7 +128,9 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._start
+        end = time.perf_counter()
+        self.seconds = end - self._start
+        self.intervals.append((self._start, end))
 
     def rate(self, operations: int) -> Metrics:
         """Return `operations` per second as the metric "rate"."""

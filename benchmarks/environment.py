@@ -5,12 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sqlite3
 import timeit
 from pathlib import Path
 
-from benchmarks import payloads
+from benchmarks import payloads, redis_server, traces
 
-_PACKAGES = ("msgpack", "lz4", "crc32c", "zict", "lmdb", "rich")
+_PACKAGES = (
+    "msgpack",
+    "lz4",
+    "crc32c",
+    "zict",
+    "lmdb",
+    "rocksdict",
+    "diskcache",
+    "cashews",
+    "redis",
+)
 _NOT_A_DISK = {"tmpfs", "ramfs"}
 
 
@@ -23,10 +34,13 @@ def describe(directory: Path) -> dict[str, str]:
         "file system": _file_system(directory),
         "python": _python(),
         "packages": ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+        "redis-server": redis_server.version(),
+        "sqlite": sqlite3.sqlite_version,
         "engine": _version("persistence-engine"),
         "load when started": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "session": f"{payloads.SESSION_BYTES} bytes of MessagePack",
         "documents": payloads.documents_source(),
+        "traces": traces.sources(),
     }
 
 

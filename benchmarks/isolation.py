@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -10,11 +11,14 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks.contender import Contender, Metrics, WrongResultError
+from benchmarks.lag import Observed, observe
 from benchmarks.optional import UnavailableError
 
 _EXIT_SECONDS = 30
+_PRELOADED = ["benchmarks.isolation", "benchmarks.payloads", "benchmarks.resident", "msgpack"]
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,33 @@ class Failure:
     reason: str
 
 
-Reply = Metrics | Failure
+@dataclass(frozen=True)
+class Command:
+    """What a contender is told: "open", "measure", "observe" or "close"."""
+
+    name: str
+    sample_count: int = 0
+    limit_seconds: float = 0.0
+
+
+Reply = Metrics | Observed | Failure
+
+
+class Host(Protocol):
+    """Where a contender lives. Every call waits for the answer."""
+
+    def ask(self, command: Command) -> Reply:
+        """Tell the contender something; "close" ends it."""
 
 
 class Isolated:
-    """A contender's process, seen from the runner. Every call waits for the answer."""
+    """A contender's process, seen from the runner."""
 
     def __init__(self, contender: Contender, directory: Path) -> None:
-        # "spawn", because a forked child would inherit the runner's heap and count it as its own.
-        context = multiprocessing.get_context("spawn")
+        # A child of the runner would inherit its heap and count it as its own; one of the fork
+        # server inherits what every contender imports, and nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._pipe, remote = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(remote, contender, directory), name=contender.name, daemon=False
@@ -44,24 +66,14 @@ class Isolated:
         self._process.start()
         remote.close()
 
-    def open(self) -> Reply:
-        """Prepare the contender; returns {} when it is ready."""
-        return self._ask("open")
-
-    def measure(self) -> Reply:
-        """Run one repetition."""
-        return self._ask("measure")
-
-    def close(self) -> Reply:
-        """Close the contender and end its process."""
-        reply = self._ask("close")
-        self._process.join(_EXIT_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+    def ask(self, command: Command) -> Reply:
+        """See `Host`."""
+        reply = self._exchange(command)
+        if command.name == "close":
+            self._end()
         return reply
 
-    def _ask(self, command: str) -> Reply:
+    def _exchange(self, command: Command) -> Reply:
         try:
             self._pipe.send(command)
             reply: Reply = self._pipe.recv()
@@ -70,44 +82,91 @@ class Isolated:
             return Failure("crashed", f"its process ended with {self._process.exitcode}")
         return reply
 
+    def _end(self) -> None:
+        self._process.join(_EXIT_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+
+class Inside:
+    """A contender in this very process: for sizes at which starting one takes the longest."""
+
+    def __init__(self, contender: Contender, directory: Path) -> None:
+        self._runner = asyncio.Runner()
+        self._stage = _Stage(contender, directory)
+
+    def ask(self, command: Command) -> Reply:
+        """See `Host`."""
+        reply = self._runner.run(self._stage.perform(command))
+        if command.name == "close":
+            self._runner.close()
+        return reply
+
 
 def _serve(pipe: Connection, contender: Contender, directory: Path) -> None:
-    asyncio.run(_answer(pipe, contender, directory))
+    asyncio.run(_answer(pipe, _Stage(contender, directory)))
 
 
-async def _answer(pipe: Connection, contender: Contender, directory: Path) -> None:
+async def _answer(pipe: Connection, stage: _Stage) -> None:
     loop = asyncio.get_running_loop()
     while True:
         # In a thread, so that a contender's background tasks live on while others have a turn.
         try:
-            command = await loop.run_in_executor(None, pipe.recv)
+            command: Command = await loop.run_in_executor(None, pipe.recv)
         except EOFError:
             return  # the runner was interrupted
-        pipe.send(await _perform(command, contender, directory))
-        if command == "close":
+        if command.name == "measure":
+            _settle()
+        pipe.send(await stage.perform(command))
+        if command.name == "close":
             return
 
 
-async def _perform(command: str, contender: Contender, directory: Path) -> Reply:
-    try:
-        if command == "open":
-            await contender.open(directory)
-        elif command == "measure":
-            return await measure_settled(contender)
+class _Stage:
+    """A contender and where it stands."""
+
+    def __init__(self, contender: Contender, directory: Path) -> None:
+        self._contender = contender
+        self._directory = directory
+        self._is_open = False
+
+    async def perform(self, command: Command) -> Reply:
+        """Do what a command says; whatever it raises is a `Failure`."""
+        try:
+            return await self._perform(command)
+        except UnavailableError as error:
+            return Failure("unavailable", str(error))
+        except WrongResultError as error:
+            return Failure("wrong", str(error))
+        except Exception as error:  # noqa: BLE001 - a peer may raise anything; the others go on
+            traceback.print_exc()
+            return Failure("crashed", f"{type(error).__name__}: {error}")
+
+    async def _perform(self, command: Command) -> Reply:
+        contender = self._contender
+        if command.name == "open":
+            await contender.open(self._directory)
+            self._is_open = True
+        elif command.name == "measure":
+            return await contender.measure()
+        elif command.name == "observe":
+            return await observe(contender, command.sample_count, command.limit_seconds)
         else:
-            await contender.close()
-    except UnavailableError as error:
-        return Failure("unavailable", str(error))
-    except WrongResultError as error:
-        return Failure("wrong", str(error))
-    except Exception as error:  # noqa: BLE001 - a peer may raise anything; the others go on
-        traceback.print_exc()
-        return Failure("crashed", f"{type(error).__name__}: {error}")
-    return {}
+            await self._close()
+        return {}
+
+    async def _close(self) -> None:
+        if self._is_open:
+            await self._contender.close()
+            return
+        # Opened halfway: what there is (a server, say) must end, what there is not cannot.
+        with contextlib.suppress(Exception):
+            await self._contender.close()
 
 
-async def measure_settled(contender: Contender) -> Metrics:
-    """Run one repetition from a settled state: no garbage, no dirty pages of somebody else."""
+def _settle() -> None:
+    """Let a repetition begin without garbage, and without dirty pages of somebody else."""
     gc.collect()
     os.sync()
-    return await contender.measure()

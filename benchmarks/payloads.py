@@ -12,14 +12,15 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
+
+from benchmarks import data
 
 SESSION_BYTES = 592
 """Size of one packed `session`: MessagePack of the whole dict, nothing around it."""
 
-DOCUMENTS_FILE = Path("../shared/data/payload-taubench.jsonl.gz")
-"""Customer profiles, orders and chat transcripts, relative to the repository; optional."""
+DOCUMENTS_FILE = data.path("payload-taubench.jsonl.gz")
+"""Customer profiles, orders and chat transcripts; optional."""
 
 # Packed sizes of those 4,288 documents: (share of documents, bytes), linear in between.
 DOCUMENT_QUANTILES = (
@@ -91,9 +92,9 @@ def session(index: int) -> Data:
     }
 
 
-def count_visit(data: Data) -> None:
+def count_visit(changed: Data) -> None:
     """Do the update that every workload does: one more visit, nested in one small field."""
-    data["prefs"]["visits"] += 1
+    changed["prefs"]["visits"] += 1
 
 
 def _item(mixed: int) -> Data:

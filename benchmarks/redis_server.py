@@ -17,12 +17,23 @@ _PATIENCE_SECONDS = 10.0
 
 
 class RedisServer:
-    """Runs from `start` to `close`; keeps nothing on disk."""
+    """Runs from `start` to `close`; keeps nothing on disk, unless it is `durable`.
 
-    def __init__(self) -> None:
+    Args:
+        durable: a directory for its append-only file, synced with `appendfsync always`.
+    """
+
+    def __init__(self, durable: Path | None = None) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._durable = durable
         self._directory = ""
         self.url = ""
+
+    @property
+    def pid(self) -> int:
+        """The process that runs."""
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
 
     def start(self) -> None:
         """Start it; return once it answers.
@@ -34,7 +45,10 @@ class RedisServer:
         with socket.socket() as probe:
             probe.bind((_HOST, 0))
             port = probe.getsockname()[1]
-        options = ["--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no"]
+        options = ["--port", str(port), "--bind", _HOST, "--save", ""]
+        if self._durable is not None:
+            options += ["--dir", str(self._durable.resolve())]
+            options += ["--appendonly", "yes", "--appendfsync", "always"]
         self._process = subprocess.Popen(
             [_binary(), *options],
             cwd=self._directory,
@@ -65,6 +79,16 @@ def _answers(port: int) -> bool:
             return connection.recv(5) == b"+PONG"
     except OSError:
         return False
+
+
+def version() -> str:
+    """Return the version of the server that is used, or why there is none."""
+    try:
+        told = subprocess.run([_binary(), "--version"], capture_output=True, text=True, check=True)
+    except (UnavailableError, OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+    words = told.stdout.split()
+    return next((word[2:] for word in words if word.startswith("v=")), told.stdout.strip())
 
 
 def _binary() -> str:

@@ -1,160 +1,146 @@
-"""A run's results as tables for people and as JSON for programs. Rows that we lose are shown."""
+"""Results as tables on a terminal. Rows that we lose are shown, and marked."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, TextIO
+from typing import TextIO
 
-from benchmarks.bars import paired
-from benchmarks.contender import ENGINE, Metric
-from benchmarks.optional import UnavailableError, load
-from benchmarks.runner import Result, Row
+from rich.console import Console
+from rich.table import Table
 
-_PASSED = {True: "PASS", False: "FAIL", None: "n/a"}
+from benchmarks.contender import ENGINE
+from benchmarks.results import BarResult, Distribution, RowResult, RunResult, Unit, WorkloadResult
+
+LEGEND = """Medians of interleaved repetitions, each contender in a process of its own; ratios are
+medians of the ratios within a repetition. 'survives': what a write survives once acknowledged.
+'called': how asyncio code calls it: await, inline (a blocking call on the loop), to_thread. Event
+loop: by how much a task that was due was late while the contender worked, one sample per ms."""
+
+PASSED = {True: "PASS", False: "FAIL", None: "n/a"}
 _STYLE = {True: "bold green", False: "bold red", None: "yellow"}
+
+AHEAD = "◀ ahead"
+"""Marks a peer's row that is better than the engine's."""
 
 Cells = list[str]
 
-_WIDTH = 120  # of what is written to a file or a pipe
+_WIDTH = 140  # of what is written to a file or a pipe
 
 
 class Printer:
-    """Prints tables: with rich where it is installed, else as aligned plain text."""
+    """Prints to a terminal, or a file or pipe."""
 
     def __init__(self, out: TextIO | None = None) -> None:
-        self._out = out = out or sys.stdout
-        try:
-            self._tables = load("rich.table")
-            console = load("rich.console").Console
-        except UnavailableError:
-            self._console = None
-        else:
-            width = None if out.isatty() else _WIDTH
-            self._console = console(file=out, highlight=False, width=width)
+        out = out or sys.stdout
+        self._console = Console(
+            file=out, highlight=False, markup=False, width=None if out.isatty() else _WIDTH
+        )
 
-    def table(self, title: str, header: Cells, rows: list[Cells], text_columns: int) -> None:
+    def table(self, header: Cells, rows: list[Cells], text_columns: int, marked: set[int]) -> None:
         """Print one table; the first `text_columns` columns are text, the others numbers."""
-        if self._console is None:
-            self._plain_table(title, header, rows, text_columns)
-            return
-        self.line(title, "bold")
-        table = self._tables.Table()
+        table = Table()
         for number, name in enumerate(header):
             table.add_column(
                 name, justify="left" if number < text_columns else "right", overflow="fold"
             )
-        for row in rows:
-            table.add_row(*row)
+        for number, row in enumerate(rows):
+            table.add_row(*row, style="bold yellow" if number in marked else None)
         self._console.print(table)
 
-    def _plain_table(self, title: str, header: Cells, rows: list[Cells], text_columns: int) -> None:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        self.line(title)
-        for row in [header, ["-" * width for width in widths], *rows]:
-            cells = [
-                cell.ljust(width) if number < text_columns else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            self.line("  ".join(cells).rstrip())
-
     def line(self, text: str, style: str = "") -> None:
-        """Print one line, in `style` where the terminal can."""
-        if self._console is None:
-            print(text, file=self._out)
-        else:
-            self._console.print(text, style=style, markup=False, soft_wrap=True)
+        """Print one line; it is not cut, whatever the width."""
+        self._console.print(text, style=style or None, soft_wrap=True)
 
 
-def print_environment(printer: Printer, environment: dict[str, str]) -> None:
-    """Print what the numbers were taken on."""
-    printer.table("Measured on", ["what", ""], [list(item) for item in environment.items()], 2)
+def print_environment(printer: Printer, environment: dict[str, str], idle: Distribution) -> None:
+    """Print what the numbers are taken on."""
+    for name, value in (environment | {"idle event loop": described(idle)}).items():
+        printer.line(f"{name:>18}  {value}")
+    printer.line("")
 
 
-def print_result(printer: Printer, result: Result) -> None:
-    """Print one workload: its rows, then why some have no number, then its bars."""
-    workload = result.workload
-    header = ["contender", "survives"]
-    for metric in workload.metrics:
-        header += _heading(metric, len(workload.metrics) == 1)
-    rows = [_cells(row, result) for row in result.rows]
-    printer.table(f"{workload.name}: {workload.definition}", header, rows, 2)
-    for row in result.rows:
+def described(lag: Distribution) -> str:
+    """Say what a distribution is, in one line."""
+    return (
+        f"late by p50 {number(lag.p50)}, p99 {number(lag.p99)}, p99.9 {number(lag.p99_9)}, "
+        f"max {number(lag.max)} ms ({lag.count:,} samples)"
+    )
+
+
+def print_workload(printer: Printer, workload: WorkloadResult) -> None:
+    """Print one workload: its table, why rows are missing, its bars."""
+    printer.line(f"{workload.name}: {workload.definition}", "bold")
+    marked = {n for n, row in enumerate(workload.rows) if workload.is_lost(row)}
+    printer.table(heading(workload), [cells(workload, row) for row in workload.rows], 3, marked)
+    for row in workload.rows:
         if row.failure is not None:
             printer.line(f"  {row.contender} {row.failure.kind}: {row.failure.reason}", "yellow")
-    for verdict in result.verdicts:
-        text = f"  {_PASSED[verdict.passed]}  {verdict.claim}: {verdict.measured}"
-        printer.line(text, _STYLE[verdict.passed])
-    printer.line(f"  took {result.seconds:.0f} s\n")
+    for bar in workload.bars:
+        printer.line(f"  {bar_text(bar)}", _STYLE[bar.passed])
+    printer.line(f"  took {workload.seconds:.0f} s\n")
 
 
-def _heading(metric: Metric, alone: bool) -> Cells:
-    """Return the headings of one metric; alone in its table it has room for its spread."""
-    name = metric.unit.strip() if alone else f"{metric.name}, {metric.unit.strip()}"
-    return [name, "min to max", f"{ENGINE} is"] if alone else [name.removesuffix(", ")]
+def bar_text(bar: BarResult) -> str:
+    """Say whether a bar was reached, in one line."""
+    return f"{PASSED[bar.passed]}  {bar.claim}: {bar.measured}"
 
 
-def _cells(row: Row, result: Result) -> Cells:
-    metrics = result.workload.metrics
-    cells = [row.contender, row.durability]
-    for metric in metrics:
-        values = row.values(metric.name)
-        cells.append(_number(row.medians()[metric.name]) if values else "-")
-        if len(metrics) == 1:
-            spread = f"{_number(min(values))} to {_number(max(values))}" if values else ""
-            cells += [spread, _ratio(metric, row, result) if values else ""]
-    return cells
+def heading(workload: WorkloadResult) -> Cells:
+    """Return the headings of a workload's table."""
+    first, *others = workload.units
+    titles = ["contender", "survives", "called", _title(first)]
+    titles += [f"{ENGINE} is"] if others else ["min to max", f"{ENGINE} is"]
+    titles += [_title(unit) for unit in others]
+    if any(row.lag for row in workload.rows):
+        titles += ["loop p50", "p99", "p99.9", "max, ms"]
+    return titles
 
 
-def _ratio(metric: Metric, row: Row, result: Result) -> str:
-    """Say how many times as fast, or as small, the first row is than this one."""
-    ours, theirs = result.rows[0].values(metric.name), row.values(metric.name)
-    if row is result.rows[0] or not ours:
+def _title(unit: Unit) -> str:
+    if unit.name == "rate":
+        return unit.unit
+    return f"{unit.name}, {unit.unit}" if unit.unit else unit.name
+
+
+def cells(workload: WorkloadResult, row: RowResult) -> Cells:
+    """Return the cells of a row, under `heading`."""
+    first, *others = workload.units
+    texts = [row.contender, row.durability, row.called, _median(row, first)]
+    if not others:  # a table of one metric has room for its spread
+        samples = row.samples(first.name)
+        texts.append(f"{number(min(samples))} to {number(max(samples))}" if samples else "")
+    texts.append(_advantage(workload, row))
+    texts += [_median(row, unit) for unit in others]
+    if any(each.lag for each in workload.rows):
+        lag = row.lag
+        values = (lag.p50, lag.p99, lag.p99_9, lag.max) if lag else ()
+        texts += [number(value) for value in values] or [""] * 4
+    return texts
+
+
+def _median(row: RowResult, unit: Unit) -> str:
+    found = row.metrics.get(unit.name)
+    return number(found.median) if found else "-"
+
+
+def _advantage(workload: WorkloadResult, row: RowResult) -> str:
+    advantage = workload.advantage(row)
+    if advantage is None or row.role == "engine":
         return ""
-    ratio = paired(ours, theirs, lambda our, their: our / their)
-    return f"{ratio if metric.higher_is_better else 1 / ratio:.2f} ×"
+    mark = f" {AHEAD}" if workload.is_lost(row) else " of limit" if row.role == "limit" else ""
+    return f"{advantage:.2f} ×{mark}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Write a number with three digits or more."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"
 
 
-def as_json(
-    environment: dict[str, str], sizes: dict[str, Any], results: Sequence[Result]
-) -> dict[str, Any]:
-    """Return the whole run as one object of plain types."""
-    return {
-        "environment": environment,
-        "sizes": sizes,
-        "workloads": [_workload_json(result) for result in results],
-    }
-
-
-def _workload_json(result: Result) -> dict[str, Any]:
-    workload = result.workload
-    return {
-        "name": workload.name,
-        "definition": workload.definition,
-        "seconds": result.seconds,
-        "rows": [_row_json(row, workload.metrics) for row in result.rows],
-        "bars": [asdict(verdict) for verdict in result.verdicts],
-    }
-
-
-def _row_json(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
-    medians = row.medians()
-    return {
-        "contender": row.contender,
-        "durability": row.durability,
-        "failure": asdict(row.failure) if row.failure else None,
-        "metrics": {
-            metric.name: {
-                "unit": metric.unit.strip(),
-                "median": medians[metric.name],
-                "samples": row.values(metric.name),
-            }
-            for metric in metrics
-            if metric.name in medians
-        },
-    }
+def lost_rows(run: RunResult) -> list[tuple[WorkloadResult, RowResult]]:
+    """Return the rows of peers that are ahead of the engine's."""
+    return [
+        (workload, row)
+        for workload in run.workloads
+        for row in workload.rows
+        if workload.is_lost(row)
+    ]

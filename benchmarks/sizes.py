@@ -9,86 +9,169 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers behind `--quick`, the default run and `--full`; counts, unless named bytes."""
+    """The numbers behind `--quick`, the default run and `--full`; counts, unless named otherwise.
+
+    Attributes:
+        fleet_processes: 0: one member, in the contender's own process.
+        our_lag_samples: of the event loop of each row of the engine, unless `our_lag_seconds` are
+            over before; the rows of the peers take `their_lag_samples`, `their_lag_seconds`.
+        grown: the numbers of sessions of a growth curve, each ten times the one before, or
+            between two such.
+    """
 
     name: str
-    repetitions: int = 7
-    fresh_repetitions: int = 5
+    repetitions: int = 5
+    fresh_repetitions: int = 3
     hot_sessions: int = 10_000
-    hot_reads: int = 500_000
+    hot_sessions_many: int = 300_000
+    hot_reads: int = 300_000
     update_sessions: int = 20_000
-    updates: int = 40_000
+    updates: int = 20_000
+    slow_updates: int = 1_000
     cold_sessions: int = 100_000
-    cold_reads: int = 50_000
+    cold_reads: int = 20_000
+    dropped_reads: int = 2_000
     cold_memory_bytes: int = MIB
     spilled_sessions: int = 50_000
-    lone_updates: int = 300
+    lone_updates: int = 200
     resident_sessions: int = 300_000
     opened_sessions: int = 1_000_000
     lag_samples: int = 10_000
     lag_sessions: int = 10_000
-    lag_repetitions: int = 3
+    lag_repetitions: int = 1
     mixed_sessions: int = 50_000
-    mixed_accesses: int = 50_000
+    mixed_accesses: int = 20_000
+    mixed_segment_bytes: int = 8 * MIB
+    churned_sessions: int = 5_000
+    expired_sessions: int = 200_000
+    expiry_repetitions: int = 2
+    scanned_sessions: int = 100_000
     checkpointed_sessions: int = 100_000
-    seen_updates: int = 1_000
+    seen_updates: int = 500
+    fleet_processes: int = 4
+    fleet_sessions: int = 1_000
+    fleet_updates: int = 4_000
+    traced_requests: int = 5_000
+    traced_memory_bytes: int = MIB
+    traced_repetitions: int = 5
+    hit_accesses: int = 95_607
+    grown: tuple[int, ...] = (10_000, 100_000)
+    grown_index: tuple[int, ...] = ()
+    growth_operations: int = 20_000
+    growth_repetitions: int = 2
+    our_lag_samples: int = 2_000
+    our_lag_seconds: float = 5.0
+    their_lag_samples: int = 500
+    their_lag_seconds: float = 1.0
 
 
 STANDARD = Sizes("standard")
 
 QUICK = Sizes(
     "quick",
-    repetitions=5,
-    fresh_repetitions=3,
-    hot_reads=100_000,
-    updates=20_000,
-    cold_sessions=20_000,
-    cold_reads=5_000,
-    spilled_sessions=10_000,
-    lone_updates=100,
-    resident_sessions=30_000,
-    opened_sessions=30_000,
-    lag_samples=2_000,
+    repetitions=3,
+    fresh_repetitions=2,
+    hot_sessions_many=20_000,
+    hot_reads=20_000,
+    update_sessions=2_000,
+    updates=4_000,
+    slow_updates=100,
+    cold_sessions=5_000,
+    cold_reads=2_000,
+    dropped_reads=200,
+    cold_memory_bytes=200_000,
+    spilled_sessions=5_000,
+    lone_updates=30,
+    resident_sessions=10_000,
+    opened_sessions=10_000,
+    lag_samples=1_000,
     lag_sessions=2_000,
-    lag_repetitions=1,
-    mixed_sessions=5_000,
-    mixed_accesses=3_000,
-    checkpointed_sessions=20_000,
-    seen_updates=300,
+    mixed_sessions=2_000,
+    mixed_accesses=1_000,
+    mixed_segment_bytes=MIB,
+    churned_sessions=500,
+    expired_sessions=5_000,
+    scanned_sessions=5_000,
+    checkpointed_sessions=5_000,
+    seen_updates=100,
+    fleet_processes=2,
+    fleet_sessions=200,
+    fleet_updates=400,
+    traced_requests=300,
+    traced_memory_bytes=60_000,
+    traced_repetitions=3,
+    hit_accesses=3_000,
+    grown=(500, 5_000),
+    growth_operations=1_000,
+    growth_repetitions=1,
+    our_lag_samples=200,
+    our_lag_seconds=0.5,
+    their_lag_samples=50,
+    their_lag_seconds=0.1,
 )
 
 FULL = Sizes(
     "full",
-    repetitions=9,
-    hot_reads=1_000_000,
-    updates=100_000,
-    cold_reads=100_000,
-    spilled_sessions=100_000,
-    lone_updates=1_000,
+    hot_reads=600_000,
+    updates=40_000,
+    lone_updates=500,
     lag_samples=20_000,
-    mixed_accesses=100_000,
+    mixed_accesses=40_000,
+    expired_sessions=1_000_000,
+    expiry_repetitions=1,
+    seen_updates=1_000,
+    traced_requests=12_031,
+    traced_repetitions=3,
+    grown=(10_000, 100_000, 1_000_000),
+    grown_index=(3_000_000,),
+    growth_repetitions=1,
+    our_lag_samples=5_000,
+    our_lag_seconds=10.0,
 )
 
 TINY = Sizes(
     "tiny",
     repetitions=1,
     fresh_repetitions=1,
-    hot_sessions=200,
-    hot_reads=400,
-    update_sessions=100,
-    updates=300,
-    cold_sessions=3_000,
-    cold_reads=300,
-    spilled_sessions=200,
-    lone_updates=5,
-    resident_sessions=500,
-    opened_sessions=2_000,
-    lag_samples=50,
-    lag_sessions=200,
-    lag_repetitions=1,
-    mixed_sessions=2_000,
-    mixed_accesses=300,
-    checkpointed_sessions=300,
-    seen_updates=10,
+    hot_sessions=100,
+    hot_sessions_many=200,
+    hot_reads=200,
+    update_sessions=50,
+    updates=100,
+    slow_updates=5,
+    cold_sessions=300,
+    cold_reads=50,
+    dropped_reads=10,
+    cold_memory_bytes=100_000,
+    spilled_sessions=100,
+    lone_updates=3,
+    resident_sessions=100,
+    opened_sessions=200,
+    lag_samples=20,
+    lag_sessions=100,
+    mixed_sessions=100,
+    mixed_accesses=100,
+    mixed_segment_bytes=MIB,
+    churned_sessions=50,
+    expired_sessions=100,
+    expiry_repetitions=1,
+    scanned_sessions=100,
+    checkpointed_sessions=200,
+    seen_updates=5,
+    fleet_processes=0,
+    fleet_sessions=10,
+    fleet_updates=20,
+    traced_requests=30,
+    traced_memory_bytes=10_000,
+    traced_repetitions=1,
+    hit_accesses=100,
+    grown=(20, 200),
+    grown_index=(20, 200),
+    growth_operations=50,
+    growth_repetitions=1,
+    our_lag_samples=3,
+    our_lag_seconds=0.1,
+    their_lag_samples=2,
+    their_lag_seconds=0.02,
 )
 """For the test suite: every path runs, no number means anything."""

@@ -23,6 +23,8 @@ from persistence.session import Session as Session
 from persistence.session import SessionDraft as SessionDraft
 from persistence.session import SessionMetadata as SessionMetadata
 from persistence.stats import Stats as Stats
+from persistence.watching.changes import SessionChange as SessionChange
+from persistence.watching.stream import Watch as Watch
 
 __all__ = [
     "CheckpointConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "RequestMetrics",
     "SecurityConfig",
     "Session",
+    "SessionChange",
     "SessionConfig",
     "SessionDraft",
     "SessionHealth",
@@ -44,5 +47,6 @@ __all__ = [
     "StateManager",
     "Stats",
     "SystemClock",
+    "Watch",
     "errors",
 ]

@@ -27,7 +27,6 @@ from persistence.updates import (
     Edit,
     Updates,
     drafted,
-    field_change,
     ttl_change,
     whole_change,
 )
@@ -62,6 +61,12 @@ class Sessions(Protocol):
 
     async def get_session(self, session_id: str) -> Session | None:
         """Return a view of a live session, and renew it."""
+
+    def plain_data(self, data: object) -> Mapping[Any, Any]:
+        """Return the fields of an object of the manager's schema, or of a mapping."""
+
+    def plain_value(self, value: Any) -> Any:
+        """Return what is stored of a value, which may be an object of the manager's schema."""
 
 
 class Access:
@@ -191,12 +196,13 @@ class SessionHandle:
         return await self._apply(Change(lambda record: drafted(record, function)))
 
     async def update_data(self, field: str, value: Any) -> Session:
-        """Set one field; see `StateManager.update_session_data`."""
-        return await self._apply(field_change(field, value))
+        """Set one field. If it is that already, there is no new version."""
+        plain = self._sessions.plain_value(value)
+        return await self.update(lambda data: data.update({field: plain}))
 
     async def replace(self, data: Mapping[str, Any], ttl_seconds: float | None = None) -> Session:
         """Replace all fields, and the TTL unless it is None; see `StateManager.replace_session`."""
-        return await self._apply(whole_change(data, ttl_seconds))
+        return await self._apply(whole_change(self._sessions.plain_data(data), ttl_seconds))
 
     async def set_ttl(self, ttl_seconds: float) -> None:
         """Set the TTL, from now on; see `StateManager.set_ttl`."""
@@ -211,8 +217,8 @@ class SessionHandle:
             async with editing as draft:
                 self._check(editing.record)
                 yield draft
-        except SessionNotFound:
-            raise self._access.refuse() from None
+        except SessionNotFound as error:
+            raise self._ended(error) from None
 
     async def terminate(self) -> None:
         """End it; every token for it ends with it."""
@@ -221,8 +227,8 @@ class SessionHandle:
         key = check_session_id(self.id)
         try:
             self._check((await residency.base(self.id, key))[0])
-        except SessionNotFound:
-            raise self._access.refuse() from None
+        except SessionNotFound as error:
+            raise self._ended(error) from None
         # Nothing has been awaited since it was looked at.
         await committed(residency.submit_delete(self.id, key))
 
@@ -244,5 +250,9 @@ class SessionHandle:
         updates, _ = await self._sessions.current()
         try:
             return await updates.apply(self.id, replace(change, data=checked))
-        except SessionNotFound:
-            raise self._access.refuse() from None
+        except SessionNotFound as error:
+            raise self._ended(error) from None
+
+    def _ended(self, error: SessionNotFound) -> Exception:
+        """Return what to raise instead of `error`, unless the caller's own code raised it."""
+        return self._access.refuse() if error.session_id == self.id else error

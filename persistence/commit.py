@@ -84,6 +84,7 @@ class Commit:
         before: the record it was built on, if it was at hand.
         local: nothing that the shared tier has to learn of.
         shared: the shared tier has it.
+        expired: the session's time is over; of tombstones only.
         spills: drop the session from memory when this is in the log.
         done: resolved when acknowledged; None when nobody waits.
     """
@@ -91,6 +92,7 @@ class Commit:
     row: bytes
     segment: int
     length: int
+    expired: bool
 
     __slots__ = (
         "accessed",
@@ -101,6 +103,7 @@ class Commit:
         "deadline",
         "done",
         "error",
+        "expired",
         "failed",
         "fingerprint",
         "ids",
@@ -162,7 +165,8 @@ class Commit:
         self.settled = False
         self.previous: Commit | None = None
         self.done: asyncio.Future[None] | None = None
-        # The writer fills in where the frame lies: `row`, `segment`, `length`.
+        # The writer fills in where the frame lies: `row`, `segment`, `length`. Whoever submits a
+        # tombstone says why: `expired`.
 
 
 class ExactEnd(Commit):

@@ -79,10 +79,13 @@ _UNIT_BYTES: Final = {
     "tb": 10**12,
 }
 _SIZE: Final = re.compile(r"\s*([0-9]{1,19})(?:\.([0-9]{1,9}))?\s*([a-z]*)\s*", re.IGNORECASE)
-_URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix)://\S+")
+_URL: Final = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix|postgres(?:ql)?)://\S+")
 _NAMESPACE: Final = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
 _URL_USER: Final = re.compile(r"^(['\"]?(?:[\w+.-]+://)?).*@", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(?<=password=)[^&'\"]*")
+_KEY: Final = re.compile(
+    r"(?<![\w+/-])(?:[0-9a-f]{64}|[\w+/-]{43}=?)(?![\w+/=-])", re.IGNORECASE | re.ASCII
+)
 
 
 def parse_bytes(text: str) -> int:
@@ -141,7 +144,7 @@ def _url_text(value: object) -> object:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not _URL.fullmatch(value):
-        raise ValueError("not a URL of a Redis server")
+        raise ValueError("not a URL of a server")
     return value
 
 
@@ -181,7 +184,9 @@ else:
     _Size = Annotated[int, BeforeValidator(_size_bytes), _SIZE_NOUN]
     _Path = Annotated[str, BeforeValidator(_path_text), _Noun("the path of a directory")]
     _Store = Annotated[
-        str, BeforeValidator(_path_text), _Noun('"auto", "redis" or the path of a directory')
+        str,
+        BeforeValidator(_path_text),
+        _Noun('"auto", "redis", "postgresql" or the path of a directory'),
     ]
     _File = Annotated[
         str | None, BeforeValidator(_file_text), _Noun("the path of a file, or empty for none")
@@ -194,7 +199,7 @@ _Url = Annotated[
     BeforeValidator(_url_text),
     _Noun(
         "a URL that starts with redis://, rediss:// or unix:// (redis+sentinel:// and "
-        "redis+cluster:// too), or empty for none"
+        "redis+cluster:// too) or with postgresql://, or empty for none"
     ),
 ]
 _Namespace = Annotated[
@@ -416,7 +421,7 @@ class RedisConfig(_Table):
 
     url: _Url = Field(
         default=None,
-        description="Redis server that workers share sessions through; empty = none.",
+        description="Redis or PostgreSQL that workers share sessions through; empty = none.",
     )
     namespace: _Namespace = Field(
         default="persistence",
@@ -502,8 +507,9 @@ class CheckpointConfig(_Table):
     store: _Store = Field(
         default=_default("auto"),
         description=(
-            "Where checkpoints go: redis, the path of a directory, or auto = redis when there is "
-            "one, else a directory beside the log."
+            "Where checkpoints go: redis or postgresql, which redis.url leads to, the path of a "
+            "directory, or auto = the one of redis.url when there is one, else a directory beside "
+            "the log."
         ),
     )
 
@@ -540,11 +546,11 @@ class SecurityConfig(_Table):
             "missing; workers that share it accept each other's tokens; empty = none."
         ),
     )
-    keys: _Secret = Field(
+    secret_keys: _Secret = Field(
         default=None,
         description=(
             "The keys themselves instead of a file, separated by commas, the newest last; best "
-            "from the environment, in PERSISTENCE_SECURITY__KEYS; empty = none."
+            "from the environment, in PERSISTENCE_SECURITY__SECRET_KEYS; empty = none."
         ),
     )
     encrypt: bool = Field(
@@ -563,18 +569,20 @@ class SecurityConfig(_Table):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.key_file is not None and self.keys is not None:
-            raise ConfigError("security.key_file and security.keys both say the keys: give one")
-        if self.encrypt and self.key_file is None and self.keys is None:
+        if self.key_file is not None and self.secret_keys is not None:
             raise ConfigError(
-                "security.encrypt = True: needs keys: set security.key_file, or security.keys "
-                "(PERSISTENCE_SECURITY__KEYS)"
+                "security.key_file and security.secret_keys both say the keys: give one"
+            )
+        if self.encrypt and self.key_file is None and self.secret_keys is None:
+            raise ConfigError(
+                "security.encrypt = True: needs keys: set security.key_file, or "
+                "security.secret_keys (PERSISTENCE_SECURITY__SECRET_KEYS)"
             )
         return self
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, "***" if name == "keys" and value else value
+            yield name, "***" if name == "secret_keys" and value else value
 
 
 class StateConfig(_Table):
@@ -797,7 +805,7 @@ def _fault(table: type[_Table], details: Mapping[str, Any], given: Mapping[str, 
 def _may_be_secret(path: str) -> bool:
     """Whether what was given for a field may be a key, also where its name is misspelt."""
     section, _, name = path.partition(".")
-    fields = SecurityConfig.model_fields.keys() - {"keys"}
+    fields = SecurityConfig.model_fields.keys() - {"secret_keys"}
     return section == SecurityConfig.table and name not in fields
 
 
@@ -850,4 +858,5 @@ def _shown(value: object) -> str:
 def _redacted(text: str) -> str:
     # All in front of the last @: passwords with an unescaped @ or / are common, and so is a
     # password without a user.
-    return _URL_PASSWORD.sub("***", _URL_USER.sub(r"\1***@", text))
+    # And what looks like a key, also where it stands in a table with a misspelt name.
+    return _KEY.sub("***", _URL_PASSWORD.sub("***", _URL_USER.sub(r"\1***@", text)))

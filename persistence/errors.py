@@ -19,6 +19,7 @@
     │   ├── TokenInvalid            a token is not valid (never says why)
     │   ├── CheckpointNotFound      no checkpoint has that id
     │   └── ManagerClosed           the manager is closed, or was opened by another process
+    │       └── WrongEventLoop      a call from another event loop, or a blocking one from any
     └── the world's fault
         ├── CorruptionError         stored bytes fail their checksum
         ├── CheckpointDamaged       a checkpoint's chunk or manifest fails its checksum
@@ -171,6 +172,10 @@ class ManagerClosed(PersistenceError):
     """The manager is not open: not opened yet, closed, or inherited through a fork."""
 
 
+class WrongEventLoop(ManagerClosed):
+    """A call from an event loop or thread that must not make it; the message says who may."""
+
+
 class CorruptionError(PersistenceError):
     """Stored bytes fail their checksum. They are never returned as a value.
 
@@ -219,21 +224,23 @@ class WriteOutcomeUnknown(PersistenceError):
 
 
 class RemoteDamaged(PersistenceError):
-    """A key of the shared tier holds something else than a session, or a damaged one.
+    """A key or row of the shared tier holds something else than a session, or a damaged one.
 
     It is never returned as a value and never overwritten.
 
     Attributes:
-        key: the key.
+        key: the key, or what is in a row's primary key.
         session_id: the session, where it is known.
     """
 
-    def __init__(self, key: str, reason: str, session_id: str | None = None) -> None:
+    def __init__(
+        self, key: str, reason: str, session_id: str | None = None, what: str = "Redis key"
+    ) -> None:
         self.key = key
         self.session_id = session_id
         self.reason = reason
         super().__init__(
-            f"Redis key {printable(key)}: {reason}; it is left as it is, other sessions are not "
+            f"{what} {printable(key)}: {reason}; it is left as it is, other sessions are not "
             "affected: look at it, then rename or delete it"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from persistence import record as rec
@@ -29,6 +30,7 @@ from persistence.observe.metrics import RequestMetrics
 from persistence.requests import Request, Requests
 from persistence.residency import Residency
 from persistence.resources import Resources
+from persistence.rotation import Rotations
 from persistence.scratch import Scratch
 from persistence.session import Session, SessionDraft
 from persistence.shutdown import Grace
@@ -63,6 +65,7 @@ class Facilities:
     _disk: DiskTier
     _updates: Updates
     _time: EngineTime
+    _rotations: Rotations
 
     def _make_facilities(
         self, config: StateConfig, clock: Clock, files: Files | None, schema: object
@@ -90,6 +93,8 @@ class Facilities:
     async def _open_facilities(self, *, sync: bool) -> None:
         """Find the scratch directories, and remove those whose sessions are gone."""
         self._scratch = Scratch(self._disk, self._facility_files, sync=sync)
+        self._rotations.follow = self._scratch.follow
+        self._rotations.turn_back = self._scratch.turn_back
         await self._scratch.open(self._living_incarnation)
 
     async def _replaced_all(self) -> None:
@@ -263,12 +268,12 @@ class Facilities:
             raise refused("close", close, "a function that closes the resource, or None")
         return await self._resources.get(session_id, name, factory, close)
 
-    async def scratch_dir(self, session_id: str) -> str:
+    async def scratch_dir(self, session_id: str) -> Path:
         """Return the path of a private directory of a session, which exists.
 
         It has a random name and mode 0700, is this worker's (others have their own for the same
-        session), survives spilling and restarts, and is removed with the session. Accesses the
-        session.
+        session), survives spilling, restarts and `rotate_session_id`, and is removed with the
+        session. Accesses the session.
 
         Raises:
             SessionNotFound: missing, expired or terminated.
@@ -277,7 +282,7 @@ class Facilities:
         incarnation = await self._incarnation_of(session_id)
         await self._ready()
         assert self._scratch is not None, "open"
-        return await self._scratch.get(session_id, incarnation)
+        return Path(await self._scratch.get(session_id, incarnation))
 
     # --- typed --------------------------------------------------------------------------------
 
@@ -316,6 +321,12 @@ class Facilities:
             InvalidArgument: the manager has no schema.
             SessionNotFound, …: as `update_session`.
         """
+        return await self.update_session(session_id, self._typed_change(session_id, function))
+
+    def _typed_change(
+        self, session_id: str, function: Callable[[Any], Any]
+    ) -> Callable[[SessionDraft], Any]:
+        """Return the function that does to a draft what `function` does to an object."""
         schema = self._get_schema()
         if not callable(function):
             raise refused("function", function, "a function that takes the object and changes it")
@@ -323,7 +334,7 @@ class Facilities:
         def change(draft: SessionDraft) -> Any:
             return schema.open(session_id, draft).apply(function)
 
-        return await self.update_session(session_id, change)
+        return change
 
     def edit_typed(self, session_id: str) -> AbstractAsyncContextManager[Any]:
         """Edit a session as an object: ``async with state.edit_typed(sid) as cart``.

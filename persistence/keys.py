@@ -37,7 +37,7 @@ from persistence.security.keyring import (
 _log = logging.getLogger("persistence.security")
 
 _LOOK_AGAIN_SECONDS: Final = 1.0
-_OTHERS: Final = 0o077
+_OTHERS: Final = 0o007
 _TOKEN_LABEL: Final = b"persistence directory token key"
 
 
@@ -60,9 +60,6 @@ class Keys:
         self._monotonic = clock.monotonic
         self._not_before = clock.monotonic()
         self._tokens: Sealer | None = None
-        if config.encrypt:
-            assert ring is not None, "the configuration has been checked"
-            self.seals = seals_of(ring)
 
     def __repr__(self) -> str:
         return f"Keys({self._ring!r})"
@@ -79,16 +76,35 @@ class Keys:
         Raises:
             ConfigError: they cannot be read, or are no keys. The message shows none of them.
         """
-        ring = None
-        if config.keys is not None:
-            ring = KeyRing(parse_keys(config.keys, "security.keys"))
-        elif config.key_file is not None:
-            threads = Threads()  # it may be on a network file system
-            try:
-                ring = await undisturbed(threads.read(_from_file, config, directory))
-            finally:
-                threads.close()
-        return cls(config, ring, clock)
+        if config.secret_keys is None and config.key_file is None:
+            return cls(config, None, clock)
+        threads = Threads()  # the file may be on a network file system
+        try:
+            return await undisturbed(threads.read(cls._loaded, config, directory, clock))
+        finally:
+            threads.close()
+
+    @classmethod
+    def _loaded(cls, config: SecurityConfig, directory: str, clock: Clock) -> Keys:
+        """Read the keys, and load `cryptography`: that takes longer than the loop should wait."""
+        if config.secret_keys is not None:
+            ring = KeyRing(parse_keys(config.secret_keys, "security.secret_keys"))
+        else:
+            assert config.key_file is not None, "one of the two"
+            # Absolute from here on: the process may go to another directory meanwhile.
+            path = os.path.abspath(config.key_file)
+            config = config.model_copy(update={"key_file": path})
+            ring = _from_file(config, directory)
+        keys = cls(config, ring, clock)
+        keys._load_ciphers()
+        return keys
+
+    def _load_ciphers(self) -> None:
+        """Make what seals and opens, and load what that needs."""
+        assert self._ring is not None, "there are keys"
+        if self._config.encrypt:
+            self.seals = seals_of(self._ring)
+        self._tokens = _sealing(self._ring)
 
     def tokens(self, directory_secret: bytes, *, is_shared: bool) -> Sealer:
         """Return what makes and reads tokens.
@@ -98,19 +114,13 @@ class Keys:
             is_shared: other workers have the same sessions, and another secret.
         """
         if self._tokens is None:
-            from persistence.security.sealing import (  # noqa: PLC0415 - loads `cryptography`
-                TOKENS,
-                Sealing,
-            )
-
-            if self._ring is None:
-                if is_shared:
-                    _log.warning(
-                        "tokens of this worker are not valid for the others: set "
-                        "security.key_file or security.keys to the same keys for all of them"
-                    )
-                self._ring = KeyRing([derive(directory_secret, _TOKEN_LABEL)])
-            self._tokens = Sealing(self._ring, TOKENS)
+            if is_shared:
+                _log.warning(
+                    "tokens of this worker are not valid for the others: set security.key_file or "
+                    "security.secret_keys to the same keys for all of them"
+                )
+            self._ring = KeyRing([derive(directory_secret, _TOKEN_LABEL)])
+            self._tokens = _sealing(self._ring)
         return self._tokens
 
     async def learn(self, threads: Threads) -> None:
@@ -123,6 +133,16 @@ class Keys:
             self._ring.learn(await threads.read(read_ring, self._config.key_file))
         except (ConfigError, OSError) as error:
             _log.warning("the keys could not be read again: %s", error)
+
+
+def _sealing(ring: KeyRing) -> Sealer:
+    """Return what seals and opens tokens."""
+    from persistence.security.sealing import (  # noqa: PLC0415 - loads `cryptography`
+        TOKENS,
+        Sealing,
+    )
+
+    return Sealing(ring, TOKENS)
 
 
 def seals_of(ring: KeyRing) -> Seals:
@@ -193,8 +213,8 @@ def seals_for(config: SecurityConfig) -> Seals | None:
     """
     if not config.encrypt:
         return None
-    if config.keys is not None:
-        return seals_of(KeyRing(parse_keys(config.keys, "security.keys")))
+    if config.secret_keys is not None:
+        return seals_of(KeyRing(parse_keys(config.secret_keys, "security.secret_keys")))
     assert config.key_file is not None, "the configuration has been checked"
     try:
         return seals_of(read_ring(config.key_file))

@@ -239,7 +239,9 @@ class _Ends:
 
     async def log(self, session_id: str, key: bytes, *, is_over: bool) -> None:
         """Submit the end of a session, expired or not; `settle` waits for it."""
-        commit = self._residency.submit_delete(session_id, key, wait=False, local=is_over)
+        commit = self._residency.submit_delete(
+            session_id, key, wait=False, local=is_over, expired=is_over
+        )
         self._submitted.append((commit, is_over))
         if len(self._submitted) == _ENDS_IN_FLIGHT:
             await self.settle()

@@ -6,16 +6,21 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Final
 
 from persistence.errors import ConflictError, printable
 
+OWNER: Final[ContextVar[object]] = ContextVar("persistence-owner", default=None)
+"""Who calls, where that is not the task: a thread, each of whose calls is a task of its own."""
+
 
 class _Holder:
-    __slots__ = ("task", "waiters")
+    __slots__ = ("owner", "waiters")
 
-    def __init__(self, task: asyncio.Task[object] | None) -> None:
-        self.task = task
-        self.waiters: deque[tuple[asyncio.Future[None], asyncio.Task[object] | None]] = deque()
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.waiters: deque[tuple[asyncio.Future[None], object]] = deque()
 
 
 class SessionLocks:
@@ -51,19 +56,19 @@ class SessionLocks:
         Raises:
             ConflictError: this very task holds it already; waiting would never end.
         """
-        task = asyncio.current_task()
+        owner = OWNER.get() or asyncio.current_task()
         holder = self.holders.get(session_id)
         if holder is None:
-            self.holders[session_id] = _Holder(task)
+            self.holders[session_id] = _Holder(owner)
             self._all_free.clear()
             return
-        if holder.task is task:
+        if holder.owner is owner:
             raise ConflictError(
-                f"session {printable(session_id)} is being edited by this very task; "
+                f"session {printable(session_id)} is being edited by this very task or thread; "
                 "change the draft instead, or write after the edit has ended"
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        holder.waiters.append((turn, task))
+        holder.waiters.append((turn, owner))
         try:
             await turn
         except asyncio.CancelledError:
@@ -71,17 +76,17 @@ class SessionLocks:
             # but before this task ran: the lock is ours, so pass it on.
             if turn.done() and not turn.cancelled():
                 self.release(session_id)
-            elif (turn, task) in holder.waiters:
-                holder.waiters.remove((turn, task))
+            elif (turn, owner) in holder.waiters:
+                holder.waiters.remove((turn, owner))
             raise
 
     def release(self, session_id: str) -> None:
         """Give the lock to whoever waits longest."""
         holder = self.holders[session_id]
         while holder.waiters:
-            turn, task = holder.waiters.popleft()
+            turn, owner = holder.waiters.popleft()
             if not turn.done():
-                holder.task = task
+                holder.owner = owner
                 turn.set_result(None)
                 return
         del self.holders[session_id]

@@ -44,6 +44,7 @@ from persistence.errors import (
     SessionExists,
     SessionLimitReached,
     SessionNotFound,
+    WrongEventLoop,
 )
 from persistence.expiry import life_of
 from persistence.facilities import Facilities
@@ -71,11 +72,12 @@ from persistence.updates import (
     Change,
     Edit,
     Updates,
-    field_change,
     packed_data,
     ttl_change,
     whole_change,
 )
+from persistence.watching.stream import Watch
+from persistence.watching.watching import MAX_PENDING, Watching
 
 _log = logging.getLogger("persistence")
 
@@ -127,7 +129,8 @@ class StateManager(Facilities):
             redis = RedisConfig(**{**self.config.redis.model_dump(), "url": url})
             self.config = self.config.model_copy(update={"redis": redis})
         self._clock: Clock = clock or SystemClock()
-        self._tiers = Tiers(self.config, self._clock, files, self._check_open)
+        self._watching = Watching(self._brought)
+        self._tiers = Tiers(self.config, self._clock, files, self._check_open, self._watching)
         self._misses = 0
         self._rss_bytes = 0
         self._memory_reader = MemoryReader()
@@ -175,13 +178,13 @@ class StateManager(Facilities):
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
         await self._tiers.open()
+        self._rotations = self._tiers.rotations
         try:
             self._take_tiers()
             await self._open_facilities(sync=self.config.disk.fsync == "always")
         except BaseException:
             await self._tiers.close()
             raise
-        self._rotations = self._tiers.rotations
         self._tiers.before_settling = self._requests.store_all
         self._start_background()
         self._keeper.start()
@@ -248,8 +251,9 @@ class StateManager(Facilities):
         await asyncio.shield(self._closing)
 
     def start_grace(self) -> None:
-        """Let the grace period of the close that will follow begin now."""
+        """Let the grace period of the close that will follow begin now, and end all watches."""
         self._grace.begin()
+        self._watching.close()
 
     async def _close(self) -> None:
         self._grace.begin()
@@ -258,6 +262,8 @@ class StateManager(Facilities):
         self._resident = self._refuse
         self._restore_now = self._refuse
         _open_managers.discard(self)
+        # First of all: what is open may be what keeps its readers from ending, and so a server.
+        await self._watching.closed()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -279,9 +285,10 @@ class StateManager(Facilities):
             self._refuse()
         # Not get_running_loop(): on some Pythons that asks the system for the process each time.
         if get_ident() != self._thread or not self._loop.is_running():
-            raise ManagerClosed(
-                "this manager was opened in another event loop: open one of your own with its own "
-                "disk.path, or hand the call to that loop (asyncio.run_coroutine_threadsafe)"
+            raise WrongEventLoop(
+                "this manager was opened in another event loop: use persistence.sync.StateManager, "
+                "which any thread can use, or hand the call to that loop "
+                "(asyncio.run_coroutine_threadsafe), or open one of your own with its own disk.path"
             )
 
     async def _ready(self) -> None:
@@ -414,7 +421,9 @@ class StateManager(Facilities):
     def _session_count(self) -> int:
         return len(self._disk.index) + len(self._residency.unlisted) + self._commits.creating
 
-    async def get_or_create_session(self, session_id: str | None = None, **create: Any) -> Session:
+    async def get_or_create_session(
+        self, /, session_id: str | None = None, **create: Any
+    ) -> Session:
         """Return the live session `session_id`, creating it under that very id if it is missing.
 
         Args:
@@ -527,6 +536,42 @@ class StateManager(Facilities):
             except ConflictError:  # a checkpoint is being put in place: ask again behind it
                 await self._ready()
 
+    async def _brought(self, session_id: str) -> None:
+        await self._ready()
+        await self._bring_here(session_id)
+
+    # --- watching -----------------------------------------------------------------------------
+
+    def watch(
+        self,
+        session_id: str | None = None,
+        *,
+        after: int | None = None,
+        max_pending: int = MAX_PENDING,
+    ) -> Watch:
+        """Listen to changes, from now on: ``async for change in state.watch(sid)``.
+
+        Of a session, its versions come in order, each once and those of other workers included;
+        what a slow reader or an outage leaves out is counted in the next change. The stream ends
+        behind the change that ends the session, and when the manager closes. Watching renews
+        nothing. See ``docs/watching.md``.
+
+        Args:
+            session_id: which session; None: all of them. Of what other workers do to those, only
+                the version is told, and what an outage leaves out is told as a ``gap``.
+            after: the version that was seen last: if there is another one by now, that comes first.
+            max_pending: changes that wait for the reader at most; then they are merged.
+
+        Raises:
+            InvalidArgument, InvalidSessionId: an argument is something else than it must be.
+            ManagerClosed: it is not open, or closing.
+        Raises (when the first change is asked for):
+            SessionNotFound: missing, expired or terminated.
+            CorruptionError: its stored bytes are damaged.
+        """
+        self._check_open()
+        return self._watching.watch(session_id, after, max_pending)
+
     # --- updating -----------------------------------------------------------------------------
 
     async def update_session_data(self, session_id: str, field: str, value: Any) -> Session:
@@ -539,7 +584,14 @@ class StateManager(Facilities):
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        return await self._updates.apply(session_id, field_change(field, self._plain_value(value)))
+        packed = rec.pack_value(self._plain_value(value), rec.check_field_name(field))
+
+        def change(record: bytes) -> Changes:
+            if field in rec.field_names(record):
+                return Changes({field: packed})
+            return Changes({}, {**rec.packed_fields(record), field: packed})
+
+        return await self._updates.apply(session_id, Change(change))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
@@ -589,7 +641,7 @@ class StateManager(Facilities):
             session_id, whole_change(self._plain_data(data), ttl_seconds)
         )
 
-    async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
+    async def update_session_metadata(self, /, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
 
         If it changes nothing, there is no new version.
@@ -780,8 +832,9 @@ class StateManager(Facilities):
         """Move a session to a fresh id, and return that; the old id and its tokens are no more.
 
         To be done whenever a client's rights change, at a login first of all: an id that somebody
-        knew before is worth nothing then. Data, metadata, version and lifetime stay; the TTL starts
-        anew if the session renews. A crash meanwhile leaves one of the two.
+        knew before is worth nothing then. Data, metadata, version, requests, scratch directory and
+        lifetime stay; the TTL starts anew if the session renews; live resources are closed. A crash
+        meanwhile leaves one of the two.
 
         Raises:
             SessionNotFound: missing, expired or terminated.
@@ -789,8 +842,10 @@ class StateManager(Facilities):
             DiskFull: it has kept its id.
             WriteOutcomeUnknown: one of the two ids lives; see `commit`.
         """
+        check_session_id(session_id)
         while True:
             await self._ready()
+            await self._requests.store(session_id)  # what is counted moves with the session
             tiers = Rotating(self._updates, self._residency, self._commits)
             try:
                 return await self._rotations.rotate(tiers, session_id)
@@ -1064,6 +1119,8 @@ class _SessionsOf:
         self._manager = manager
         self.bring_here = manager._bring_here
         self.get_session = manager.get_session
+        self.plain_data = manager._plain_data
+        self.plain_value = manager._plain_value
 
     async def current(self) -> tuple[Updates, Residency]:
         """Return the tiers as they are now."""

@@ -493,6 +493,12 @@ class Requests:
         if self.entries:
             await self._store(list(self.entries.items()))
 
+    async def store(self, session_id: str) -> None:
+        """Store what is known of one session and give back what is reserved for it."""
+        entry = self.entries.get(session_id)
+        if entry is not None:
+            await self._store([(session_id, entry)], gives_back=True)
+
     async def close(self) -> None:
         """Store everything and give back what is reserved; wait for what is under way.
 

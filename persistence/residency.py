@@ -90,6 +90,7 @@ class Residency:
         self.unlogged: set[str] = set()
         self.unlisted: set[str] = set()
         self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
+        self.adopting: Callable[[str, bytes, float], None] | None = None
         self.on_end: Callable[[str], None] | None = None
         self.on_leave: Callable[[Sequence[str]], None] | None = None
         self._leaving: dict[str, Commit] = {}
@@ -440,7 +441,7 @@ class Residency:
         leaving = self._leaving.get(session_id) if record is None else None
         return record if leaving is None else leaving.record
 
-    def _readable(self, session_id: str, key: bytes) -> bytes | None:
+    def readable(self, session_id: str, key: bytes) -> bytes | None:
         """Return the acknowledged record of a session, if it is intact and at hand."""
         record = self.resident(session_id)
         row = None if record is not None else self.disk.index.get(self.disk.fingerprint(key))
@@ -477,7 +478,7 @@ class Residency:
         if tail is not None:
             return tail.ids[ID_BYTES:_IDS_BYTES]
         key = session_id.encode()
-        record = self._readable(session_id, key)
+        record = self.readable(session_id, key)
         if record is not None:
             return record[ID_BYTES:_IDS_BYTES]
         return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
@@ -529,7 +530,7 @@ class Residency:
         try:
             tail = self._commits.tails.get(session_id)
             if tail is None or (tail.record is not None and self._is_over(tail)):
-                commit = self.submit_delete(session_id, key, local=True)
+                commit = self.submit_delete(session_id, key, local=True, expired=True)
                 assert commit.done is not None, "submitted to be waited for"
                 await commit.done
                 self.expired += 1
@@ -555,6 +556,7 @@ class Residency:
         *,
         wait: bool = True,
         local: bool = False,
+        expired: bool = False,
         exact: bool = False,
     ) -> Commit:
         """Submit a tombstone on top of whatever there is.
@@ -564,13 +566,14 @@ class Residency:
             key: its id as UTF-8.
             wait: whether somebody waits for it.
             local: the shared tier knows already, or finds out by itself.
+            expired: its time is over, and that is why.
             exact: end the version that is here, and no newer one that the shared tier may have.
         """
         now = self._time.now()
         tail = self._commits.tails.get(session_id)
         record = tail.record if tail is not None else self.resident(session_id)
         if tail is None and record is None and not local and self.confirm_end is not None:
-            record = self._readable(session_id, key)  # so that no other incarnation is ended
+            record = self.readable(session_id, key)  # so that no other incarnation is ended
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
             ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
@@ -588,6 +591,7 @@ class Residency:
             0,
         )
         commit.local = local
+        commit.expired = expired
         self._commits.submit(commit, wait=wait)
         return commit
 
@@ -749,6 +753,8 @@ class Residency:
         if charge(session_id, record) > self.memory.budget_bytes:
             await committed(self._submit_local(session_id, record, accessed, life, cap))
             return
+        if self.adopting is not None:
+            self.adopting(session_id, record, min(deadline_of(accessed, life), cap))
         self._leaving.pop(session_id, None)
         self.unlogged.add(session_id)
         if self.disk.index.get(self.disk.fingerprint(session_id.encode())) is None:

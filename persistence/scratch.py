@@ -85,9 +85,13 @@ class Scratch:
                 self._places[session_id] = _Place(name, incarnation)
             else:
                 self._places.pop(session_id, None)
+        names: set[bytes] = set()
         for session_id, place in list(self._places.items()):
-            if await incarnation_of(session_id) != place.incarnation:
+            # Of two with one directory the later one is a new id that will not be kept.
+            if place.name in names or await incarnation_of(session_id) != place.incarnation:
                 del self._places[session_id]
+            else:
+                names.add(place.name)
         kept = {place.name.hex() for place in self._places.values()}
         await self._disk.threads.write(self._clear_up, kept)
         await self._disk.threads.write(self._journal.rewrite, self._entries())
@@ -153,6 +157,32 @@ class Scratch:
             await asyncio.shield(
                 self._disk.threads.write(self._journal.rewrite, [*self._entries(), *entries])
             )
+
+    async def follow(self, old_id: str, new_id: str, incarnation: bytes) -> None:
+        """A session is about to go on under another id: its directory goes with it.
+
+        To be called when both are there, before the old one ends. The entry of the old id stays in
+        the journal: whichever of them lives after a crash has the directory. What fails is logged,
+        and the session begins with an empty one.
+        """
+        async with self._lock:
+            place = self._places.get(old_id)
+            if place is None:
+                return
+            followed = _Place(place.name, incarnation)
+            try:
+                await self._log([_entry(_MADE, followed, new_id)])
+            except PersistenceError as error:
+                _log.warning("scratch directory of %s is not kept: %s", printable(old_id), error)
+                return
+            if self._places.pop(old_id, None) is not None:
+                self._places[new_id] = followed
+
+    def turn_back(self, old_id: str, new_id: str, incarnation: bytes) -> None:
+        """The session has kept its old id after all."""
+        place = self._places.pop(new_id, None)
+        if place is not None:
+            self._places[old_id] = _Place(place.name, incarnation)
 
     def ended(self, session_id: str) -> None:
         """A session has ended: remove its directory, in the background."""

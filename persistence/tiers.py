@@ -11,14 +11,15 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from persistence.checkpoint.create import Plan
 from persistence.checkpoint.keeper import Keeper, Schedule
+from persistence.checkpoint.opening import open_store
 from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
-from persistence.config import RedisConfig, StateConfig
+from persistence.config import StateConfig
 from persistence.disk.filenames import CONFLICTS, OUTBOX, ROTATIONS
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
@@ -30,18 +31,17 @@ from persistence.memory.ordered import make_memory_tier
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.remote.contract import RemoteTier
+from persistence.remote.opening import tier_of
 from persistence.residency import Residency
 from persistence.rotation import Rotations
-from persistence.sealer import Sealer, Seals
+from persistence.sealer import Seals
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.updates import Updates
-
-if TYPE_CHECKING:
-    from persistence.checkpoint.opening import OpenStore
+from persistence.watching.watching import Watching
 
 _log = logging.getLogger("persistence")
 
@@ -56,6 +56,7 @@ class Tiers:
         clock: time.
         files: system calls on files; None: the system's.
         check_open: raises ManagerClosed once the manager is closed.
+        watching: who is told of changes.
 
     Attributes:
         time: the engine's time base.
@@ -88,11 +89,13 @@ class Tiers:
         clock: Clock,
         files: Files | None,
         check_open: Callable[[], None],
+        watching: Watching,
     ) -> None:
         self._config = config
         self._clock = clock
         self._files = files
         self._check_open = check_open
+        self.watching = watching
 
     @property
     def shares_sessions(self) -> bool:
@@ -119,7 +122,9 @@ class Tiers:
             )
             undo.push_async_callback(self.disk.close)
             threads = self.disk.threads
-            self._store = _open_store(config, self.disk, self._files)
+            self._store = open_store(
+                config.checkpoint, config.redis, self.disk.directory, threads, self._files
+            )
             synced = config.disk.fsync == "always"
             self._outbox = Outbox(self.disk.journal(OUTBOX), threads, sync=synced)
             self._conflicts = Conflicts(
@@ -145,7 +150,7 @@ class Tiers:
         redis = self._config.redis
         if redis.url is None or self.shares_sessions:
             return
-        tier = self._redis_tier()
+        tier = self._remote_tier()
         try:
             await tier.open()
         except RemoteUnavailable as error:
@@ -221,6 +226,8 @@ class Tiers:
             self.time,
             self._check_open,
         )
+        self.watching.attach(self.residency, self.time, is_shared=self.shares_sessions)
+        self.residency.adopting = self.watching.adopted
         self.sharing = self._make_sharing() if self.shares_sessions else None
         self.updates = Updates(
             config.session,
@@ -243,15 +250,16 @@ class Tiers:
             self._clock,
             self.time,
             partial(self.listing.ids, ""),
+            self.watching,
         )
         redis = self._config.redis
-        sharing = Sharing(self._redis_tier(), redis, self._outbox, self._conflicts, local)
+        sharing = Sharing(self._remote_tier(), redis, self._outbox, self._conflicts, local)
         self.residency.confirm_end = sharing.confirm_end
         return sharing
 
-    def _redis_tier(self) -> RemoteTier:
+    def _remote_tier(self) -> RemoteTier:
         sealer = None if self._seals is None else self._seals.remote
-        return _redis_tier(self._config.redis, self._clock, sealer, self.learn_keys)
+        return tier_of(self._config.redis, self._clock, sealer, self.learn_keys)
 
     async def learn_keys(self) -> None:
         """Look for keys that other workers may have begun to seal with."""
@@ -274,6 +282,8 @@ class Tiers:
         return Keeper(self.disk, self._store.store, plan, schedule, self._clock, self.settle)
 
     def _acknowledged(self, commits: Sequence[Commit]) -> None:
+        if self.watching.is_on:  # before memory follows, which has the versions before these
+            self.watching.acknowledged(commits)
         self.residency.acknowledged(commits)
         if self.sharing is not None:
             self.sharing.acknowledged(commits)
@@ -306,6 +316,7 @@ class Tiers:
             await self._exchanged()
             raise
         await self._exchanged()
+        await self.watching.restored()
         if self.sharing is not None:
             await self.sharing.impose(before)
 
@@ -315,24 +326,3 @@ class Tiers:
         self._assemble()
         if self.sharing is not None:
             await self.sharing.open(again=True)
-
-
-# Who needs no Redis does not load its client: that takes a tenth of a second and leaves 15,000
-# objects, over which every full garbage collection goes from then on.
-
-
-def _redis_tier(
-    config: RedisConfig,
-    clock: Clock,
-    sealer: Sealer | None,
-    learn: Callable[[], Awaitable[None]],
-) -> RemoteTier:
-    from persistence.remote.redis import RedisTier  # noqa: PLC0415 - as said
-
-    return RedisTier(config, clock, sealer, learn)
-
-
-def _open_store(config: StateConfig, disk: DiskTier, files: Files | None) -> OpenStore:
-    from persistence.checkpoint.opening import open_store  # noqa: PLC0415 - as said
-
-    return open_store(config.checkpoint, config.redis, disk.directory, disk.threads, files)

@@ -56,22 +56,6 @@ class Change:
     same_version: bool = False
 
 
-def field_change(field: str, value: object) -> Change:
-    """Return the change that sets one field.
-
-    Raises:
-        ValueNotSerializable: it cannot be stored.
-    """
-    packed = rec.pack_value(value, rec.check_field_name(field))
-
-    def change(record: bytes) -> Changes:
-        if field in rec.field_names(record):
-            return Changes({field: packed})
-        return Changes({}, {**rec.packed_fields(record), field: packed})
-
-    return Change(change)
-
-
 def whole_change(data: Mapping[str, Any], ttl_seconds: float | None) -> Change:
     """Return the change that replaces all fields, and the TTL unless it is None.
 
@@ -154,6 +138,30 @@ class Updates:
         if self._commits.is_full:
             await self._commits.admission()
             self._check_open()
+
+    # --- from other threads -------------------------------------------------------------------
+    #
+    # The event loop's thread hands out what is newest and takes what was made of it; in between
+    # another thread does the work: it calls the function that changes a draft.
+
+    def newest(self, session_id: str) -> bytes | None:
+        """Return the newest record of a session, if it is at hand. From any thread: only reads."""
+        tail = self._commits.tails.get(session_id)
+        return self._memory.peek(session_id) if tail is None else tail.record
+
+    def submit_on(self, session_id: str, record: bytes, changes: Changes) -> Commit | None:
+        """Submit what was changed in `record`, unless that is not the newest version any more.
+
+        Never awaits, as `made_now`; None also if something would have to be waited for.
+        """
+        if self._commits.is_full or session_id in self.locks:
+            return None
+        if self._sharing is not None and not self._sharing.is_current(session_id):
+            return None
+        base = self._residency.base_now(session_id)
+        if base is None or base[0] is not record:
+            return None
+        return self.next_version(session_id, session_id.encode(), base, changes)
 
     # --- updating -----------------------------------------------------------------------------
 
@@ -359,7 +367,7 @@ class Updates:
             fields=all_fields(before, changes),
         )
         life = life_of(ttl_seconds, head.renews, deadline)
-        return self._submit(session_id, key, record, now, life, cap, base=head.commit)
+        return self._submit(session_id, key, record, now, life, cap, before)
 
     def create(  # noqa: PLR0913 - one parameter for each part of a session
         self,
@@ -405,7 +413,7 @@ class Updates:
         ends = deadline_after(now, ttl_seconds) if deadline is None else deadline - skew
         life = life_of(ttl_seconds, renews, ends)
         cap = deadline_after(now, self._max_lifetime_seconds) if cap is None else cap - skew
-        return self._submit(session_id, key, record, now, life, cap, base=NO_ID, creates=True)
+        return self._submit(session_id, key, record, now, life, cap, None)
 
     def new_incarnation(self) -> bytes:
         """Return a fresh incarnation id."""
@@ -421,7 +429,7 @@ class Updates:
             (incarnation, self._commit_ids.next(), record[_IDS_BYTES:])  # all but its two ids
         )
         now, key = self._time.tick(), session_id.encode()
-        return self._submit(session_id, key, copied, now, life, cap, base=NO_ID, creates=True)
+        return self._submit(session_id, key, copied, now, life, cap, None)
 
     def _submit(
         self,
@@ -431,14 +439,15 @@ class Updates:
         now: float,
         life: float,
         cap: float,
-        *,
-        base: bytes,
-        creates: bool = False,
+        before: bytes | None,
     ) -> Commit:
+        """Submit `record`, which was built on `before`; None: it creates the session."""
         if len(record) > self._max_record_bytes:
             self._refuse_size(session_id, record)
+        base = NO_ID if before is None else rec.commit_of(before)
         commit = self._residency.put_commit(session_id, key, record, now, life, cap, base)
-        commit.creates = creates
+        commit.before = before
+        commit.creates = before is None
         self._commits.submit(commit)
         return commit
 
@@ -454,7 +463,11 @@ class Updates:
 
 
 class Edit:
-    """The context manager behind `StateManager.edit`."""
+    """The context manager behind `StateManager.edit`.
+
+    Attributes:
+        commit: what it committed, once it has ended; None: it changed nothing.
+    """
 
     __slots__ = (
         "_base",
@@ -465,11 +478,13 @@ class Edit:
         "_residency",
         "_session_id",
         "_updates",
+        "commit",
     )
 
     def __init__(self, current: Callable[[], Awaitable[Updates]], session_id: str) -> None:
         self._current = current
         self._session_id = session_id
+        self.commit: Commit | None = None
 
     async def __aenter__(self) -> SessionDraft:
         updates = self._updates = await self._current()
@@ -501,7 +516,7 @@ class Edit:
         commit = None
         try:
             if kind is None:
-                commit = await self._submit()
+                commit = self.commit = await self._submit()
         finally:
             self._draft.close()
             self._updates.locks.release(self._session_id)
@@ -517,7 +532,7 @@ class Edit:
                     now = await self._residency.base(self._session_id, self._key)
                     if not rec.has_same_data(now[0], self._base[0]):
                         raise
-                    commit = self._next_version(now)
+                    commit = self.commit = self._next_version(now)
 
     async def _submit(self) -> Commit | None:
         """Submit what was changed, on the version that the draft was made of.
@@ -581,6 +596,17 @@ def drafted(record: bytes, function: Callable[[SessionDraft], object]) -> Change
         return draft.changes()
     finally:
         draft._closed = True  # `close`, without the call
+
+
+def change_draft(draft: SessionDraft, function: Callable[[SessionDraft], object]) -> None:
+    """Let `function` change a draft that belongs to an edit.
+
+    Raises:
+        InvalidArgument: it returned an awaitable.
+    """
+    result = function(draft)
+    if result is not None and hasattr(result, "__await__"):
+        _refuse_awaitable(result)
 
 
 def all_fields(record: bytes, changes: Changes) -> Mapping[str, bytes | memoryview]:

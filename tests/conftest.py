@@ -16,6 +16,7 @@ import pytest
 from persistence import Clock, ManualClock, StateManager
 from persistence.disk.files import Files
 from tests.engine import Crash, ScriptedFiles, Start, config_for
+from tests.postgres_servers import postgres, postgres_proxy
 from tests.redis_servers import (
     cluster,
     deployment,
@@ -27,12 +28,16 @@ from tests.redis_servers import (
 )
 from tests.support import Points
 
+pytest.register_assert_rewrite("persistence.testing")  # nothing above imports it
+
 __all__ = [
     "cluster",
     "deployment",
     "deployments",
     "each_server",
     "own_server",
+    "postgres",
+    "postgres_proxy",
     "sentinel",
     "shared_server",
 ]

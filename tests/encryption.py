@@ -16,4 +16,4 @@ KEYS: Final = ("0b" * 32, "5e" * 32)
 
 def sections() -> dict[str, Any]:
     """Return what a configuration says about it: a section to be merged, or nothing."""
-    return {"security": {"encrypt": True, "keys": ",".join(KEYS)}} if IS_ON else {}
+    return {"security": {"encrypt": True, "secret_keys": ",".join(KEYS)}} if IS_ON else {}

@@ -189,16 +189,16 @@ async def test_workers_with_the_same_key_file_make_it_once_and_read_each_others_
 
 
 async def test_a_rotated_key_signs_after_a_restart_and_old_tokens_stay_valid(start: Start) -> None:
-    first = await start(security={"keys": KEYS[0]})
+    first = await start(security={"secret_keys": KEYS[0]})
     sid = await first.create_session()
     old = first.issue_token(sid, CLIENT)
     await first.close()
-    second = await start(security={"keys": ",".join(KEYS)})
+    second = await start(security={"secret_keys": ",".join(KEYS)})
     new = second.issue_token(sid, CLIENT)
     assert await is_valid(second, old)
     assert await is_valid(second, new)
     await second.close()
-    third = await start(security={"keys": KEYS[1]})
+    third = await start(security={"secret_keys": KEYS[1]})
     assert not await is_valid(third, old)
     assert await is_valid(third, new)
 

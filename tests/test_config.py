@@ -128,7 +128,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "shutdown": {"checkpoint": True, "grace_seconds": 25},
         "security": {
             "key_file": None,
-            "keys": None,
+            "secret_keys": None,
             "encrypt": False,
             "token_ttl_seconds": 86_400,
         },
@@ -287,7 +287,11 @@ def test_all_faults_are_listed_one_per_line() -> None:
         (RedisConfig, {"namespace": "a{b}"}, "without spaces, control characters and braces"),
         (RedisConfig, {"namespace": b"ab"}, "without spaces, control characters and braces"),
         (CheckpointConfig, {"keep": 0}, "a whole number, at least 1"),
-        (CheckpointConfig, {"store": ""}, '"auto", "redis" or the path of a directory'),
+        (
+            CheckpointConfig,
+            {"store": ""},
+            '"auto", "redis", "postgresql" or the path of a directory',
+        ),
         (StateConfig, {"memory": None}, "a table, or a MemoryConfig"),
         (StateConfig, {"memory": SessionConfig()}, "a table, or a MemoryConfig"),
     ],
@@ -304,7 +308,7 @@ def test_a_wrong_value_is_refused_and_the_message_says_what_is_allowed(
 @pytest.mark.parametrize(("section", "name"), ALL_FIELDS)
 def test_every_field_refuses_a_value_of_no_type_at_all(section: type[Any], name: str) -> None:
     line = fault(section, **{name: object()})
-    shown = "***" if name == "keys" else "<object object"  # a key may be anything
+    shown = "***" if name == "secret_keys" else "<object object"  # a key may be anything
     assert line.startswith(f"{section.table}.{name} = {shown}")
     assert ": must be " in line
 
@@ -397,8 +401,8 @@ KEY = "c0ffee" * 10 + "cafe"
 
 
 def test_a_key_is_in_the_field_and_in_no_representation() -> None:
-    config = StateConfig(security=SecurityConfig(keys=KEY))
-    assert config.security.keys == KEY
+    config = StateConfig(security=SecurityConfig(secret_keys=KEY))
+    assert config.security.secret_keys == KEY
     for text in (repr(config), str(config), repr(config.security), str(config.security)):
         assert "c0ffee" not in text
         assert "***" in text
@@ -407,14 +411,14 @@ def test_a_key_is_in_the_field_and_in_no_representation() -> None:
 @pytest.mark.parametrize(
     ("section", "values"),
     [
-        (SecurityConfig, {"keys": [KEY]}),
-        (SecurityConfig, {"keys": KEY.encode()}),
+        (SecurityConfig, {"secret_keys": [KEY]}),
+        (SecurityConfig, {"secret_keys": KEY.encode()}),
         (SecurityConfig, {"key": KEY}),
         (SecurityConfig, {"Keys": KEY}),
         (StateConfig, {"security": KEY}),
         (StateConfig, {"security": [KEY]}),
         (StateConfig, {"security": {"kyes": KEY}}),
-        (StateConfig, {"security": {"keys": {"a": KEY}}}),
+        (StateConfig, {"security": {"secret_keys": {"a": KEY}}}),
     ],
 )
 def test_a_key_is_in_no_fault(section: type[Any], values: dict[str, object]) -> None:
@@ -423,18 +427,27 @@ def test_a_key_is_in_no_fault(section: type[Any], values: dict[str, object]) -> 
     assert "= ***: " in line
 
 
+@pytest.mark.parametrize("key", [KEY, KEY.upper(), "c0ffee/+" * 5 + "abc", "c0ffee-_" * 5 + "abc="])
+def test_a_key_in_a_table_that_does_not_exist_is_not_shown(key: str) -> None:
+    for table in ({"kyes": key}, {"kyes": f"{key},{key}"}, [key], key):
+        line = fault(StateConfig, securty=table)
+        assert "c0ffee" not in line.lower()
+        assert "***" in line
+        assert "the closest known is security" in line
+
+
 def test_a_key_is_in_no_fault_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERSISTENCE_SECURITY__KYES", KEY)
+    monkeypatch.setenv("PERSISTENCE_SECURITY__SECRET_KYES", KEY)
     [line] = load_fault()
     assert "c0ffee" not in line
-    assert "the closest known is security.keys" in line
+    assert "the closest known is security.secret_keys" in line
 
 
 def test_encryption_needs_keys_and_keys_have_one_source() -> None:
     assert "needs keys" in fault(SecurityConfig, encrypt=True)
-    assert "give one" in fault(SecurityConfig, keys=KEY, key_file="keys")
+    assert "give one" in fault(SecurityConfig, secret_keys=KEY, key_file="keys")
     assert SecurityConfig(encrypt=True, key_file=Path("keys")).key_file == "keys"
-    assert SecurityConfig(keys="", key_file="") == SecurityConfig()
+    assert SecurityConfig(secret_keys="", key_file="") == SecurityConfig()
 
 
 def test_an_empty_url_means_none() -> None:
@@ -678,3 +691,9 @@ def test_the_types_allow_what_the_fields_accept_and_say_what_they_hold() -> None
     max_bytes: int = session.max_bytes
     path: str = disk.path
     assert (max_bytes, path, disk.segment_bytes) == (2**26, "state", 2**20)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_is_copied_and_made_a_dict_of(section: type[Any]) -> None:
+    assert dict(section()) == section().model_dump()
+    assert section().model_copy(update={}) == section()

@@ -27,7 +27,7 @@ SECRET = "nobody may read this"
 
 
 def sealed(*keys: str) -> dict[str, Any]:
-    return {"encrypt": True, "keys": ",".join(keys)}
+    return {"encrypt": True, "secret_keys": ",".join(keys)}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ async def test_what_an_encrypted_directory_holds_is_what_was_put_there(
     ("given", "what"),
     [
         ({}, "security.encrypt is off"),
-        ({"keys": KEYS[0]}, "security.encrypt is off"),
+        ({"secret_keys": KEYS[0]}, "security.encrypt is off"),
         (sealed(KEYS[1]), "not among the keys given"),
         (sealed(KEYS[1], KEYS[2]), "not among the keys given"),
     ],

@@ -67,3 +67,6 @@ def test_the_scripts_of_the_shared_tier_are_in_the_wheel(tmp_path: Path) -> None
     scripts = (ROOT / "persistence" / "remote" / "scripts").glob("*.lua")
     assert {f"persistence/remote/scripts/{script.name}" for script in scripts} <= set(names)
     assert sum(name.endswith(".lua") for name in names) >= 2
+    statements = {path.name for path in (ROOT / "persistence" / "remote" / "sql").glob("*.sql")}
+    assert {f"persistence/remote/sql/{name}" for name in statements} <= set(names)
+    assert statements == {"commit.sql", "schema.sql"}

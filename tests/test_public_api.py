@@ -46,6 +46,7 @@ METHODS = {
     "replace_session": (("session_id", ...), ("data", ...), ("ttl_seconds", None)),
     "set_ttl": (("session_id", ...), ("ttl_seconds", ...)),
     "edit": (("session_id", ...),),
+    "watch": (("session_id", None), "*", ("after", None)),
     "terminate_session": (("session_id", ...),),
     "get_active_sessions": ("*", ("namespace", False)),
     "iter_sessions": (("prefix", ""), "*", ("namespace", False)),
@@ -78,7 +79,7 @@ METHODS = {
     "edit_typed": (("session_id", ...),),
 }
 
-NOT_COROUTINES = {"edit", "iter_sessions", "request", "typed", "edit_typed"}
+NOT_COROUTINES = {"edit", "iter_sessions", "watch", "request", "typed", "edit_typed"}
 
 
 def shape(function: object) -> tuple[object, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -617,3 +618,21 @@ async def test_the_background_stores_what_is_due(
     clock.advance(60)
     await eventually(lambda: sid not in requests_of(state).entries)
     assert (await state.session_metrics(sid)).requests == 1
+
+
+async def test_what_is_counted_and_what_is_left_go_with_a_session_that_gets_another_id(
+    start: Start,
+) -> None:
+    state = await start()
+    old = await state.create_session(max_requests=10)
+    for _ in range(3):
+        async with state.request(old, "GET /"):
+            pass
+    new = await state.rotate_session_id(old)
+    assert (await state.session_metrics(new)).requests == 3
+    passed = 0
+    for _ in range(20):
+        with contextlib.suppress(RequestLimitReached):
+            async with state.request(new, "GET /"):
+                passed += 1
+    assert passed == 7

@@ -28,10 +28,10 @@ def directories(state: StateManager) -> set[str]:
 
 async def test_a_session_has_one_private_directory(state: StateManager) -> None:
     sid = await state.create_session()
-    path = Path(await state.scratch_dir(sid))
+    path = await state.scratch_dir(sid)
     assert is_directory(path)
     assert mode(path) == 0o700
-    assert await state.scratch_dir(sid) == str(path)
+    assert await state.scratch_dir(sid) == path
     assert directories(state) == {path.name}
 
 
@@ -45,7 +45,7 @@ async def test_sessions_have_directories_of_their_own(state: StateManager) -> No
 @pytest.mark.parametrize("session_id", ["../../etc", "a/b", "x\0y", ".", "é" * 100, "-rf"])
 async def test_no_part_of_an_id_is_in_the_path(state: StateManager, session_id: str) -> None:
     await state.create_session(session_id=session_id)
-    path = Path(await state.scratch_dir(session_id))
+    path = await state.scratch_dir(session_id)
     assert path.parent == directory_of(state) / "scratch"
     assert len(path.name) == 32
     assert set(path.name) <= set("0123456789abcdef")
@@ -54,23 +54,23 @@ async def test_no_part_of_an_id_is_in_the_path(state: StateManager, session_id: 
 async def test_it_survives_spill_and_restart(start: Start) -> None:
     state = await start()
     sid = await state.create_session()
-    path = Path(await state.scratch_dir(sid))
+    path = await state.scratch_dir(sid)
     (path / "page.html").write_text("hello")
     await state.spill_session(sid)
-    assert await state.scratch_dir(sid) == str(path)
+    assert await state.scratch_dir(sid) == path
     await state.close()
     state = await start()
-    assert await state.scratch_dir(sid) == str(path)
+    assert await state.scratch_dir(sid) == path
     assert (path / "page.html").read_text() == "hello"
 
 
 async def test_it_survives_a_kill(start: Start, crash: Crash) -> None:
     state = await start()
     sid = await state.create_session()
-    path = Path(await state.scratch_dir(sid))
+    path = await state.scratch_dir(sid)
     (path / "page.html").write_text("hello")
     state = await start(path=crash(state))
-    again = Path(await state.scratch_dir(sid))
+    again = await state.scratch_dir(sid)
     assert again.name == path.name
     assert (again / "page.html").read_text() == "hello"
 
@@ -79,7 +79,7 @@ async def test_it_is_removed_with_the_session(state: StateManager, clock: Manual
     sid = await state.create_session()
     short = await state.create_session(ttl_seconds=10)
     for each in (sid, short):
-        path = Path(await state.scratch_dir(each))
+        path = await state.scratch_dir(each)
         (path / "deep").mkdir()
         (path / "deep" / "file").write_bytes(bytes(1000))
     await state.terminate_session(sid)
@@ -106,8 +106,8 @@ async def test_the_end_of_a_session_in_an_earlier_life_is_caught_up_with(
 async def test_what_a_kill_left_behind_is_removed_at_opening(start: Start, crash: Crash) -> None:
     state = await start()
     kept, ended = await state.create_session(), await state.create_session()
-    path = Path(await state.scratch_dir(kept))
-    lost = Path(await state.scratch_dir(ended))
+    path = await state.scratch_dir(kept)
+    lost = await state.scratch_dir(ended)
     image = crash(state)
     (image / "scratch" / ("0" * 32)).mkdir()  # nobody's
     (image / "scratch" / "mine").mkdir()  # not one of ours: left alone
@@ -123,11 +123,11 @@ async def test_what_a_kill_left_behind_is_removed_at_opening(start: Start, crash
 
 async def test_another_session_of_the_same_id_gets_an_empty_one(state: StateManager) -> None:
     await state.create_session(session_id="s")
-    first = Path(await state.scratch_dir("s"))
+    first = await state.scratch_dir("s")
     (first / "secret").write_text("of the first")
     await state.terminate_session("s")
     await state.create_session(session_id="s")
-    second = Path(await state.scratch_dir("s"))
+    second = await state.scratch_dir("s")
     assert second != first
     assert names_in(second) == set()
     await eventually(lambda: directories(state) == {second.name})
@@ -135,9 +135,9 @@ async def test_another_session_of_the_same_id_gets_an_empty_one(state: StateMana
 
 async def test_one_that_somebody_removed_is_made_again(state: StateManager) -> None:
     sid = await state.create_session()
-    path = Path(await state.scratch_dir(sid))
+    path = await state.scratch_dir(sid)
     shutil.rmtree(path)
-    assert await state.scratch_dir(sid) == str(path)
+    assert await state.scratch_dir(sid) == path
     assert is_directory(path)
 
 
@@ -175,10 +175,10 @@ async def test_the_journal_does_not_grow_for_ever(
 
 async def test_a_restored_checkpoint_begins_with_empty_ones(state: StateManager) -> None:
     sid = await state.create_session()
-    path = Path(await state.scratch_dir(sid))
+    path = await state.scratch_dir(sid)
     await state.create_checkpoint()
     await state.restore_checkpoint()
-    assert await state.scratch_dir(sid) != str(path)
+    assert await state.scratch_dir(sid) != path
     await eventually(lambda: len(directories(state)) == 1)
 
 
@@ -210,4 +210,30 @@ async def test_an_opening_that_is_cancelled_there_leaves_nothing_open(
         with pytest.raises(asyncio.CancelledError):
             await opening
     state = await start(path=tmp_path / "state")  # nobody holds the lock
-    assert await state.scratch_dir(await state.create_session())
+    assert is_directory(await state.scratch_dir(await state.create_session()))
+
+
+async def test_the_directory_goes_with_a_session_that_gets_another_id(start: Start) -> None:
+    state = await start()
+    old = await state.create_session()
+    path = await state.scratch_dir(old)
+    (path / "draft").write_text("half")
+    new = await state.rotate_session_id(old)
+    assert await state.scratch_dir(new) == path
+    assert (path / "draft").read_text() == "half"
+    await state.close()
+    state = await start()
+    assert await state.scratch_dir(new) == path
+    await state.terminate_session(new)
+    await eventually(lambda: not directories(state))
+
+
+async def test_the_directory_stays_where_the_id_stays(start: Start, files: ScriptedFiles) -> None:
+    state = await start()
+    old = await state.create_session(data={"a": 1})
+    path = await state.scratch_dir(old)
+    await state._scratch.follow(old, "new", b"n" * 16)  # type: ignore[union-attr]
+    crashed = await start(path=files.image(state.config.disk.path, path.parents[2] / "crashed"))
+    assert (await crashed.scratch_dir(old)).name == path.name
+    state._scratch.turn_back(old, "new", (await state._living_incarnation(old)) or b"")  # type: ignore[union-attr]
+    assert await state.scratch_dir(old) == path

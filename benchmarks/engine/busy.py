@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks import lag, payloads
 from benchmarks.contender import Metric, Metrics, Stopwatch, check
-from benchmarks.engine.opened import MIB, Engine, in_tasks
+from benchmarks.engine.opened import MIB, Engine
+from benchmarks.tasks import in_tasks
 
 METRICS = (
     *lag.METRICS,

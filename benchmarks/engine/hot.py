@@ -24,13 +24,15 @@ class HotRead(Engine):
     read: str
     session_count: int
     read_count: int
+    request_tasks: int = 32
 
     async def open(self, directory: Path) -> None:
         memory_bytes = max(100 * MIB, self.session_count * 2000)
         await self.open_state(directory, memory_bytes=memory_bytes)
         await fill(self.state, self.session_count)
         self._ids = [payloads.session_id(index) for index in range(self.session_count)]
-        random.Random(1).shuffle(self._ids)
+        self._random = random.Random(1)
+        self._random.shuffle(self._ids)
         check(not await wrong_sessions(self.state, range(100)), "sessions are not as created")
 
     async def measure(self) -> Metrics:
@@ -41,6 +43,15 @@ class HotRead(Engine):
             for _ in range(rounds):
                 await loop()
         return watch.rate(rounds * len(self._ids))
+
+    async def request(self) -> None:
+        session = await self.state.get_session(
+            self._ids[self._random.randrange(self.session_count)]
+        )
+        if self.read == "field":
+            session["prefs"]
+        elif self.read == "whole":
+            dict(session.data)
 
     async def _get(self) -> None:
         get_session = self.state.get_session

@@ -4,21 +4,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from benchmarks import payloads
-from benchmarks.contender import PROCESS_CRASH, SYNCED, Contender
+from benchmarks.contender import ASYNCIO, PROCESS_CRASH, SYNCED, Contender
+from benchmarks.tasks import TASK_COUNT, in_tasks
 
 MIB = 2**20
-TASK_COUNT = 1000
-"""Concurrent tasks wherever a workload is not about their number."""
-
 DURABILITY = {"always": SYNCED, "never": PROCESS_CRASH}
 
 
@@ -30,11 +27,13 @@ class Engine(Contender):
 
     name = "persistence"
     durability = SYNCED
+    called = ASYNCIO
+    ours = True
     state: Any = None
 
-    async def open_state(self, directory: Path, **options: Any) -> None:
+    async def open_state(self, directory: Path, *, clock: Any = None, **options: Any) -> None:
         """Open `state`; `options` as for `configuration`."""
-        self.state = await _manager(directory, **options).__aenter__()
+        self.state = await _manager(directory, clock=clock, **options).__aenter__()
 
     async def close(self) -> None:
         if self.state is not None:
@@ -48,13 +47,14 @@ def configuration(
     fsync: str = "always",
     url: str | None = None,
     write: str = "through",
+    memory: Mapping[str, Any] | None = None,
     **disk: Any,
 ) -> Any:
     """Build the engine's configuration: its defaults, but for what a workload sets."""
     engine = _engine()
     return engine.StateConfig(
         redis=engine.RedisConfig(url=url, write=write),
-        memory=engine.MemoryConfig(max_bytes=memory_bytes),
+        memory=engine.MemoryConfig(max_bytes=memory_bytes, **(memory or {})),
         disk=engine.DiskConfig(path=str(directory / "engine"), fsync=fsync, **disk),
     )
 
@@ -71,21 +71,8 @@ def _engine() -> Any:
     return importlib.import_module("persistence")
 
 
-def _manager(directory: Path, **options: Any) -> Any:
-    return _engine().StateManager(None, configuration(directory, **options))
-
-
-async def in_tasks(
-    items: Iterable[Any], act: Callable[[Any], Awaitable[object]], task_count: int = TASK_COUNT
-) -> None:
-    """Do `act` for every item, by `task_count` tasks that each take the next one when free."""
-    remaining = iter(items)
-    await asyncio.gather(*(_take(remaining, act) for _ in range(task_count)))
-
-
-async def _take(remaining: Iterator[Any], act: Callable[[Any], Awaitable[object]]) -> None:
-    for item in remaining:
-        await act(item)
+def _manager(directory: Path, *, clock: Any = None, **options: Any) -> Any:
+    return _engine().StateManager(None, configuration(directory, **options), clock=clock)
 
 
 async def fill(state: Any, session_count: int, task_count: int = TASK_COUNT) -> None:

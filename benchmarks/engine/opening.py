@@ -19,8 +19,9 @@ from typing import Any
 
 from benchmarks import payloads
 from benchmarks.contender import Metrics, Stopwatch, WrongResultError, check
-from benchmarks.engine.opened import Engine, every, fill, in_tasks, opened, wrong_sessions
+from benchmarks.engine.opened import Engine, every, fill, opened, wrong_sessions
 from benchmarks.resident import rss_bytes
+from benchmarks.tasks import in_tasks
 
 INDEX_SNAPSHOT = "INDEX*"
 HINTS = "*.hint"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks import lag, payloads
 from benchmarks.contender import Metric, Metrics, Stopwatch, check
-from benchmarks.engine.opened import MIB, TASK_COUNT, Engine, fill, in_tasks
+from benchmarks.engine.opened import MIB, Engine, every, fill, wrong_sessions
 from benchmarks.redis_server import RedisServer
+from benchmarks.tasks import TASK_COUNT, in_tasks
 
 THROUGH = "persistence, redis.write=through"
 CHECKPOINTING = "persistence, making checkpoints"
@@ -76,6 +77,44 @@ class FullCheckpoint(Engine):
     async def close(self) -> None:
         await super().close()
         self._server.close()
+
+
+@dataclass
+class DeltaCheckpoint(FullCheckpoint):
+    """`create_checkpoint()` after one session in a hundred was updated: only those are shipped."""
+
+    async def open(self, directory: Path) -> None:
+        await super().open(directory)
+        await self.state.create_checkpoint("base")
+        self._round = 0
+
+    async def measure(self) -> Metrics:
+        self._round += 1
+        changed = range(self._round % 100, self.session_count, 100)
+        await in_tasks(map(payloads.session_id, changed), self._update)
+        with Stopwatch() as watch:
+            info = await self.state.create_checkpoint("benchmark")
+        check(info.kind == "incremental", f"a {info.kind} checkpoint was made")
+        return watch.rate(len(changed))
+
+    async def _update(self, session_id: str) -> None:
+        await self.state.update_session(session_id, payloads.count_visit)
+
+
+@dataclass
+class RestoreCheckpoint(FullCheckpoint):
+    """`restore_checkpoint()` of all sessions into a worker that is running."""
+
+    async def open(self, directory: Path) -> None:
+        await super().open(directory)
+        await self.state.create_checkpoint("benchmark")
+
+    async def measure(self) -> Metrics:
+        with Stopwatch() as watch:
+            restored = await self.state.restore_checkpoint()
+        check(restored.sessions == self.session_count, f"{restored.sessions} were restored")
+        check(not await wrong_sessions(self.state, every(self.session_count, 100)), "wrong values")
+        return watch.rate(restored.sessions)
 
 
 @dataclass

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from benchmarks import payloads
 from benchmarks.contender import Metrics, Stopwatch, check
-from benchmarks.engine.opened import MIB, TASK_COUNT, Engine, fill, in_tasks
+from benchmarks.engine.opened import DURABILITY, MIB, Engine, fill
 from benchmarks.peers.bare import latency_metrics
+from benchmarks.tasks import TASK_COUNT, in_tasks
 
 
 @dataclass
@@ -22,9 +23,14 @@ class ConcurrentUpdate(Engine):
     session_count: int
     update_count: int
     task_count: int = TASK_COUNT
+    fsync: str = "always"
+
+    def __post_init__(self) -> None:
+        self.durability = DURABILITY[self.fsync]
+        self.request_tasks = self.task_count
 
     async def open(self, directory: Path) -> None:
-        await self.open_state(directory)
+        await self.open_state(directory, fsync=self.fsync)
         await fill(self.state, self.session_count)
         self._random = random.Random(2)
         self._visit_count = await self._count_visits()
@@ -41,6 +47,9 @@ class ConcurrentUpdate(Engine):
     async def _update(self, session_id: str) -> None:
         await self.state.update_session(session_id, payloads.count_visit)
 
+    async def request(self) -> None:
+        await self._update(payloads.session_id(self._random.randrange(self.session_count)))
+
     async def _count_visits(self) -> int:
         get_session = self.state.get_session
         ids = map(payloads.session_id, range(self.session_count))
@@ -53,6 +62,7 @@ class LoneUpdate(Engine):
 
     update_count: int
     session_count: int = 1000
+    request_tasks: int = 1
 
     async def open(self, directory: Path) -> None:
         await self.open_state(directory, memory_bytes=100 * MIB)
@@ -61,6 +71,9 @@ class LoneUpdate(Engine):
 
     async def measure(self) -> Metrics:
         return latency_metrics([await self._update() for _ in range(self.update_count)])
+
+    async def request(self) -> None:
+        await self._update()
 
     async def _update(self) -> float:
         self._next = (self._next + 1) % self.session_count

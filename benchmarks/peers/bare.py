@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.access import Accesses
-from benchmarks.contender import SYNCED, Contender, Metrics, Stopwatch, median
-from benchmarks.pagecache import warm
+from benchmarks.contender import SYNCED, Contender, Metric, Metrics, Stopwatch, median
+from benchmarks.pagecache import drop, warm
+
+LATENCY = (Metric("median", " µs"), Metric("p99", " µs"))
 
 LONE_APPEND = "bare write + fdatasync"
 
@@ -26,7 +28,9 @@ class LoneAppend(Contender):
 
     update_count: int
     name: str = LONE_APPEND
+    is_limit: bool = True
     durability: str = SYNCED
+    request_tasks: int = 1
 
     async def open(self, directory: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -36,6 +40,9 @@ class LoneAppend(Contender):
         frame = os.urandom(FRAME_BYTES)
         seconds = [self._append(frame) for _ in range(self.update_count)]
         return latency_metrics(seconds)
+
+    async def request(self) -> None:
+        self._append(bytes(FRAME_BYTES))
 
     def _append(self, frame: bytes) -> float:
         start = time.perf_counter()
@@ -53,6 +60,7 @@ class BatchAppend(Contender):
 
     update_count: int
     name: str = "bare write + fdatasync, 1,000 per sync"
+    is_limit: bool = True
     durability: str = SYNCED
 
     async def open(self, directory: Path) -> None:
@@ -77,7 +85,9 @@ class Pread(Contender):
     """`os.pread` of one frame at a random place of a warm file; nothing is decoded."""
 
     accesses: Accesses
+    dropped: bool = False
     name: str = "bare pread"
+    is_limit: bool = True
 
     async def open(self, directory: Path) -> None:
         self._file = os.open(directory / "log", os.O_RDWR | os.O_CREAT, 0o600)
@@ -87,7 +97,7 @@ class Pread(Contender):
         self._directory = directory
 
     async def measure(self) -> Metrics:
-        warm(self._directory)
+        (drop if self.dropped else warm)(self._directory)
         pread, file = os.pread, self._file
         indexes = self.accesses.indexes()
         with Stopwatch() as watch:

@@ -17,6 +17,7 @@ class IdleLoop(Contender):
 
     sample_count: int
     name: str = "idle loop"
+    is_limit: bool = True
 
     async def open(self, directory: Path) -> None:
         return

@@ -5,28 +5,37 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import payloads
 from benchmarks.access import Accesses
-from benchmarks.contender import SYNCED, Contender, Metrics, Stopwatch, check, chunks
+from benchmarks.contender import (
+    INLINE,
+    PROCESS_CRASH,
+    SYNCED,
+    Contender,
+    Metrics,
+    Stopwatch,
+    check,
+    chunks,
+)
 from benchmarks.optional import load
-from benchmarks.pagecache import warm
+from benchmarks.pagecache import drop, warm
+from benchmarks.peers.store import PER_TRANSACTION, Step, SyncStore
 
 READ_MODIFY_WRITE = "LMDB read-modify-write"
+PUT_ONLY = "LMDB put only"
 COMPRESSED_READ = "LMDB + LZ4 + msgpack"
-
-PER_TRANSACTION = 256
-"""Updates per transaction, hence per sync: one request at a time would be 100 times slower."""
 
 _MAP_BYTES = 8 * 2**30  # address space, not memory: large enough for every size of workload
 
 
-def open_environment(directory: Path) -> Any:
+def open_environment(directory: Path, *, synced: bool = True) -> Any:
     """Open LMDB with its defaults (sync on), the map large enough never to fill up."""
-    return load("lmdb").open(str(directory), map_size=_MAP_BYTES)
+    return load("lmdb").open(str(directory), map_size=_MAP_BYTES, sync=synced)
 
 
 @dataclass
@@ -40,9 +49,10 @@ class Update(Contender):
     update_count: int
     put_only: bool = False
     durability: str = SYNCED
+    request_tasks: int = 1
 
     def __post_init__(self) -> None:
-        self.name = "LMDB put only" if self.put_only else READ_MODIFY_WRITE
+        self.name = PUT_ONLY if self.put_only else READ_MODIFY_WRITE
 
     async def open(self, directory: Path) -> None:
         msgpack = load("msgpack")
@@ -64,6 +74,12 @@ class Update(Contender):
                 with self._environment.begin(write=True) as transaction:
                     apply(transaction, chunk)
         return watch.rate(len(keys))
+
+    async def request(self) -> None:
+        indexes = self._random.choices(range(self.session_count), k=PER_TRANSACTION)
+        with self._environment.begin(write=True) as transaction:
+            apply = self._put if self.put_only else self._read_modify_write
+            apply(transaction, [payloads.session_id(index) for index in indexes])
 
     def _put(self, transaction: Any, keys: list[str]) -> None:
         put, value = transaction.put, self._value
@@ -92,7 +108,9 @@ class CompressedRead(Contender):
 
     accesses: Accesses
     one_snapshot: bool = False
+    dropped: bool = False
     durability: str = SYNCED
+    request_tasks: int = 32
 
     def __post_init__(self) -> None:
         self.name = COMPRESSED_READ + (", one snapshot" if self.one_snapshot else "")
@@ -108,9 +126,15 @@ class CompressedRead(Contender):
                 transaction.put(payloads.session_id(index).encode(), value)
         self._directory = directory
         self._seed = 0
+        self._random = random.Random(2)
 
     async def measure(self) -> Metrics:
-        warm(self._directory)
+        if self.dropped:
+            self._environment.close()  # mapped pages would stay in the cache
+            drop(self._directory)
+            self._environment = open_environment(self._directory)
+        else:
+            warm(self._directory)
         self._seed += 1
         indexes = self.accesses.indexes(self._seed)
         keys = [payloads.session_id(index) for index in indexes]
@@ -122,6 +146,9 @@ class CompressedRead(Contender):
         last = self._read(indexes[-1])
         check(last == payloads.session(indexes[-1]), "a session came back changed")
         return watch.rate(len(keys))
+
+    async def request(self) -> None:
+        self._read(self._random.randrange(self.accesses.session_count))["prefs"]
 
     def _read_in_one_snapshot(self, keys: list[str]) -> None:
         expand, unpack = self._expand, self._unpack
@@ -141,3 +168,49 @@ class CompressedRead(Contender):
 
     async def close(self) -> None:
         self._environment.close()
+
+
+@dataclass
+class Lmdb(SyncStore):
+    """LMDB as a store: a transaction per read, `synced` or not (then after a while)."""
+
+    synced: bool = True
+    called: str = INLINE
+    name: str = "LMDB"
+
+    def __post_init__(self) -> None:
+        self.durability = SYNCED if self.synced else PROCESS_CRASH
+
+    def connect(self, directory: Path) -> None:
+        """See `SyncStore`."""
+        self._environment = open_environment(directory, synced=self.synced)
+        self._begin = self._environment.begin
+
+    def disconnect(self) -> None:
+        """See `SyncStore`."""
+        self._environment.close()
+
+    def load(self, key: str) -> bytes | None:
+        """See `SyncStore`."""
+        with self._begin() as transaction:
+            packed: bytes | None = transaction.get(key.encode())
+        return packed
+
+    def modify(self, steps: Sequence[Step]) -> None:
+        """See `SyncStore`."""
+        with self._begin(write=True) as transaction:
+            for key, change in steps:
+                name = key.encode()
+                transaction.put(name, self.modified(transaction.get(name), change))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """See `SyncStore`."""
+        with self._begin(write=True) as transaction:
+            for key in keys:
+                transaction.delete(key.encode())
+
+    def keys(self) -> int:
+        """See `SyncStore`."""
+        with self._begin() as transaction:
+            cursor = transaction.cursor()
+            return sum(1 for _ in cursor.iternext(keys=True, values=False))

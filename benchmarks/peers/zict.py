@@ -14,81 +14,25 @@ from benchmarks import payloads
 from benchmarks.access import Accesses
 from benchmarks.contender import Contender, Metrics, Stopwatch, check
 from benchmarks.optional import load
-from benchmarks.pagecache import warm
+from benchmarks.pagecache import drop, warm
+from benchmarks.payloads import Data
+from benchmarks.peers.mapping import MappingRead
+from benchmarks.peers.store import MappingStore
 
 LRU_OF_BYTES = "zict.LRU of packed bytes"
 BUFFER_OVER_FILE = "zict.Buffer over File"
 
 
 @dataclass
-class Lru(Contender):
-    """`lru[key]` for every key, shuffled; then whatever `read` says about the value.
-
-    Attributes:
-        read: "get" stops there, "field" reads one small field, "whole" every field.
-        packed: True when the LRU holds MessagePack that each reader decodes (every reader gets
-            objects of his own, as with the engine); False when it holds the live objects, which
-            all readers then share.
-    """
-
-    read: str
-    packed: bool
-    session_count: int
-    read_count: int
+class Lru(MappingRead):
+    """`zict.LRU`, large enough for all sessions."""
 
     def __post_init__(self) -> None:
         self.name = LRU_OF_BYTES if self.packed else "zict.LRU of live dicts"
 
-    async def open(self, directory: Path) -> None:
-        msgpack = load("msgpack")
-        self._unpack = msgpack.unpackb
-        self._lru = load("zict").LRU(self.session_count, {})
-        for index in range(self.session_count):
-            data = payloads.session(index)
-            self._lru[payloads.session_id(index)] = msgpack.packb(data) if self.packed else data
-        self._keys = list(self._lru)
-        random.Random(1).shuffle(self._keys)
-
-    async def measure(self) -> Metrics:
-        rounds = max(1, self.read_count // self.session_count)
-        loop = {
-            ("get", False): _get,
-            ("get", True): _get,
-            ("field", False): _get_field,
-            ("field", True): self._unpack_field,
-            ("whole", False): _get_whole,
-            ("whole", True): self._unpack_whole,
-        }[self.read, self.packed]
-        loop(self._lru, self._keys)  # as for the engine: back into the CPU's caches
-        with Stopwatch() as watch:
-            for _ in range(rounds):
-                loop(self._lru, self._keys)
-        return watch.rate(rounds * len(self._keys))
-
-    def _unpack_field(self, lru: MutableMapping[str, bytes], keys: list[str]) -> None:
-        unpack = self._unpack
-        for key in keys:
-            unpack(lru[key])["prefs"]
-
-    def _unpack_whole(self, lru: MutableMapping[str, bytes], keys: list[str]) -> None:
-        unpack = self._unpack
-        for key in keys:
-            unpack(lru[key])
-
-
-def _get(lru: MutableMapping[str, Any], keys: list[str]) -> None:
-    for key in keys:
-        lru[key]
-
-
-def _get_field(lru: MutableMapping[str, Any], keys: list[str]) -> None:
-    for key in keys:
-        lru[key]["prefs"]
-
-
-def _get_whole(lru: MutableMapping[str, Any], keys: list[str]) -> None:
-    for key in keys:
-        dict(lru[key])
+    def make(self) -> MutableMapping[str, Any]:
+        lru: MutableMapping[str, Any] = load("zict").LRU(self.session_count, {})
+        return lru
 
 
 @dataclass
@@ -99,11 +43,14 @@ class BufferOverFile(Contender):
         resident_count: how many sessions fit in `fast`.
         with_room: True empties `fast` before each repetition, so that a restore pushes nobody
             out. False is the steady state of a full memory: each restore also writes a file.
+        dropped: the page cache is dropped before each repetition, not warmed.
     """
 
     accesses: Accesses
     resident_count: int
     with_room: bool = False
+    dropped: bool = False
+    request_tasks: int = 32
 
     def __post_init__(self) -> None:
         self.name = BUFFER_OVER_FILE + (", memory empty" if self.with_room else "")
@@ -116,10 +63,20 @@ class BufferOverFile(Contender):
             self._buffer[payloads.session_id(index)] = payloads.session(index)
         self._directory = directory
         self._seed = 0
+        self._random = random.Random(2)
+
+    async def request(self) -> None:
+        key = payloads.session_id(self._random.randrange(self.accesses.session_count))
+        data = self._buffer[key]
+        if self._random.random() < self.accesses.update_share:
+            data["prefs"]["visits"] += 1
+            self._buffer[key] = data
+        else:
+            data["prefs"]
 
     async def measure(self) -> Metrics:
         keys = self._next_keys()
-        warm(self._directory)
+        (drop if self.dropped else warm)(self._directory)
         buffer = self._buffer
         with Stopwatch() as watch:
             for key, update in keys:
@@ -161,3 +118,17 @@ class BufferSpill(Contender):
             self._buffer.evict_until_below_target(0)
         check(not self._buffer.fast, "sessions are still in memory")
         return watch.rate(self.session_count)
+
+
+@dataclass
+class Buffer(MappingStore):
+    """`Buffer` over `File` as a store; `resident_count` live dicts, the rest in files."""
+
+    resident_count: int
+    name: str = BUFFER_OVER_FILE
+
+    def connect(self, directory: Path) -> None:
+        """See `SyncStore`."""
+        zict = load("zict")
+        slow = zict.Func(self._pack, self._unpack, zict.File(directory))
+        self.mapping: MutableMapping[str, Data] = zict.Buffer({}, slow, n=self.resident_count)

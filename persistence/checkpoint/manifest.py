@@ -94,8 +94,8 @@ def _opened(sealed: bytes | memoryview, about: bytes, sealer: Sealer | None, wha
         where = "security.encrypt is off" if sealer is None else "that is not among the keys given"
         raise Locked(
             f"it is encrypted with key {key_id.hex()}, and {where}: turn security.encrypt on, and "
-            "name the keys with security.key_file or security.keys ('--key-file FILE' on the "
-            "command line)"
+            "give its keys with security.key_file or security.secret_keys ('--key-file FILE' for "
+            "commands)"
         )
     plain = sealer.open(sealed, about)
     if plain is None:

@@ -2,8 +2,9 @@
 
 In Redis they have a redis-py client of their own, from the same URL as the shared tier: writes of
 checkpoints may be repeated without harm, which commits may not, and a chunk of some megabytes
-must not hold up a commit. That client is loaded where it is needed: it takes a tenth of a second,
-and leaves 15,000 objects to every full garbage collection.
+must not hold up a commit. In PostgreSQL they have connections of their own. A client is loaded
+where it is needed: it takes a tenth of a second, and leaves 15,000 objects to every full garbage
+collection.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from persistence.config import CheckpointConfig, RedisConfig
 from persistence.disk.files import Files
 from persistence.disk.threads import Threads
 from persistence.errors import ConfigError
+from persistence.remote.opening import check_asyncpg
+from persistence.remote.postgres_urls import is_postgres, parse_postgres_url
 from persistence.remote.urls import Target, parse_url
 
+SERVERS: Final = ("redis", "postgresql")
+"""What ``checkpoint.store`` can name beside a directory."""
 _REPEATS: Final = 3
 _TIMEOUTS_PER_CHUNK: Final = 5  # a chunk of some megabytes takes longer than a commit
 
@@ -54,24 +59,52 @@ def open_store(
         files: system calls on files.
 
     Raises:
-        ConfigError: it names Redis, and there is none.
+        ConfigError: it names a server that ``redis.url`` does not lead to.
     """
     where = checkpoint.store
-    if where == "redis" and redis.url is None:
-        raise ConfigError("checkpoint.store is 'redis', but redis.url is not set")
-    if where == "redis" or (where == "auto" and redis.url is not None):
-        assert redis.url is not None, "just looked at"
-        from persistence.checkpoint.redis_store import RedisStore  # noqa: PLC0415 - see above
+    url = redis.url
+    if where in SERVERS:
+        _check_server(where, url)
+    if url is None or where not in ("auto", *SERVERS):
+        directory = beside(disk_path) if where == "auto" else where
+        return OpenStore(DirectoryStore(directory, threads, files), where != "auto", _nothing)
+    return _in_postgres(url, redis) if is_postgres(url) else _in_redis(url, redis)
 
-        client, others = clients_of(parse_url(redis.url), redis.timeout_seconds)
 
-        async def close() -> None:
-            for each in (client, *others):
-                await each.aclose()
+def _check_server(where: str, url: str | None) -> None:
+    """Check that ``redis.url`` leads to the server that ``checkpoint.store`` names.
 
-        return OpenStore(RedisStore(client, redis.namespace), True, close)
-    directory = beside(disk_path) if where == "auto" else where
-    return OpenStore(DirectoryStore(directory, threads, files), where != "auto", _nothing)
+    Raises:
+        ConfigError: it does not.
+    """
+    if url is None:
+        raise ConfigError(f"checkpoint.store is {where!r}, but redis.url is not set")
+    if is_postgres(url) != (where == "postgresql"):
+        raise ConfigError(
+            f"checkpoint.store is {where!r}, but redis.url leads to another kind of server; "
+            "'auto' means the one that it leads to"
+        )
+
+
+def _in_redis(url: str, redis: RedisConfig) -> OpenStore:
+    from persistence.checkpoint.redis_store import RedisStore  # noqa: PLC0415 - see above
+
+    client, others = clients_of(parse_url(url), redis.timeout_seconds)
+
+    async def close() -> None:
+        for each in (client, *others):
+            await each.aclose()
+
+    return OpenStore(RedisStore(client, redis.namespace), True, close)
+
+
+def _in_postgres(url: str, redis: RedisConfig) -> OpenStore:
+    check_asyncpg()
+    from persistence.checkpoint.postgres_store import PostgresStore  # noqa: PLC0415 - see above
+
+    timeout_seconds = _TIMEOUTS_PER_CHUNK * redis.timeout_seconds
+    store = PostgresStore(parse_postgres_url(url), redis.namespace, timeout_seconds)
+    return OpenStore(store, True, store.close)
 
 
 async def _nothing() -> None:

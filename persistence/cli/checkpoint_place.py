@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from persistence import SecurityConfig, StateConfig
-from persistence.checkpoint.opening import open_store
+from persistence.checkpoint.opening import SERVERS, open_store
 from persistence.checkpoint.stores import CheckpointStore
 from persistence.cli.failure import CommandError
 from persistence.cli.key_source import of_environment, security_for, source_of
@@ -20,12 +20,13 @@ StoreOption = Annotated[
     str | None,
     typer.Option(
         metavar="URL_OR_DIR",
-        help="Where the checkpoints are: the URL of a Redis, or a directory. Others can see a "
-        "password that stands here; in --config or PERSISTENCE_REDIS__URL they cannot.",
+        help="Where the checkpoints are: the URL of a Redis or PostgreSQL, or a directory. Others "
+        "can see a password that stands here; in --config or PERSISTENCE_REDIS__URL they cannot.",
     ),
 ]
 NamespaceOption = Annotated[
-    str | None, typer.Option(help="In Redis, with --store: the workers' redis.namespace.")
+    str | None,
+    typer.Option(help="In Redis or PostgreSQL, with --store: the workers' redis.namespace."),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -47,8 +48,8 @@ def config_of(
     Without `store` and `config` it is that of the environment.
 
     Args:
-        store: a URL of Redis, or a directory.
-        namespace: of the keys in Redis.
+        store: a URL of Redis or PostgreSQL, or a directory.
+        namespace: of what is there.
         config: a file.
         directory: of the worker, where the command has one; its neighbour is the default.
         key_file: what opens encrypted ones; None: as `config` or the environment says.
@@ -61,12 +62,12 @@ def config_of(
         raise CommandError("--store and --config both say where the checkpoints are: give one")
     is_url = store is not None and "://" in store
     if namespace is not None and not is_url:
-        raise CommandError("--namespace needs --store with the URL of a Redis")
+        raise CommandError("--namespace needs --store with a URL")
     if store is None:
         return _with_keys(_of_worker(config, directory), directory, key_file)
     if is_url:
         redis = {"url": store} if namespace is None else {"url": store, "namespace": namespace}
-        sections: dict[str, Any] = {"redis": redis, "checkpoint": {"store": "redis"}}
+        sections: dict[str, Any] = {"redis": redis, "checkpoint": {"store": "auto"}}
     else:
         # A bare name is a directory, also where the configuration would read a word of its own.
         sections = {"checkpoint": {"store": str(Path(store).absolute())}}
@@ -116,9 +117,9 @@ def _at(config: StateConfig, directory: Path | None) -> StateConfig:
 
 
 def without_sharing(config: StateConfig) -> StateConfig:
-    """Return `config` with Redis for checkpoints only, or not at all where they are elsewhere."""
+    """Return `config` with its server for checkpoints only, or none where they are elsewhere."""
     update: dict[str, Any] = {"write": "checkpoint"}
-    if config.checkpoint.store not in ("auto", "redis"):
+    if config.checkpoint.store not in ("auto", *SERVERS):
         update["url"] = None
     return config.model_copy(update={"redis": config.redis.model_copy(update=update)})
 

@@ -19,7 +19,7 @@ KeyFileOption = Annotated[
     typer.Option(
         metavar="FILE",
         help="Of an encrypted directory: the workers' security.key_file. Without it "
-        "PERSISTENCE_SECURITY__KEY_FILE or PERSISTENCE_SECURITY__KEYS may say the keys.",
+        "PERSISTENCE_SECURITY__KEY_FILE or PERSISTENCE_SECURITY__SECRET_KEYS may say the keys.",
     ),
 ]
 _PREFIX: Final = f"{ENV_PREFIX}SECURITY"
@@ -45,7 +45,9 @@ def source_of(key_file: Path | None) -> dict[str, Any]:
     """
     if key_file is None:
         found = of_environment()
-        return {"key_file": found.key_file} if found.key_file else {"keys": found.keys}
+        if found.key_file:
+            return {"key_file": found.key_file}
+        return {"secret_keys": found.secret_keys}
     if not key_file.is_file():
         raise CommandError(
             f"{key_file} is no file with keys; 'persistence keys create FILE' makes one"
@@ -72,6 +74,6 @@ def security_for(directory: Path, key_file: Path | None) -> SecurityConfig:
     if not any(source.values()):
         raise CommandError(
             f"{directory} is encrypted (key {', '.join(each.hex() for each in keys)}): give the "
-            "keys, with --key-file FILE, or with PERSISTENCE_SECURITY__KEYS in the environment"
+            "keys: --key-file FILE, or PERSISTENCE_SECURITY__SECRET_KEYS in the environment"
         )
     return SecurityConfig(encrypt=True, **source)

@@ -29,7 +29,7 @@ from persistence.cli.replay_verify import Expected, Wrong, compare_patiently
 from persistence.clock import SystemClock
 from persistence.config import RedisConfig
 from persistence.errors import RemoteUnavailable
-from persistence.remote.redis import RedisTier
+from persistence.remote.opening import tier_of
 
 _AGAIN_SECONDS: Final = 0.25
 _WRITES: Final = ("through", "behind")
@@ -119,7 +119,7 @@ async def check_redis(config: RedisConfig) -> None:
         RemoteUnavailable: it cannot be reached, or refuses to work now.
         CommandError: the namespace holds sessions of something else.
     """
-    tier = RedisTier(config, SystemClock())
+    tier = tier_of(config, SystemClock())
     try:
         await tier.open()
         if await tier.load(CURSOR_ID) is not None:
@@ -180,7 +180,7 @@ async def _verified(
 
 async def _ids_in(config: RedisConfig) -> set[str]:
     """Return the ids of all sessions in a namespace."""
-    tier = RedisTier(config, SystemClock())
+    tier = tier_of(config, SystemClock())
     try:
         await tier.open()
         return {sid async for page in tier.scan() for sid in page}

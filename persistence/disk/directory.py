@@ -137,8 +137,8 @@ def check_keys(directory: str, manifest: Manifest, sealer: Sealer | None) -> Non
             names = ", ".join(each.hex() for each in manifest.keys_in_use)
             raise DirectoryNotUsable(
                 f"{directory} is encrypted (key {names}) and security.encrypt is off; nothing was "
-                "changed; turn it on, and name the keys with security.key_file or security.keys "
-                "('--key-file FILE' on the command line)"
+                "changed; turn it on, and give the keys with security.key_file or "
+                "security.secret_keys ('--key-file FILE' for commands)"
             )
         return
     if not manifest.keys:
@@ -150,8 +150,8 @@ def check_keys(directory: str, manifest: Manifest, sealer: Sealer | None) -> Non
     if missing:
         raise DirectoryNotUsable(
             f"{directory} is encrypted with key {', '.join(missing)}, which is not among the keys "
-            "given; nothing was changed; add it to security.key_file or security.keys, in front "
-            "of the newest"
+            "given; nothing was changed; add it to security.key_file or security.secret_keys, in "
+            "front of the newest"
         )
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, main_thread
 from typing import Any, Final, ParamSpec, TypeVar
 
 from persistence.errors import ManagerClosed
@@ -66,9 +66,24 @@ class Threads:
     def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` in one of the other threads."""
         self._check_open()
-        return asyncio.get_running_loop().run_in_executor(
-            self._readers, partial(call, *args, **kwargs)
-        )
+        loop = asyncio.get_running_loop()
+        try:
+            return loop.run_in_executor(self._readers, partial(call, *args, **kwargs))
+        except RuntimeError:
+            if not self._readers_are_gone():
+                raise
+            # The interpreter is exiting, and has ended all executors before it closes us. Then
+            # nothing else is left to do either.
+            done: asyncio.Future[T] = loop.create_future()
+            try:
+                _resolve(done, call(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001 - handed to whoever awaits the call
+                _fail(done, error)
+            return done
+
+    @staticmethod
+    def _readers_are_gone() -> bool:
+        return not main_thread().is_alive()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -74,6 +74,12 @@ class OrderedTier(MemoryTier):
             self._hit(session_id)
         return session
 
+    def note(self, session_id: str, accessed: float) -> None:
+        """See `MemoryTier.note`."""
+        super().note(session_id, accessed)
+        if session_id in self:
+            self._hit(session_id)
+
     def renew(self, session_id: str) -> tuple[bytes, float, float] | None:
         """See `MemoryTier.renew`."""
         found = super().renew(session_id)

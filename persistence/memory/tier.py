@@ -140,6 +140,47 @@ class MemoryTier:
         self.hits += 1
         return Session.view(session_id, shard.records[session_id], now, life, cap, self._time)
 
+    def look(self, session_id: str, margin_seconds: float) -> Session | None:
+        """Return the view that `access` would, and change nothing: from any thread.
+
+        The tables may change between two looks at them; each by itself is as it is at one moment,
+        and a record is immutable. The caller sees to it that `note` is called.
+
+        Args:
+            session_id: which one.
+            margin_seconds: None also where the deadline is as near as that.
+        """
+        shard = self._shards[hash(session_id) & self._mask]
+        record = shard.records.get(session_id)
+        last = shard.accessed.get(session_id)
+        if record is None or last is None:
+            return None
+        now = self._monotonic() + self._base
+        life = self.default_life
+        if shard.lives or shard.caps:
+            life = shard.lives.get(session_id, life)
+            cap = shard.caps.get(session_id, NEVER)
+            if min(deadline_of(last, life), cap) <= now + margin_seconds:
+                return None
+            return Session.view(session_id, record, now, life, cap, self._time)
+        if last + life <= now + margin_seconds:
+            return None
+        session = Session()  # as in `access`
+        session.id = session_id
+        session._record = record
+        session._accessed = now
+        session._life = life
+        session._time = self._time
+        return session
+
+    def note(self, session_id: str, accessed: float) -> None:
+        """Note an access at `accessed`, if the session is still here."""
+        shard = self._shards[hash(session_id) & self._mask]
+        last = shard.accessed.get(session_id)
+        if last is not None and last < accessed:
+            del shard.accessed[session_id]  # to the end, as in `access`
+            shard.accessed[session_id] = accessed
+
     def peek(self, session_id: str) -> bytes | None:
         """Return the record of a resident session, expired or not, without accessing it."""
         return self._shards[hash(session_id) & self._mask].records.get(session_id)

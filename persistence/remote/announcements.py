@@ -4,8 +4,7 @@ One connection listens on two channels: the namespace's announcements, and this 
 heartbeat. Every ``redis.heartbeat_seconds`` a beat is published *through every primary* and must
 come back over the subscription within ``redis.timeout_seconds``. A PING on the subscribing
 connection would not do: on Cluster, announcements travel from node to node, and it is that way
-that may be broken. When a beat does not come back, or the connection breaks, the listener hears
-`disconnected`; then we connect again, for ever, with growing pauses, and it hears `connected`.
+that may be broken. What follows when a beat does not come back is in `subscription`.
 
 Plain channels on Cluster too: a sharded channel must live in the slot of the script's keys, so
 there would have to be one for each of 16,384 slots.
@@ -15,27 +14,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any
 
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
 from persistence.errors import PersistenceError
 from persistence.remote.contract import Listener
-from persistence.remote.faults import Fault, Lost, Refused
+from persistence.remote.exchanges import Fault, Lost
+from persistence.remote.faults import Refused
 from persistence.remote.keys import Keys
 from persistence.remote.layout import announcing_worker, decode_announcements, pack_command
+from persistence.remote.subscription import Subscription
 from persistence.remote.topology import Topology
 
 _log = logging.getLogger("persistence.remote")
 
-_FIRST_PAUSE_SECONDS: Final = 0.05
-_LONGEST_PAUSE_SECONDS: Final = 5.0
 
-
-class Subscription:
+class RedisSubscription(Subscription):
     """Keeps one listener informed until it is closed.
 
     Args:
@@ -59,48 +56,14 @@ class Subscription:
         heartbeat_seconds: float,
         timeout_seconds: float,
     ) -> None:
-        self.is_connected = False
-        self.connects = 0
         self._topology = topology
         self._commits = keys.commits
         self._beat_channel = keys.beat(worker)
         self._worker = worker
-        self._listener = listener
-        self._epoch = epoch
-        self._heartbeat_seconds = heartbeat_seconds
         self._timeout_seconds = timeout_seconds
-        self._closing = False
         self._beats: set[bytes] = set()
         self._returned = asyncio.Event()
-        self._task = asyncio.create_task(self._run(), name="persistence-subscription")
-
-    async def close(self) -> None:
-        """Stop listening."""
-        self._closing = True
-        self.is_connected = False
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _run(self) -> None:
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
-            connects = self.connects
-            try:
-                await self._listen()
-            except (Fault, PersistenceError) as error:
-                _log.warning("the subscription to other workers' commits broke: %s", error)
-            except Exception:  # noqa: BLE001 - whatever it is, the listener must not go deaf
-                _log.exception("the subscription to other workers' commits failed")
-            if self._closing:  # a task group whose task fails meanwhile forgets a cancellation
-                return
-            if self.is_connected:
-                self.is_connected = False
-                self._listener.disconnected()
-            if self.connects > connects:
-                pause = _FIRST_PAUSE_SECONDS
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            await self._rediscover()
+        super().__init__(listener, epoch, heartbeat_seconds)
 
     async def _rediscover(self) -> None:
         try:
@@ -156,21 +119,8 @@ class Subscription:
             except ValueError as error:
                 _log.warning("a message on channel %a is none of ours: %s", channel, error)
 
-    async def _beat(self) -> None:
-        """Prove again and again that what is published anywhere arrives here."""
-        number = 0
-        while True:
-            number += 1
-            await self._prove(number)
-            if not self.is_connected:
-                # Only now: what was committed before the subscription was complete may be missed.
-                epoch = await self._epoch()
-                self.is_connected = True
-                self.connects += 1
-                self._listener.connected(epoch=epoch)
-            await asyncio.sleep(self._heartbeat_seconds)
-
     async def _prove(self, number: int) -> None:
+        """Prove that what is published anywhere arrives here."""
         links = self._topology.primaries()
         beats = {b"%d:%d" % (number, place): link for place, link in enumerate(links)}
         self._beats = set(beats)

@@ -19,7 +19,8 @@ from typing import Final
 from persistence.config import RedisConfig
 from persistence.errors import PersistenceError, RemoteDamaged, printable
 from persistence.remote.contract import APPLIED, CommitResult, Outcome, Put, Request
-from persistence.remote.faults import Lost, code_in, explain, explain_key, explain_text, unknown
+from persistence.remote.exchanges import Lost
+from persistence.remote.faults import code_in, explain, explain_key, explain_text, unknown
 from persistence.remote.keys import Keys
 from persistence.remote.layout import (
     APPLIED_CODE,

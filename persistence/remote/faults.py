@@ -19,18 +19,7 @@ from persistence.errors import (
     RemoteUnavailable,
     WriteOutcomeUnknown,
 )
-
-
-class Fault(Exception):
-    """An exchange with a server did not end; the message says why and where."""
-
-
-class Unsent(Fault):
-    """No byte of it was sent: it was certainly not executed."""
-
-
-class Lost(Fault):
-    """It was sent, at least in part, and the reply did not come: executed or not."""
+from persistence.remote.exchanges import Fault, Lost, Unsent
 
 
 class Refused(Fault):

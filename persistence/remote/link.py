@@ -21,7 +21,8 @@ from typing import Any, Final, Protocol
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
-from persistence.remote.faults import Fault, Lost, Refused, Unsent
+from persistence.remote.exchanges import Fault, Lost, Unsent
+from persistence.remote.faults import Refused
 from persistence.remote.layout import pack_command
 
 _BYTES_PER_SLICE: Final = 32 * 1024

@@ -20,18 +20,12 @@ from persistence.errors import (
     printable,
 )
 from persistence.record import ID_BYTES
-from persistence.remote.announcements import Subscription
+from persistence.remote.announcements import RedisSubscription
 from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server
 from persistence.remote.committer import REQUESTS_PER_CALL, Committer
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
-from persistence.remote.faults import (
-    Fault,
-    Refused,
-    as_config_error,
-    code_of,
-    explain,
-    explain_key,
-)
+from persistence.remote.exchanges import Fault
+from persistence.remote.faults import Refused, as_config_error, code_of, explain, explain_key
 from persistence.remote.keys import Keys
 from persistence.remote.layout import decode_session, decode_state, lacks_key
 from persistence.remote.link import Command
@@ -85,7 +79,7 @@ class RedisTier:
         self._committer = Committer(
             self._router, self._keys, self.worker, config=config, where=self.where, sealer=sealer
         )
-        self._subscription: Subscription | None = None
+        self._subscription: RedisSubscription | None = None
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -275,7 +269,7 @@ class RedisTier:
         """Tell `listener` of other workers' commits, until `close`."""
         if self._subscription is not None:
             await self._subscription.close()
-        self._subscription = Subscription(
+        self._subscription = RedisSubscription(
             self._topology,
             self._keys,
             self.worker,

@@ -21,7 +21,8 @@ from redis import exceptions as redis_errors
 
 from persistence.clock import Clock
 from persistence.errors import PersistenceError
-from persistence.remote.faults import Fault, Lost, Unsent, code_of
+from persistence.remote.exchanges import Fault, Lost, Unsent
+from persistence.remote.faults import code_of
 from persistence.remote.keys import slot_of
 from persistence.remote.layout import pack_command
 from persistence.remote.link import Call, Command, Link

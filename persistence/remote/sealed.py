@@ -80,7 +80,7 @@ class FieldCodec:
             return f"{what} is not what was sealed for this session"
         return (
             f"{what} is not encrypted, or with another key ({key_id.hex()}) than those in "
-            "security.key_file or security.keys"
+            "security.key_file or security.secret_keys"
         )
 
     def missing_key(self, fields: Mapping[bytes, bytes], head_from: int) -> bool:

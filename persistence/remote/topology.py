@@ -10,7 +10,8 @@ from redis.asyncio.connection import AbstractConnection
 
 from persistence.errors import ConfigError, RemoteUnavailable
 from persistence.remote.connect import maker, sentinel_maker
-from persistence.remote.faults import Fault, Refused, Unsent
+from persistence.remote.exchanges import Fault, Unsent
+from persistence.remote.faults import Refused
 from persistence.remote.keys import CLUSTER_SLOTS, slot_of
 from persistence.remote.link import Link
 from persistence.remote.urls import Target

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from persistence.clock import Clock, EngineTime
 from persistence.commit import CommitQueue
+from persistence.remote.contract import Announcement
 from persistence.residency import Residency
+
+
+class Watchers(Protocol):
+    """Who is told of what other workers do. Called on the event loop; must not block or raise."""
+
+    @property
+    def topics(self) -> Collection[str]:
+        """The sessions whose copies here have to follow without being asked for."""
+
+    def announced(self, announcements: Sequence[Announcement]) -> None:
+        """Other workers committed."""
+
+    def reconnected(self) -> None:
+        """Announcements arrive from now on; what was before may have been missed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +36,7 @@ class Local:
         clock: time.
         time: the engine's time base.
         all_ids: yields the ids of all its live sessions.
+        watchers: who is told of what other workers do.
     """
 
     residency: Residency
@@ -27,3 +44,4 @@ class Local:
     clock: Clock
     time: EngineTime
     all_ids: Callable[[], AsyncIterator[str]]
+    watchers: Watchers

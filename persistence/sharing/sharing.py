@@ -71,7 +71,8 @@ class Sharing:
         self._accepts_outages = config.on_outage == "local"
         self._connected = asyncio.Event()
         self._has_subscribed = False
-        self._ended: dict[str, None] = {}
+        self._to_follow: dict[str, None] = {}
+        self._watchers = local.watchers
         self._ending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
         self._closing = False
@@ -215,17 +216,25 @@ class Sharing:
 
     def announced(self, announcements: Sequence[Announcement]) -> None:
         """Other workers committed."""
+        self._watchers.announced(announcements)
+        watched = self._watchers.topics
         for item in announcements:
             session_id = item.session_id
-            if not self._residency.has_copy(session_id) and session_id not in self._fills:
+            is_watched = session_id in watched
+            if (
+                not is_watched
+                and not self._residency.has_copy(session_id)
+                and session_id not in self._fills
+            ):
                 continue
             if self._residency.commit_of(session_id) == item.commit:
                 self.copies.validate(session_id)
                 continue
             self.copies.announced(session_id, item.commit)
-            if item.ended:
-                # It is absent everywhere from now on, also in lists, so do not wait for a reader.
-                self._ended[session_id] = None
+            if item.ended or is_watched:
+                # What has ended is absent everywhere from now on, also in lists. And whoever
+                # watches is to hear of it. So do not wait for a reader.
+                self._to_follow[session_id] = None
         self._start_following()
 
     def connected(self, *, epoch: bytes) -> None:
@@ -238,6 +247,9 @@ class Sharing:
                 _log.warning("the shared tier lost its content: it is filled again from here")
             self._delivery.refill(epoch)
         self._up()
+        self._watchers.reconnected()
+        self._to_follow.update(dict.fromkeys(self._watchers.topics))
+        self._start_following()
 
     def disconnected(self) -> None:
         """Announcements may be missing: from now on every read asks.
@@ -306,21 +318,21 @@ class Sharing:
             return
 
     def _start_following(self) -> None:
-        if self._ended and self._ending is None and not self._closing:
+        if self._to_follow and self._ending is None and not self._closing:
             self._ending = asyncio.create_task(self._follow_ends(), name="persistence-ends")
             self._ending.add_done_callback(self._followed)
 
     async def _follow_ends(self) -> None:
-        """Look at sessions that ended elsewhere; a few at a time, so that readers get a turn."""
-        while self._ended:
-            some = list(islice(self._ended, _ENDS_AT_ONCE))
+        """Look at sessions that ended elsewhere, or are watched; a few at a time, for readers."""
+        while self._to_follow:
+            some = list(islice(self._to_follow, _ENDS_AT_ONCE))
             for session_id in some:
-                del self._ended[session_id]
+                del self._to_follow[session_id]
             looked = (self._fills.refresh(session_id) for session_id in some)
             errors = await asyncio.gather(*looked, return_exceptions=True)
             for session_id, error in zip(some, errors, strict=True):
                 if isinstance(error, RemoteUnavailable):
-                    self._ended[session_id] = None
+                    self._to_follow[session_id] = None
                 elif isinstance(error, PersistenceError):
                     _log.warning("after an announcement: %s", error)
             if any(isinstance(error, RemoteUnavailable) for error in errors):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bars import Bar, Kind
-from benchmarks.catalogue import Workload
 from benchmarks.contender import RATE, Contender, Metrics, WrongResultError
 from benchmarks.optional import UnavailableError, load
 from benchmarks.runner import Result, run
 from benchmarks.scratch import Scratch
 from benchmarks.sizes import TINY, Sizes
+from benchmarks.workload import Workload
 
 
 @dataclass

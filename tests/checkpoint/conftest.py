@@ -11,9 +11,12 @@ import pytest
 from redis.asyncio import Redis
 
 from persistence.checkpoint.directory_store import DirectoryStore
+from persistence.checkpoint.postgres_store import PostgresStore
 from persistence.checkpoint.redis_store import RedisStore
 from persistence.checkpoint.stores import CheckpointStore
 from persistence.disk.threads import Threads
+from persistence.remote.postgres_urls import parse_postgres_url
+from tests.postgres_servers import PostgresServer, new_namespace
 from tests.redis_servers import HOST, RedisServer
 
 _namespaces = count(1)
@@ -44,9 +47,19 @@ def directory_store(tmp_path: Path, threads: Threads) -> DirectoryStore:
     return DirectoryStore(str(tmp_path / "checkpoints"), threads)
 
 
-@pytest.fixture(params=["directory", "redis"])
+@pytest.fixture
+async def postgres_store(postgres: PostgresServer) -> AsyncIterator[PostgresStore]:
+    store = PostgresStore(parse_postgres_url(postgres.url), new_namespace(), 10.0)
+    yield store
+    await store.close()
+
+
+@pytest.fixture(params=["directory", "redis", "postgres"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, threads: Threads) -> CheckpointStore:
     """Each of the stores in turn."""
     if request.param == "directory":
         return DirectoryStore(str(tmp_path / "checkpoints"), threads)
+    if request.param == "postgres":
+        found: PostgresStore = request.getfixturevalue("postgres_store")
+        return found
     return RedisStore(request.getfixturevalue("redis"), request.getfixturevalue("namespace"))

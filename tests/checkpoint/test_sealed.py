@@ -97,7 +97,7 @@ KEYS = {"old": "0b" * 32, "new": "5e" * 32}
 
 
 def security(*names: str) -> dict[str, Any]:
-    return {"encrypt": True, "keys": ",".join(KEYS[name] for name in names)}
+    return {"encrypt": True, "secret_keys": ",".join(KEYS[name] for name in names)}
 
 
 async def test_a_checkpoint_of_an_encrypted_directory_restores_with_its_keys_only(

@@ -15,9 +15,11 @@ from redis.crc import key_slot
 from persistence import errors
 from persistence.checkpoint.directory_store import DirectoryStore, beside
 from persistence.checkpoint.manifest import make_id
+from persistence.checkpoint.postgres_store import PostgresStore
 from persistence.checkpoint.redis_store import RedisStore
 from persistence.checkpoint.stores import CheckpointStore, ChunkKey, ChunkMissing
 from persistence.disk.threads import Threads
+from persistence.remote.postgres_urls import PostgresTarget
 from tests.disk.memoryfiles import MemoryFiles
 
 IDS = [make_id(n, "20260101T000000Z", "0123abcd", bytes([n] * 4)) for n in range(1, 4)]
@@ -75,11 +77,13 @@ async def test_removed_chunks_are_no_longer_listed(store: CheckpointStore) -> No
 async def test_a_store_has_the_same_name_next_time(
     store: CheckpointStore, redis: Any, namespace: str, threads: Threads, tmp_path: Path
 ) -> None:
-    again: CheckpointStore = (
-        RedisStore(redis, namespace)
-        if isinstance(store, RedisStore)
-        else DirectoryStore(str(tmp_path / "checkpoints"), threads)
-    )
+    again: CheckpointStore
+    if isinstance(store, RedisStore):
+        again = RedisStore(redis, namespace)
+    elif isinstance(store, PostgresStore):
+        again = PostgresStore(PostgresTarget((("elsewhere", 1),), "shop"), store.namespace, 1.0)
+    else:
+        again = DirectoryStore(str(tmp_path / "checkpoints"), threads)
     assert again.name == store.name
 
 

@@ -70,7 +70,7 @@ def test_an_encrypted_directory_is_exported_with_its_keys_only(
     assert run("export", "dir") == 1
     said = capsys.readouterr().err
     assert "--key-file" in said
-    assert "PERSISTENCE_SECURITY__KEYS" in said
+    assert "PERSISTENCE_SECURITY__SECRET_KEYS" in said
     assert run("export", "dir", "--key-file", "nowhere") == 1
     assert run("export", "dir", "--key-file", "keys", "--output", "out") == 0
     assert json.loads(Path("out").read_text())["data"] == {"text": "nobody may read this"}
@@ -79,9 +79,9 @@ def test_an_encrypted_directory_is_exported_with_its_keys_only(
     assert Path("again").read_text() == Path("out").read_text()
     monkeypatch.delenv("PERSISTENCE_SECURITY__KEY_FILE")
     key = Path("keys").read_text().splitlines()[1].split()[0]
-    monkeypatch.setenv("PERSISTENCE_SECURITY__KEYS", key)
+    monkeypatch.setenv("PERSISTENCE_SECURITY__SECRET_KEYS", key)
     assert run("export", "dir", "--output", "again") == 0
-    monkeypatch.setenv("PERSISTENCE_SECURITY__KEYS", "f" * 64)
+    monkeypatch.setenv("PERSISTENCE_SECURITY__SECRET_KEYS", "f" * 64)
     capsys.readouterr()
     assert run("export", "dir") == 1
     assert "not among the keys given" in capsys.readouterr().err

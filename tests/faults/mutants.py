@@ -345,7 +345,7 @@ MUTANTS: Final = (
         "two may edit one session",
         "persistence/locks.py",
         "        if holder is None:\n",
-        "        if holder is None or holder.task is not task:\n",
+        "        if holder is None or holder.owner is not owner:\n",
         ("tests/test_locks.py",),
     ),
     Mutant(

@@ -469,3 +469,64 @@ def test_an_id_is_charged_with_its_bytes(clock: ManualClock, session_id: str, si
         tier.check()
         tier.remove(session_id)
         assert tier.used_bytes == 0
+
+
+# --- from other threads
+
+
+@pytest.mark.parametrize("life", [TTL, -(1_700_000_000.0 + TTL)])
+@pytest.mark.parametrize("cap", [NEVER, 1_700_000_000.0 + TTL / 2])
+def test_a_look_shows_what_an_access_shows_and_changes_nothing(
+    clock: ManualClock, life: float, cap: float
+) -> None:
+    tier = tier_with(clock)
+    now = clock.wall()
+    tier.put("a", record(1), now, life, cap)
+    tier.put("b", record(2), now, NEVER)
+    clock.advance(1)
+    looked = tier.look("a", 10)
+    assert tier.times("a")[0] == now
+    accessed = tier.access("a")
+    assert looked is not None
+    assert accessed is not None
+    for name in ("data", "last_accessed", "expires_at", "lifetime_ends_at"):
+        assert getattr(looked, name) == getattr(accessed, name)
+    assert tier.look("c", 10) is None
+    clock.advance(TTL)
+    assert tier.look("a", 10) is None
+    assert tier.look("b", 10) is not None
+
+
+def test_a_look_leaves_out_what_is_near_its_deadline(clock: ManualClock) -> None:
+    tier = tier_with(clock, default_life=TTL)
+    tier.put("a", record(), clock.wall(), TTL)
+    clock.advance(TTL - 11)
+    assert tier.look("a", 10) is not None
+    clock.advance(2)
+    assert tier.look("a", 10) is None
+    assert tier.access("a") is not None
+
+
+@pytest.mark.parametrize("policy", ["lru", "sieve", "s3fifo", "adaptive"])
+def test_a_noted_access_counts_as_one(clock: ManualClock, policy: str) -> None:
+    noted, accessed = tier_with(clock, policy=policy), tier_with(clock, policy=policy)
+    for name in ("a", "b", "c"):
+        for tier in (noted, accessed):
+            tier.put(name, record(), clock.wall(), NEVER)
+        clock.advance(1)
+    noted.note("a", clock.wall())
+    accessed.access("a")
+    noted.note("gone", clock.wall())
+    assert noted.times("a")[0] == clock.wall()
+    noted.check()
+    assert noted.victims(-1, 3) == accessed.victims(-1, 3)
+
+
+def test_a_note_that_is_older_than_the_last_access_changes_nothing(clock: ManualClock) -> None:
+    tier = tier_with(clock)
+    for name in ("a", "b"):
+        tier.put(name, record(), clock.wall(), NEVER)
+        clock.advance(1)
+    tier.note("a", 0.0)
+    assert tier.times("a")[0] == clock.wall() - 2
+    assert tier.victims(-1, 3) == ["a", "b"]

@@ -6,10 +6,9 @@ import pytest
 from redis import exceptions as redis_errors
 
 from persistence.errors import ConfigError, RemoteDamaged, RemoteUnavailable, WriteOutcomeUnknown
+from persistence.remote.exchanges import Lost, Unsent
 from persistence.remote.faults import (
-    Lost,
     Refused,
-    Unsent,
     as_config_error,
     code_in,
     code_of,

@@ -9,7 +9,7 @@ import pytest
 from redis import exceptions as redis_errors
 
 from persistence.clock import ManualClock
-from persistence.remote.faults import Lost, Unsent
+from persistence.remote.exchanges import Lost, Unsent
 from persistence.remote.link import Call, Command
 from persistence.remote.router import Router, Settled
 

@@ -54,7 +54,7 @@ def refused(fields: dict[bytes, bytes], session_id: str = "a") -> str:
 @given(data=DATA)
 def test_a_sealed_session_is_put_together_byte_for_byte(data: dict[str, object]) -> None:
     record = new_record(data)
-    assert read(stored(record)) == RemoteSession(record, 5.0, 7.0, NEVER)
+    assert read(stored(record)) == RemoteSession(record, 5.0, 7.0, NEVER, (rec.commit_of(record),))
 
 
 @given(before=DATA, after=DATA)
@@ -69,7 +69,7 @@ def test_a_difference_is_sealed_and_makes_the_new_record_of_the_old_one(
     [put] = unpack(pack_requests([request], 0, SEALER))
     put.apply(fields)
     fields[STATE] = b"L" + bytes(8) + new[:32]
-    assert read(fields) == RemoteSession(new, 1.0, NEVER, NEVER)
+    assert read(fields) == RemoteSession(new, 1.0, NEVER, NEVER, (rec.commit_of(new),))
     same = {name for name in before if name in after and before[name] == after[name]}
     unchanged = [name for name in same if type(before[name]) is type(after[name])]
     assert all(fields[name.encode()] == kept[name.encode()] for name in unchanged)
@@ -85,7 +85,7 @@ def test_one_changed_field_is_sent_alone() -> None:
     fields = stored(old)
     put.apply(fields)
     fields[STATE] = b"L" + bytes(8) + new[:32]
-    assert read(fields) == RemoteSession(new, 1.0, NEVER, NEVER)
+    assert read(fields) == RemoteSession(new, 1.0, NEVER, NEVER, (rec.commit_of(new),))
 
 
 def test_large_values_are_sealed_as_well() -> None:
@@ -93,7 +93,7 @@ def test_large_values_are_sealed_as_well() -> None:
     packed = pack_requests([Put("a", record, NO_ID, 5.0, 7.0)], 0, SEALER)
     assert len(packed.outside) == 1
     assert SECRET.encode() not in packed.requests + packed.outside[0]
-    assert read(stored(record)) == RemoteSession(record, 5.0, 7.0, NEVER)
+    assert read(stored(record)) == RemoteSession(record, 5.0, 7.0, NEVER, (rec.commit_of(record),))
 
 
 def test_neither_values_nor_metadata_are_in_the_clear() -> None:
@@ -121,7 +121,9 @@ def test_a_value_of_another_field_session_or_incarnation_is_refused() -> None:
     other = stored(record, "b")
     for name in (b"a", HEAD):
         assert "not what was sealed" in refused({**fields, name: other[name]})
-    again = stored(new_record({"a": 1, "b": 1}))  # the same session, created anew
+    # The same session, created anew, and by chance in the same group.
+    incarnation = record[:1] + new_id()[1:]
+    again = stored(new_record({"a": 1, "b": 1}, incarnation=incarnation))
     assert "not what was sealed" in refused({**fields, b"a": again[b"a"]})
     assert "another commit" in refused({**again, STATE: fields[STATE]})
 
@@ -170,7 +172,7 @@ def test_what_an_old_key_has_sealed_is_read_beside_what_the_newest_has() -> None
     put.apply(fields)
     fields[STATE] = b"L" + bytes(8) + new[:32]
     assert fields[b"a"][:4] == SEALER.newest != fields[b"b"][:4]
-    assert read(fields) == RemoteSession(new, 1.0, NEVER, NEVER)
+    assert read(fields) == RemoteSession(new, 1.0, NEVER, NEVER, (rec.commit_of(new),))
 
 
 @given(

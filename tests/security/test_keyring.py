@@ -67,8 +67,8 @@ def test_only_one_spelling_of_a_base64_key_is_the_key() -> None:
 )
 def test_what_is_wrong_is_named_by_its_place_and_never_shown(text: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
-        parse_keys(text, "security.keys")
-    assert str(caught.value).startswith("security.keys")
+        parse_keys(text, "security.secret_keys")
+    assert str(caught.value).startswith("security.secret_keys")
     assert "secret!" not in str(caught.value)
     assert ONE.hex()[:8] not in str(caught.value)
 

@@ -67,7 +67,7 @@ async def test_an_update_of_another_worker_is_never_lost_by_a_rotation(
 
 
 def sealed(*keys: str) -> dict[str, Any]:
-    return {"encrypt": True, "keys": ",".join(keys)}
+    return {"encrypt": True, "secret_keys": ",".join(keys)}
 
 
 @pytest.mark.parametrize(("kind", "base"), [(ExactEnd, b"b" * 16), (Commit, NO_ID)])

@@ -1,0 +1,1 @@
+"""Watching: tells who wants to know which sessions change; see ``docs/watching.md``."""

@@ -1,0 +1,164 @@
+"""The reader's side: a bounded mailbox, and the iterator over it.
+
+A slow reader neither holds anybody up nor takes memory without bound. When `max_pending` changes
+wait to be read, what comes then is merged into the last one: of a single session into one change,
+which says how many versions it skips; of all sessions into a ``gap``, which says how many changes
+are missing there. So what a reader gets is in order, and whatever it does not get is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+from persistence.watching.changes import SessionChange, coalesced, gap
+
+
+class Mailbox:
+    """What is on its way to one reader. Every method runs on the event loop.
+
+    Args:
+        max_pending: changes that wait at most; the end of a session, or a gap, may be one more.
+        of_all: whether it is for the changes of all sessions.
+    """
+
+    __slots__ = ("_arrived", "_ended", "_max_pending", "_of_all", "_pending")
+
+    def __init__(self, max_pending: int, *, of_all: bool) -> None:
+        self._pending: deque[SessionChange] = deque()
+        self._max_pending = max_pending
+        self._of_all = of_all
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    def put(self, change: SessionChange) -> None:
+        """Let the reader have a change; never waits."""
+        pending = self._pending
+        if len(pending) < self._max_pending or (change.is_end and not self._of_all):
+            pending.append(change)  # behind the end of its session nothing comes
+        elif not self._of_all:
+            pending[-1] = coalesced(pending[-1], change)
+        else:
+            self._overflow(change)
+        self._arrived.set()
+
+    def _overflow(self, change: SessionChange) -> None:
+        """Count a change that there is no room for, in the gap at the end."""
+        last = self._pending[-1]
+        if last.kind != "gap":
+            self._pending.append(gap(change.skipped + 1))
+        else:
+            self._pending[-1] = gap(last.skipped + change.skipped + 1)
+
+    def begin_with(self, change: SessionChange | None) -> None:
+        """Let this one, or none, stand for all that has come until now."""
+        self._pending.clear()
+        if change is not None:
+            self.put(change)
+
+    def end(self) -> None:
+        """Nothing more will come; what is there can still be read."""
+        self._ended = True
+        self._arrived.set()
+
+    def has_ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._ended
+
+    async def take(self) -> SessionChange:
+        """Return the next change.
+
+        Raises:
+            StopAsyncIteration: there will be none.
+        """
+        while not self._pending:
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._pending.popleft()
+
+    def take_all(self) -> list[SessionChange]:
+        """Return what is there."""
+        changes = list(self._pending)
+        self._pending.clear()
+        return changes
+
+
+class Watch(AsyncIterator[SessionChange]):
+    """A stream of changes: what `StateManager.watch` returns.
+
+    It listens from the moment it is made, so whoever reads the session after that misses nothing.
+    It ends with the session and with the manager. `aclose`, the end of ``async with``, or letting
+    go of it, end it sooner.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        begin: Callable[[], Awaitable[None]] | None,
+        leave: Callable[[], None],
+    ) -> None:
+        self._mailbox = mailbox
+        self._begin = begin
+        self._leave: Callable[[], None] | None = leave
+        self._loop = asyncio.get_running_loop()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionChange:
+        """Wait for the next change.
+
+        Raises:
+            SessionNotFound: there is no such session (only the first call).
+            CorruptionError: its stored bytes are damaged (only the first call).
+        """
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            try:
+                await begin()
+            except asyncio.CancelledError:
+                self._begin = begin  # whoever asks next begins
+                raise
+            except BaseException:
+                await self.aclose()
+                raise
+        return await self._mailbox.take()
+
+    def waiting(self) -> list[SessionChange]:
+        """Return the changes that wait to be read, and take them; never waits itself."""
+        return self._mailbox.take_all()
+
+    async def aclose(self) -> None:
+        """Listen no more. Idempotent."""
+        self._mailbox.begin_with(None)
+        self._mailbox.end()
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # Whoever breaks out of the loop only lets go of it. That may be in any thread, and in the
+        # middle of anything.
+        leave = getattr(self, "_leave", None)
+        if leave is None or self._mailbox.has_ended() or self._loop.is_closed():
+            return
+        try:
+            self._loop.call_soon_threadsafe(leave)
+        except RuntimeError:  # closed this very moment
+            return
