@@ -322,7 +322,7 @@ class World:
             with (
                 patch("persistence.disk.tier.Threads", lambda: TimedThreads(threads)),
                 patch("persistence.checkpoint.restore.Threads", lambda: TimedThreads(threads)),
-                patch("persistence.tiers._redis_tier", self.new_tier),
+                patch("persistence.tiers.tier_of", self.new_tier),
                 patch("secrets.token_bytes", self._ids.randbytes),
             ):
                 yield
@@ -419,7 +419,7 @@ class World:
                 and side.copies.is_listening
                 and not len(side.outbox)
                 and side._delivery._refill_epoch is None
-                and not side._ended
+                and not side._to_follow
                 for side in sides
             )
             rounds = rounds + 1 if rests else 0
@@ -429,7 +429,7 @@ class World:
                     (
                         side.stats(),
                         side.copies.is_listening,
-                        side._ended,
+                        side._to_follow,
                         side._delivery._refill_epoch,
                     )
                     for side in sides
