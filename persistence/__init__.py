@@ -16,6 +16,8 @@ from persistence.config import SessionConfig as SessionConfig
 from persistence.config import ShutdownConfig as ShutdownConfig
 from persistence.config import StateConfig as StateConfig
 from persistence.manager import StateManager as StateManager
+from persistence.observe.health import SessionHealth as SessionHealth
+from persistence.observe.metrics import RequestMetrics as RequestMetrics
 from persistence.session import ClientInfo as ClientInfo
 from persistence.session import Session as Session
 from persistence.session import SessionDraft as SessionDraft
@@ -30,10 +32,12 @@ __all__ = [
     "ManualClock",
     "MemoryConfig",
     "RedisConfig",
+    "RequestMetrics",
     "SecurityConfig",
     "Session",
     "SessionConfig",
     "SessionDraft",
+    "SessionHealth",
     "SessionMetadata",
     "ShutdownConfig",
     "StateConfig",

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from threading import get_ident
 from types import TracebackType
@@ -45,6 +45,7 @@ from persistence.errors import (
     SessionNotFound,
 )
 from persistence.expiry import life_of
+from persistence.facilities import Facilities
 from persistence.ids import CommitIds, check_session_id, new_session_id
 from persistence.memory.budget import SHRINK_ABOVE, MemoryReader, effective_budget_bytes
 from persistence.record import NEVER, RENEWS
@@ -55,6 +56,7 @@ from persistence.session import (
     USER_ID,
     Changes,
     ClientInfo,
+    Data,
     Session,
     SessionDraft,
     SessionMetadata,
@@ -81,7 +83,7 @@ _LIMIT_CLEANUP_SECONDS: Final = 1.0  # at the limit, look for expired sessions t
 _open_managers: weakref.WeakSet[StateManager] = weakref.WeakSet()
 
 
-class StateManager:
+class StateManager(Facilities):
     """Keeps sessions: hot ones in memory, every update in a crash-safe log, cold ones on disk.
 
     ::
@@ -100,6 +102,9 @@ class StateManager:
         config: the configuration; default: all defaults. No environment is read.
         clock: where time comes from; default: the machine's clocks.
         files: system calls on files; default: the system's. A seam for fault injection.
+        schema: what sessions are to the application: a msgspec Struct, a dataclass or a pydantic
+            model for all fields, or a mapping of field names to types. `create_session` and its kin
+            take such objects then, and `get_typed` and its kin return them.
 
     Raises:
         ConfigError: the URL is wrong.
@@ -113,6 +118,7 @@ class StateManager:
         *,
         clock: Clock | None = None,
         files: Files | None = None,
+        schema: object = None,
     ) -> None:
         _check_arguments(url, config, clock)
         self.config = StateConfig() if config is None else config
@@ -138,6 +144,7 @@ class StateManager:
         self._access: Access | None = None
         self._resident: Callable[[str], Session | None] = self._refuse
         self._restore_now: Callable[[str], Session | None] = self._refuse
+        self._make_facilities(self.config, self._clock, files, schema)
 
     # --- opening and closing ------------------------------------------------------------------
 
@@ -167,8 +174,14 @@ class StateManager:
         if self._is_open or self._closing is not None:
             raise ManagerClosed("a manager is opened once; make another one")
         await self._tiers.open()
-        self._take_tiers()
         self._rotations = self._tiers.rotations
+        try:
+            self._take_tiers()
+            await self._open_facilities(sync=self.config.disk.fsync == "always")
+        except BaseException:
+            await self._tiers.close()
+            raise
+        self._tiers.before_settling = self._requests.store_all
         self._start_background()
         self._keeper.start()
         self._loop = asyncio.get_running_loop()
@@ -176,7 +189,7 @@ class StateManager:
         self._is_open = True
         self._let_in()
         _open_managers.add(self)
-        await self._rotations.settle(self._incarnation_of, self.terminate_session)
+        await self._rotations.settle(self._living_or_none, self.terminate_session)
 
     def _take_tiers(self) -> None:
         """Work with the tiers as they are now."""
@@ -185,6 +198,7 @@ class StateManager:
         self._memory, self._residency = tiers.memory, tiers.residency
         self._commits, self._updates = tiers.commits, tiers.updates
         self._listing, self._sharing = tiers.listing, tiers.sharing
+        self._attach_facilities()
 
     def _let_in(self) -> None:
         """Open the short ways to sessions that are here."""
@@ -199,7 +213,10 @@ class StateManager:
         self._resident = self._restore_now = _not_here
 
     def _start_background(self) -> None:
-        every: list[tuple[str, Callable[[], Awaitable[None]]]] = [("renewals", self._sweep)]
+        every: list[tuple[str, Callable[[], Awaitable[None]]]] = [
+            ("renewals", self._sweep),
+            ("requests", self._requests.store_due),
+        ]
         if self.config.session.cleanup_interval_seconds:
             every.append(("cleanup", self._clean_up))
         if self.config.memory.check_interval_seconds:
@@ -244,11 +261,14 @@ class StateManager:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._grace.spend(self._updates.locks.all_free(), "running edits", _EDITS_SHARE)
+        await self._finish_facilities(self._grace)
         await self._rotations.close()
         try:
             await self._tiers.finish(self._grace)
         finally:
+            await self._close_facilities()
             await self._tiers.close()
+            await self._requests.gone()
 
     def _refuse(self, session_id: object = None) -> Any:
         raise ManagerClosed(self._why_closed)
@@ -291,7 +311,7 @@ class StateManager:
         user_id: str | None = None,
         metadata: SessionMetadata | None = None,
         ttl_seconds: float | None = None,
-        data: Mapping[str, Any] | None = None,
+        data: Data | None = None,
         session_id: str | None = None,
         *,
         max_requests: int | None = None,
@@ -303,7 +323,7 @@ class StateManager:
             user_id: whose it is.
             metadata: about the client.
             ttl_seconds: None: the configured TTL; 0: never expires.
-            data: the first fields.
+            data: the first fields; with a schema, an object of it will do.
             session_id: default: a fresh random one of 128 bits.
             max_requests: its own request limit; None: the configured one.
             auto_renew: whether an access moves the deadline; None: as configured.
@@ -332,7 +352,7 @@ class StateManager:
         user_id: str | None = None,
         metadata: SessionMetadata | None = None,
         ttl_seconds: float | None = None,
-        data: Mapping[str, Any] | None = None,
+        data: Data | None = None,
         *,
         max_requests: int | None = None,
         auto_renew: bool | None = None,
@@ -343,7 +363,7 @@ class StateManager:
             session_id = new_session_id()
         key = check_session_id(session_id)
         meta = _packed_meta(user_id, metadata, max_requests)
-        fields = packed_data({} if data is None else data)
+        fields = packed_data({} if data is None else self._plain_data(data))
         ttl = self.config.session.ttl_seconds if ttl_seconds is None else check_ttl(ttl_seconds)
         check_switch_or_none("auto_renew", auto_renew)
         renews = self.config.session.auto_renew if auto_renew is None else auto_renew
@@ -367,6 +387,7 @@ class StateManager:
             renews=renews,
         )
         await committed(commit)
+        self._census.last_created = session_id
         return commit
 
     async def _check_session_limit(self) -> None:
@@ -517,7 +538,7 @@ class StateManager:
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
         await self._ready()
-        return await self._updates.apply(session_id, field_change(field, value))
+        return await self._updates.apply(session_id, field_change(field, self._plain_value(value)))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
@@ -552,16 +573,20 @@ class StateManager:
         return updates.view(made)
 
     async def replace_session(
-        self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
+        self, session_id: str, data: Data, ttl_seconds: float | None = None
     ) -> Session:
         """Replace all fields, and the TTL unless it is None, at once.
+
+        With a schema, an object of it will do for `data`.
 
         Raises:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
         await self._ready()
-        return await self._updates.apply(session_id, whole_change(data, ttl_seconds))
+        return await self._updates.apply(
+            session_id, whole_change(self._plain_data(data), ttl_seconds)
+        )
 
     async def update_session_metadata(self, session_id: str, **changes: Any) -> Session:
         """Change metadata: `client_ip`, `user_agent`, `source`, `attributes`.
@@ -754,8 +779,9 @@ class StateManager:
         """Move a session to a fresh id, and return that; the old id and its tokens are no more.
 
         To be done whenever a client's rights change, at a login first of all: an id that somebody
-        knew before is worth nothing then. Data, metadata, version and lifetime stay; the TTL starts
-        anew if the session renews. A crash meanwhile leaves one of the two.
+        knew before is worth nothing then. Data, metadata, version, requests, scratch directory and
+        lifetime stay; the TTL starts anew if the session renews; live resources are closed. A crash
+        meanwhile leaves one of the two.
 
         Raises:
             SessionNotFound: missing, expired or terminated.
@@ -763,15 +789,17 @@ class StateManager:
             DiskFull: it has kept its id.
             WriteOutcomeUnknown: one of the two ids lives; see `commit`.
         """
+        check_session_id(session_id)
         while True:
             await self._ready()
+            await self._requests.store(session_id)  # what is counted moves with the session
             tiers = Rotating(self._updates, self._residency, self._commits)
             try:
                 return await self._rotations.rotate(tiers, session_id)
             except Overtaken:
                 continue  # on the version that another worker has made
 
-    async def _incarnation_of(self, session_id: str) -> bytes | None:
+    async def _living_or_none(self, session_id: str) -> bytes | None:
         """Return the incarnation id of a live session; renews nothing."""
         await self._ready()
         await self._bring_here(session_id)
@@ -878,11 +906,15 @@ class StateManager:
         await self._disk.compactor.settle()
 
     async def stats(self) -> Stats:
-        """Return numbers about the engine; cheap enough to be asked every second."""
+        """Return numbers about the engine; cheap enough to be asked every second.
+
+        Looks at about 256 sessions at most for what is said of their ages and sizes; see `census`.
+        """
         await self._ready()
         memory, residency, commits = self._memory, self._residency, self._commits
         disk = self._disk.stats()
         sessions = disk.sessions + len(residency.unlisted)
+        population = await self._census.look()
         return Stats(
             sessions=sessions,
             in_memory=len(memory),
@@ -894,6 +926,7 @@ class StateManager:
             memory_effective_budget_bytes=memory.budget_bytes,
             rss_bytes=self._rss_bytes,
             hits=memory.hits,
+            hit_rate=memory.hits / max(1, memory.hits + residency.restored),
             misses=self._misses,
             restored=residency.restored,
             spilled=residency.spilled,
@@ -907,6 +940,10 @@ class StateManager:
             disk=disk,
             checkpoints=self._keeper.stats(),
             sharing=None if self._sharing is None else self._sharing.stats(),
+            requests=self._requests.stats(),
+            population=population,
+            resources=len(self._resources),
+            scratch_directories=0 if self._scratch is None else len(self._scratch),
         )
 
     # --- checkpoints --------------------------------------------------------------------------
@@ -987,6 +1024,7 @@ class StateManager:
             self._let_in()
             self._gate = None
             gate.set()
+        await self._replaced_all()
 
     # --- background ---------------------------------------------------------------------------
 

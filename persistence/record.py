@@ -582,6 +582,24 @@ def pack_meta(meta: Mapping[str, object]) -> bytes:
     return packed
 
 
+def with_meta(record: bytes, commit: bytes, meta: bytes) -> bytes:
+    """Return `record` with other packed metadata, by another commit; the same version."""
+    version, created, ttl_seconds, word, user = _unpack_tail(record, _TAIL_AT)
+    fields_at = PREFIX_BYTES + (word >> _META_BITS)
+    word = word & (1 << _META_BITS) - 1 | len(meta) << _META_BITS
+    tail = _pack_tail(version, created, ttl_seconds, word, user)
+    return b"".join((record[:ID_BYTES], commit, tail, meta, record[fields_at:]))
+
+
+def has_same_data(record: bytes, other: bytes) -> bool:
+    """Whether two records are one version of one session, but for their metadata and commits."""
+    return (
+        record[:ID_BYTES] == other[:ID_BYTES]
+        and record[_VERSION_AT : FLAGS_AT + 1] == other[_VERSION_AT : FLAGS_AT + 1]
+        and record[meta_end_of(record) :] == other[meta_end_of(other) :]
+    )
+
+
 def assemble(  # noqa: PLR0913 - one parameter for each part of a record
     *,
     incarnation: bytes,

@@ -90,6 +90,8 @@ class Residency:
         self.unlogged: set[str] = set()
         self.unlisted: set[str] = set()
         self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
+        self.on_end: Callable[[str], None] | None = None
+        self.on_leave: Callable[[Sequence[str]], None] | None = None
         self._leaving: dict[str, Commit] = {}
         self.restored = 0
         self.spilled = 0
@@ -139,6 +141,8 @@ class Residency:
             if record is None:
                 if commit.kind == DELETE:
                     memory.remove(commit.session_id)
+                    if self.on_end is not None:
+                        self.on_end(commit.session_id)
                 continue
             if commit.spills:
                 self._spill_logged(commit)
@@ -257,6 +261,35 @@ class Residency:
                 raise SessionNotFound(session_id)
             if session_id not in self._commits.tails:
                 return base
+
+    async def aside_base(self, session_id: str, key: bytes) -> tuple[Base, float]:
+        """Like `base`, but nothing is renewed; returns the last access as well (engine seconds).
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            CorruptionError: its stored bytes are damaged.
+        """
+        while True:
+            tail = self._tails.get(session_id)
+            if tail is not None:
+                if tail.record is None or self._is_over(tail):
+                    raise SessionNotFound(session_id)
+                return (tail.record, tail.life, tail.cap), tail.accessed
+            base = await self.acknowledged_base(session_id, key, access=False)
+            if base is None:
+                raise SessionNotFound(session_id)
+            if session_id in self._tails:
+                continue
+            if session_id in self.memory:
+                return base, self.memory.times(session_id)[0]
+            row = self.disk.index.get(self.disk.fingerprint(key))
+            if row is not None:
+                return base, row.accessed
+
+    async def newest(self, session_id: str, key: bytes) -> bytes | None:
+        """Return the newest record of a session, in flight or acknowledged, as `peek` does."""
+        tail = self._tails.get(session_id)
+        return await self.peek(session_id, key) if tail is None else tail.record
 
     async def acknowledged_base(
         self, session_id: str, key: bytes, *, access: bool = True
@@ -620,6 +653,8 @@ class Residency:
 
     def _evict(self, session_ids: Sequence[str]) -> None:
         """Let sessions leave memory; those that are not in the log yet are on their way then."""
+        if self.on_leave is not None:
+            self.on_leave(session_ids)
         memory = self.memory
         rest = memory.shed(session_ids)
         self.spilled += len(session_ids) - len(rest)

@@ -63,6 +63,10 @@ class Rotations:
         threads: runs the journal's calls.
         directory: whose they are, for messages.
         sync: whether notes are synced before they count (``disk.fsync = "always"``).
+
+    Attributes:
+        follow: called with both ids and the new incarnation before the old one ends.
+        turn_back: called with both ids and the old incarnation when the old one is kept after all.
     """
 
     def __init__(self, journal: Journal, threads: Threads, directory: str, *, sync: bool) -> None:
@@ -72,6 +76,8 @@ class Rotations:
         self._sync = sync
         self._pending: dict[str, _Move] = {}
         self._tasks: set[asyncio.Task[str]] = set()
+        self.follow: Callable[[str, str, bytes], Awaitable[None]] | None = None
+        self.turn_back: Callable[[str, str, bytes], None] | None = None
 
     async def open(self) -> None:
         """Read what an earlier worker has left.
@@ -159,6 +165,8 @@ class Rotations:
             made = updates.copy(newest, new_id, incarnation)
             await committed(made)
             is_made = True
+            if self.follow is not None:
+                await self.follow(session_id, new_id, incarnation)
             now = await residency.base(session_id, key)
             if rec.commit_of(now[0]) != rec.commit_of(newest[0]):
                 raise _overtaken(session_id)
@@ -175,6 +183,8 @@ class Rotations:
     async def _undo(self, residency: Residency, new_id: str, move: _Move, *, is_made: bool) -> None:
         try:
             if is_made:
+                if self.turn_back is not None:
+                    self.turn_back(move.old_id, new_id, move.old_incarnation)
                 await committed(residency.submit_delete(new_id, new_id.encode()))
             await self._over(new_id, move)
         except PersistenceError as error:  # the next opening tries again

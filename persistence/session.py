@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from persistence import record as rec
 from persistence.arguments import check_mapping, check_text_or_none
@@ -14,7 +14,32 @@ from persistence.errors import ConflictError
 
 USER_ID: Final = "user_id"
 MAX_REQUESTS: Final = "max_requests"
+REQUESTS: Final = "requests"
+"""In a record's metadata: a packed list of a limit's high-water mark and the parts of a `Tally`."""
 _NOTHING: Final[frozenset[str]] = frozenset()
+
+
+class DataclassObject(Protocol):
+    """An instance of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class StructObject(Protocol):
+    """An instance of a msgspec Struct."""
+
+    __struct_fields__: ClassVar[tuple[str, ...]]
+
+
+class ModelObject(Protocol):
+    """An instance of a pydantic model."""
+
+    def model_dump(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return its fields."""
+
+
+Data: TypeAlias = Mapping[str, Any] | DataclassObject | StructObject | ModelObject
+"""The fields of a session, as a mapping; with a schema also as an object of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class Tiers:
         time: the engine's time base.
         disk, memory, residency, commits, listing, updates: see these modules.
         sharing: None: there is no shared tier for sessions.
+        before_settling: brings into the commit queue what is beside it; None: nothing is.
         keeper: makes checkpoints.
         keys: for tokens and encryption.
         rotations: of sessions' ids.
@@ -77,6 +78,7 @@ class Tiers:
     keys: Keys
     rotations: Rotations
     sharing: Sharing | None = None
+    before_settling: Callable[[], Awaitable[None]] | None = None
 
     _seals: Seals | None = None
 
@@ -155,6 +157,8 @@ class Tiers:
 
     async def settle(self) -> None:
         """Bring into the log what is only in memory, and sync it."""
+        if self.before_settling is not None:
+            await self.before_settling()
         await self.residency.log_unlogged()
         await self.residency.record_renewals()
         await self.commits.flush()

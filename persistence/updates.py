@@ -32,7 +32,7 @@ from persistence.locks import SessionLocks
 from persistence.memory.tier import MemoryTier, deadline_of
 from persistence.record import FIXED_BYTES, ID_BYTES, NO_ID, RENEWS
 from persistence.residency import Base, Residency
-from persistence.session import Changes, Session, SessionDraft
+from persistence.session import REQUESTS, Changes, Session, SessionDraft
 from persistence.sharing.sharing import Sharing
 
 _IDS_BYTES: Final = 2 * ID_BYTES
@@ -251,6 +251,42 @@ class Updates:
         self._residency.note_access(session_id, key, fingerprint, record, now, life, deadline)
         return Session.view(session_id, record, now, life, cap, self._time)
 
+    async def annotate(self, session_id: str, change: Callable[[bytes], bytes | None]) -> bool:
+        """Commit other metadata of a session, beside its editors: no access, and no version.
+
+        Editors are not waited for: what they commit is built on this (see `Edit`).
+
+        Args:
+            session_id: which one.
+            change: gets the newest record, in flight or not; returns the new packed metadata, or
+                None: nothing changes. Called right before the submission.
+
+        Returns:
+            Whether something was committed.
+
+        Raises:
+            SessionNotFound: missing, expired or terminated.
+            Overtaken: another worker's commit came first; nothing was written.
+            DiskFull, WriteOutcomeUnknown: see `commit`.
+        """
+        key = check_session_id(session_id)
+        if self._commits.is_full:
+            await self._commits.admission()
+        await self.prepare(session_id)
+        (before, life, cap), accessed = await self._residency.aside_base(session_id, key)
+        meta = change(before)
+        if meta is None:
+            return False
+        record = rec.with_meta(before, self._new_id(), meta)
+        commit = self._residency.put_commit(
+            session_id, key, record, accessed, life, cap, rec.commit_of(before)
+        )
+        commit.before = before
+        commit.changed = {}
+        self._commits.submit(commit)
+        await committed(commit)
+        return True
+
     # --- versions -----------------------------------------------------------------------------
 
     def _changed(self, session_id: str, key: bytes, base: Base, change: Change) -> Commit | None:
@@ -274,7 +310,7 @@ class Updates:
         else:
             record = rec.successor(before, self._new_id(), fields)
         if len(record) > self._max_record_bytes:
-            self._refuse_size(session_id, len(record))
+            self._refuse_size(session_id, record)
         commit = Commit(
             PUT,
             session_id,
@@ -400,13 +436,17 @@ class Updates:
         creates: bool = False,
     ) -> Commit:
         if len(record) > self._max_record_bytes:
-            self._refuse_size(session_id, len(record))
+            self._refuse_size(session_id, record)
         commit = self._residency.put_commit(session_id, key, record, now, life, cap, base)
         commit.creates = creates
         self._commits.submit(commit)
         return commit
 
-    def _refuse_size(self, session_id: str, record_bytes: int) -> NoReturn:
+    def _refuse_size(self, session_id: str, record: bytes) -> None:
+        """Refuse a record that is too large, unless it is only for what the engine added."""
+        record_bytes = len(record) - _counted_bytes(record)
+        if record_bytes <= self._max_record_bytes:
+            return
         raise ValueTooLarge(
             f"session {printable(session_id)} would have {record_bytes - FIXED_BYTES} bytes and "
             f"session.max_bytes is {self._max_record_bytes - FIXED_BYTES}; nothing was written"
@@ -416,7 +456,16 @@ class Updates:
 class Edit:
     """The context manager behind `StateManager.edit`."""
 
-    __slots__ = ("_base", "_current", "_draft", "_key", "_residency", "_session_id", "_updates")
+    __slots__ = (
+        "_base",
+        "_changes",
+        "_current",
+        "_draft",
+        "_key",
+        "_residency",
+        "_session_id",
+        "_updates",
+    )
 
     def __init__(self, current: Callable[[], Awaitable[Updates]], session_id: str) -> None:
         self._current = current
@@ -456,21 +505,34 @@ class Edit:
         finally:
             self._draft.close()
             self._updates.locks.release(self._session_id)
-        if commit is not None:
-            await committed(commit)
+        while commit is not None:
+            try:
+                await committed(commit)
+                return
+            except Overtaken:
+                # Perhaps only by one that notes requests, which leaves the data as it was. Under
+                # the lock, so that no other editor is overtaken by this one in turn.
+                async with self._updates.locks.holding(self._session_id):
+                    await self._updates.prepare(self._session_id)
+                    now = await self._residency.base(self._session_id, self._key)
+                    if not rec.has_same_data(now[0], self._base[0]):
+                        raise
+                    commit = self._next_version(now)
 
     async def _submit(self) -> Commit | None:
         """Submit what was changed, on the version that the draft was made of.
 
-        Writers wait for the editor, so two things only can have come between. An end: then the
+        Writers wait for the editor, so three things only can have come between. An end: then the
         incarnation is another one, or there is none. Or the version that the draft was made of
-        was still in flight and failed: nothing may be built on it.
+        was still in flight and failed: nothing may be built on it. Or `Updates.annotate`, which
+        leaves the data as it was.
         """
         changes = self._draft.changes()
         now = await self._residency.base(self._session_id, self._key)
         if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
             raise SessionNotFound(self._session_id)
-        if rec.commit_of(now[0]) != rec.commit_of(self._base[0]):
+        is_same = rec.commit_of(now[0]) == rec.commit_of(self._base[0])
+        if not is_same and not rec.has_same_data(now[0], self._base[0]):
             raise ConflictError(
                 f"session {printable(self._session_id)}: the version that this edit was made of "
                 "is not the newest any more (another worker's commit came first, or it could not "
@@ -479,7 +541,22 @@ class Edit:
         if changes is None:
             await self._updates.unchanged(self._session_id, self._key, now)
             return None
+        self._changes = changes
+        if not is_same:
+            return self._next_version(now)
         return self._updates.next_version(self._session_id, self._key, now, changes)
+
+    def _next_version(self, now: Base) -> Commit:
+        """Submit the same changes on another record of the same data."""
+        # Where the fields lie in it depends on how long its metadata are.
+        changes = self._changes._replace(layout=None)
+        return self._updates.next_version(self._session_id, self._key, now, changes)
+
+
+def _counted_bytes(record: bytes) -> int:
+    """Return what the metadata take for the session's requests: no part of what it holds."""
+    noted = rec.meta_of(record).get(REQUESTS)
+    return 0 if noted is None else len(rec.pack_meta({REQUESTS: noted}))
 
 
 def _refuse_awaitable(result: Any) -> NoReturn:

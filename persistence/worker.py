@@ -33,6 +33,7 @@ def run(
     *,
     url: str | None = None,
     clock: Clock | None = None,
+    schema: object = None,
 ) -> None:
     """Run ``await main(state)`` with an open manager; return when it ended or was told to stop.
 
@@ -42,13 +43,14 @@ def run(
         main: a coroutine function that gets the open manager. It is cancelled on a signal.
         config: the configuration; default: all defaults.
         url: URL of the shared tier; it overrides ``redis.url``.
+        schema: what sessions are to the application; see `StateManager`.
         clock: where time comes from; default: the machine's clocks.
 
     Raises:
         PersistenceError: the manager could not be opened (see `StateManager.open`).
         Exception: whatever `main` raised, after everything has been closed.
     """
-    _run_on_a_loop(_Worker(main, StateManager(url, config, clock=clock)).run())
+    _run_on_a_loop(_Worker(main, StateManager(url, config, clock=clock, schema=schema)).run())
 
 
 def _run_on_a_loop(work: Coroutine[Any, Any, None]) -> None:

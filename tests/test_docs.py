@@ -12,7 +12,7 @@ import pytest
 from persistence import StateConfig, Stats, errors
 from persistence.checkpoint.keeper import CheckpointStats
 from persistence.disk.tier import DiskStats
-from persistence.stats import SharingStats
+from persistence.stats import PopulationStats, RequestStats, SharingStats
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +45,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_every_number_of_stats_is_explained() -> None:
     listed = re.findall(r"`([\w.]+)`", table("Numbers", column=0))
-    parts = {"disk": DiskStats, "checkpoints": CheckpointStats, "sharing": SharingStats}
+    parts = {
+        "disk": DiskStats,
+        "checkpoints": CheckpointStats,
+        "sharing": SharingStats,
+        "requests": RequestStats,
+        "population": PopulationStats,
+    }
     numbers = [item.name for item in fields(Stats) if item.name not in parts]
     for name, part in parts.items():
         numbers += [f"{name}.{item.name}" for item in fields(part)]

@@ -165,10 +165,18 @@ EVERY_ERROR = [
     SessionExists("a"),
     CorruptionError("/f", 4096, "a", "damaged"),
     errors.RemoteDamaged("key", "foreign", "a"),
+    errors.SchemaMismatch("a", "cart.items[0]", "str", "int", "Cart"),
     *(
         kind("what happened")
         for kind in classes().values()
-        if kind not in {SessionNotFound, SessionExists, CorruptionError, errors.RemoteDamaged}
+        if kind
+        not in {
+            SessionNotFound,
+            SessionExists,
+            CorruptionError,
+            errors.RemoteDamaged,
+            errors.SchemaMismatch,
+        }
     ),
 ]
 

@@ -7,9 +7,10 @@ Imports point one way, from the bottom up::
             checkpoint | commit
                 residency | keys
                     sharing
-                        updates | listing
+                        updates | listing | census
                             access | rotation
-                                tiers
+                                tiers | requests
+                                    facilities
                                     manager
                                         persistence/__init__.py     (the public names)
                                             sync, worker, cli, web
@@ -35,24 +36,28 @@ PACKAGE = "persistence"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
+    **dict.fromkeys(("resources", "typed"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit"), 2),
     **dict.fromkeys(("residency", "stats"), 3),
     "keys": 3,
     "sharing": 4,
-    **dict.fromkeys(("updates", "listing"), 5),
+    "scratch": 4,
+    **dict.fromkeys(("updates", "listing", "census"), 5),
     **dict.fromkeys(("access", "rotation"), 6),
-    "tiers": 7,
-    "manager": 8,
-    "": 9,
-    **dict.fromkeys(("sync", "worker", "cli", "web"), 10),
+    **dict.fromkeys(("tiers", "requests"), 7),
+    "facilities": 8,
+    "manager": 9,
+    "": 10,
+    **dict.fromkeys(("sync", "worker", "cli", "web"), 11),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 10)
+OPEN_FLOORS = (0, 11)
 """On these, rooms may import each other, as long as there is no cycle."""
 
-FILE_USERS = ("disk.files", "memory.budget", "config", "cli")
-"""The only modules that open files: the seam of the disk tier; /proc; TOML; the user's files."""
+FILE_USERS = ("disk.files", "memory.budget", "config", "cli", "facilities")
+"""The only modules that open files or name paths: the seam of the disk tier; /proc; TOML; the
+user's files; and his scratch directories."""
 CLOCK_USERS = ("clock",)
 PURE = ("record", "disk.format", "memory.policies", "security.tokens")
 """Bytes in, bytes out: no event loop, no files, no time."""
@@ -481,7 +486,10 @@ def test_an_undeclared_dependency_is_caught() -> None:
 # What an import costs its user
 
 
-@pytest.mark.parametrize("module", ["redis", "typer", "rich", "pydantic_settings", "aiofiles"])
+@pytest.mark.parametrize(
+    "module",
+    ["redis", "typer", "rich", "pydantic_settings", "aiofiles", "fastdigest", "msgspec"],
+)
 def test_the_library_loads_nothing_that_only_some_of_its_users_need(module: str) -> None:
     # A fresh interpreter: here, other tests have loaded everything.
     program = f"import persistence, sys; print({module!r} in sys.modules)"

@@ -58,9 +58,27 @@ METHODS = {
     "stats": (),
     "open": (),
     "close": (),
+    "request": (("session_id", ...), ("name", "")),
+    "record_request": (
+        ("session_id", ...),
+        ("name", ""),
+        ("seconds", 0.0),
+        "*",
+        ("error", None),
+    ),
+    "record_error": (("session_id", ...), ("error", ...)),
+    "is_request_limit_reached": (("session_id", ...),),
+    "session_metrics": (("session_id", ...),),
+    "session_health": (("session_id", ...),),
+    "resources": (("session_id", ...), ("name", ...), ("factory", ...), ("close", None)),
+    "scratch_dir": (("session_id", ...),),
+    "typed": (("session", ...),),
+    "get_typed": (("session_id", ...), "*", ("fresh", False)),
+    "update_typed": (("session_id", ...), ("function", ...)),
+    "edit_typed": (("session_id", ...),),
 }
 
-NOT_COROUTINES = {"edit", "iter_sessions"}
+NOT_COROUTINES = {"edit", "iter_sessions", "request", "typed", "edit_typed"}
 
 
 def shape(function: object) -> tuple[object, ...]:

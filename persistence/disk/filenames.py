@@ -16,6 +16,8 @@ QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
 ROTATIONS: Final = "ROTATIONS"
+SCRATCH: Final = "SCRATCH"
+SCRATCH_DIRECTORY: Final = "scratch"
 SEGMENT_SUFFIX: Final = ".seg"
 HINT_SUFFIX: Final = ".hint"
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -33,6 +35,8 @@ _NAMES: Final = frozenset(
         OUTBOX,
         CONFLICTS,
         ROTATIONS,
+        SCRATCH,
+        SCRATCH_DIRECTORY,
     }
 )
 _NUMBERED: Final = re.compile(r"(\d{10})\.(seg|hint)", re.ASCII)

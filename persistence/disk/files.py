@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import stat
 from typing import Final, NamedTuple
 
@@ -188,6 +189,13 @@ class Files:
         """Unlink `path`; fine when it is gone already."""
         try:
             os.unlink(path)
+        except FileNotFoundError:
+            return
+
+    def remove_tree(self, path: str) -> None:
+        """Remove the directory `path` and all that is in it; fine when it is gone already."""
+        try:
+            shutil.rmtree(path)
         except FileNotFoundError:
             return
 

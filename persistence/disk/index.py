@@ -253,6 +253,14 @@ class Index:
             for values in INDEX_ROW.iter_unpack(bucket)
         ]
 
+    def bucket_count(self, number: int) -> int:
+        """Return how many buckets one shard has."""
+        return len(self._shards[number])
+
+    def rows_of_bucket(self, number: int, bucket: int) -> list[Row]:
+        """Return all rows of one bucket of a shard: about 16 at most."""
+        return [Row._make(values) for values in INDEX_ROW.iter_unpack(self._shards[number][bucket])]
+
     def expired_in_shard(self, number: int, now: float, idle_since: float) -> list[Row]:
         """Return the rows of one shard that are past their deadline or long not accessed.
 

@@ -372,6 +372,17 @@ class DiskTier:
             raise self._damaged(row, key.decode(), reason)
         return record
 
+    def glimpse(self, row: Row) -> tuple[bytes, bytes] | None:
+        """Return the session id and the record that `row` points to.
+
+        None: they are damaged, or that would have to wait for the disk.
+        """
+        size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
+        start = self._cached(row.segment, row.offset, size)
+        key = None if start is None else key_of(memoryview(start))
+        record = None if key is None else self.read_now(row, key)
+        return None if key is None or record is None else (key, record)
+
     async def read(self, fingerprint: bytes, key: bytes) -> tuple[bytes, Row] | None:
         """Return the newest record of a session and its row, reading in a thread.
 

@@ -32,6 +32,8 @@ WRITER: Final = "persistence/disk/writer.py"
 FORMAT: Final = "persistence/disk/format.py"
 FILES: Final = "persistence/disk/files.py"
 COMMIT: Final = "persistence/commit.py"
+UPDATES: Final = "persistence/updates.py"
+REQUESTS: Final = "persistence/requests.py"
 COMPACTION: Final = "persistence/disk/compaction.py"
 COMPACTOR: Final = "persistence/disk/compactor.py"
 LASTLOG: Final = "persistence/disk/lastlog.py"
@@ -59,6 +61,7 @@ RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
 ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
 COMMITTING: Final = "tests/test_commit.py"
+REQUESTING: Final = "tests/test_requests.py"
 SHIPPING: Final = "tests/checkpoint/test_create.py"
 SECURITY: Final = "tests/security"
 ACCESSING: Final = "tests/test_access.py"
@@ -530,6 +533,42 @@ MUTANTS: Final = (
         "        is_exact = isinstance(commit, ExactEnd)\n",
         "        is_exact = False\n",
         ("tests/sharing/test_security.py",),
+    ),
+    # --- requests of sessions -----------------------------------------------------------------
+    Mutant(
+        "a block of requests is not charged",
+        REQUESTS,
+        "noted._replace(mark=noted.mark + granted)",
+        "noted",
+        (REQUESTING,),
+    ),
+    Mutant(
+        "the rest of a block is given back and used as well",
+        REQUESTS,
+        "rest, entry.left = entry.left, 0",
+        "rest = entry.left",
+        (REQUESTING,),
+    ),
+    Mutant(
+        "what could not be stored of requests is lost",
+        REQUESTS,
+        "        taken.add(entry.tally)\n        entry.tally = taken\n",
+        "",
+        (REQUESTING,),
+    ),
+    Mutant(
+        "storing requests renews the session",
+        UPDATES,
+        "session_id, key, record, accessed, life, cap, rec.commit_of(before)",
+        "session_id, key, record, self._now(), life, cap, rec.commit_of(before)",
+        (REQUESTING,),
+    ),
+    Mutant(
+        "an edit is built on whatever is the newest version",
+        UPDATES,
+        "        if not is_same and not rec.has_same_data(now[0], self._base[0]):\n",
+        "        if not is_same and False:\n",
+        ("tests/test_manager_edit.py", "tests/test_manager_cancel.py"),
     ),
 )
 

@@ -1,0 +1,680 @@
+"""Requests of sessions: admitted, counted, timed, stored with the session.
+
+What happens at a request is kept in memory, in one `_Entry` for each session that had one lately.
+It goes into the session's metadata with a commit of its own (`Updates.annotate`), which is no
+access and no version: when it is half a minute old, when the session has been idle, at `flush`,
+before a checkpoint and at close. So it is where the session is: in the log, in the shared tier, in
+checkpoints; and a request costs no sync. A worker that is killed loses the counts of the last half
+minute, and never a limit (see `limits`).
+
+Invariants:
+- a request is in exactly one place: in an entry, or in the newest record, in flight or not.
+- an entry is of one incarnation of a session; what is in it never goes to another one.
+- at most `_MOST_ENTRIES` entries and those with requests under way. Over `_MAX_ENTRIES` everything
+  is stored at once; over `_MOST_ENTRIES` requests wait for that, and what the disk does not take
+  then is forgotten (never a limit: what an entry holds in reserve is charged already).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime
+from functools import partial
+from math import inf
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+
+import msgpack
+
+from persistence import record as rec
+from persistence.arguments import MAX_TTL_SECONDS, check_seconds, check_text
+from persistence.clock import Clock, EngineTime
+from persistence.config import SessionConfig
+from persistence.errors import (
+    CorruptionError,
+    Overtaken,
+    PersistenceError,
+    SessionNotFound,
+    WriteOutcomeUnknown,
+    again,
+    printable,
+)
+from persistence.ids import check_session_id
+from persistence.limits import block_size, refuse_request
+from persistence.observe.digest import WORKER_CENTROIDS, Digest
+from persistence.observe.health import SessionHealth, score
+from persistence.observe.metrics import RequestMetrics, Tally, error_text, metrics_of, name_text
+from persistence.residency import Residency
+from persistence.session import MAX_REQUESTS, REQUESTS, Session
+from persistence.slices import Slices
+from persistence.stats import Latencies, RequestStats
+from persistence.updates import Updates
+
+_log = logging.getLogger("persistence.requests")
+
+_TICK_SECONDS: Final = 5.0
+_STORED_AFTER_SECONDS: Final = 30.0
+_GIVEN_BACK_AFTER_SECONDS: Final = 5.0
+_MAX_ENTRIES: Final = 8192
+_MOST_ENTRIES: Final = 2 * _MAX_ENTRIES
+_STORED_AT_ONCE: Final = 256
+_FOLD_AT: Final = 64
+_FOLD_ALL_AT: Final = 256
+_NO_META: Final = bytes(3)
+_META_AT: Final = rec.FLAGS_AT + 1
+
+
+class _Entry:
+    """One session's requests that are not in its record yet. Times are of the process clock.
+
+    Attributes:
+        incarnation: of the session.
+        limit: its ``max_requests``; 0: none.
+        left: what it may admit of the block that is reserved.
+        waiting: how many requests wait for the next block.
+        running: how many requests are under way.
+        durations: of requests that are not in `tally` yet, seconds.
+        name, ended: of the last of them.
+        stored: when it was last stored, or made.
+        reserving: the task that reserves the next block.
+    """
+
+    __slots__ = (
+        "durations",
+        "ended",
+        "incarnation",
+        "left",
+        "limit",
+        "name",
+        "reserving",
+        "running",
+        "stored",
+        "tally",
+        "waiting",
+    )
+
+    def __init__(self, incarnation: bytes, limit: int, now: float) -> None:
+        self.incarnation = incarnation
+        self.limit = limit
+        self.left = 0
+        self.waiting = 0
+        self.running = 0
+        self.durations: list[float] = []
+        self.name = ""
+        self.ended = now
+        self.stored = now
+        self.tally = Tally()
+        self.reserving: asyncio.Task[int] | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything to store."""
+        return bool(self.durations or self.tally)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything would be lost with it."""
+        return self.has_news or self.is_used or self.left > 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether somebody is at it right now."""
+        return bool(self.running or self.waiting or self.reserving is not None)
+
+
+class _Noted(NamedTuple):
+    """What is stored about a session's requests.
+
+    Attributes:
+        mark: high-water mark of the limit.
+        tally: what was counted.
+    """
+
+    mark: int
+    tally: Tally
+
+    @staticmethod
+    def of(meta: dict[str, Any]) -> _Noted:
+        """Return what the metadata of a record hold."""
+        try:
+            mark, *parts = msgpack.unpackb(meta[REQUESTS])
+        except (KeyError, ValueError, TypeError):  # nothing, or nothing that anybody wrote so
+            return _Noted(0, Tally())
+        return _Noted(int(mark), Tally.of_parts(parts) if parts else Tally())
+
+    def packed_with(self, meta: dict[str, Any]) -> bytes:
+        """Return the metadata with this in it, packed."""
+        parts = self.tally.parts() if self.tally else []
+        return rec.pack_meta({**meta, REQUESTS: msgpack.packb([self.mark, *parts])})
+
+
+class Requests:
+    """All requests of this worker.
+
+    Args:
+        config: ``max_requests``, ``track_metrics``, ``max_bytes``.
+        clock: time.
+        get_session: the manager's: an access.
+        has_session: the manager's: brings here what the shared tier has.
+
+    Attributes:
+        tracks: ``session.track_metrics``.
+        entries: session id -> what is not stored yet.
+        durations: of requests that are not in the worker's totals yet, seconds.
+        on_idle: told of a session whose last request of this worker has ended; None: nobody asks.
+    """
+
+    def __init__(
+        self,
+        config: SessionConfig,
+        clock: Clock,
+        get_session: Callable[[str], Awaitable[Session | None]],
+        has_session: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        self.tracks = config.track_metrics
+        self.entries: dict[str, _Entry] = {}
+        self.on_idle: Callable[[str], None] | None = None
+        self.monotonic = clock.monotonic
+        self.get_session = get_session
+        self._has_session = has_session
+        self._limit = config.max_requests
+        self._max_bytes = config.max_bytes
+        self._updates: Updates
+        self._residency: Residency
+        self._time: EngineTime
+        self._some = asyncio.Event()
+        self._too_many = asyncio.Event()
+        self._making_room = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.durations: list[float] = []
+        self._requests = 0
+        self._refused = 0
+        self._errors = 0
+        self._total_seconds = 0.0
+        self._digest = Digest(WORKER_CENTROIDS)
+
+    def attach(self, updates: Updates, residency: Residency, time: EngineTime) -> None:
+        """Work on these tiers. What was counted of the sessions before is theirs."""
+        self._updates, self._residency, self._time = updates, residency, time
+        self.entries.clear()
+
+    # --- one request --------------------------------------------------------------------------
+
+    def enter(self, session_id: str, record: bytes) -> _Entry | None:
+        """Return the entry of a session, a fresh one if there is none; None: it needs none."""
+        known = self.entries.get(session_id)
+        if known is not None and known.incarnation == record[: rec.ID_BYTES]:
+            return known
+        limit = self._limit
+        if record[_META_AT : _META_AT + 3] != _NO_META:
+            limit = self._limit_of(rec.meta_of(record))
+        if not limit and not self.tracks:
+            return None
+        entry = _Entry(rec.incarnation_of(record), limit, self.monotonic())
+        self.entries[session_id] = entry
+        self._some.set()
+        if len(self.entries) > _MAX_ENTRIES:
+            self._too_many.set()
+        return entry
+
+    def _limit_of(self, meta: dict[str, Any]) -> int:
+        own = meta.get(MAX_REQUESTS)
+        return self._limit if own is None else int(own)
+
+    async def admit(self, session_id: str, entry: _Entry) -> None:
+        """Charge the limit of a session with one request.
+
+        Raises:
+            RequestLimitReached: nothing is left.
+            SessionNotFound, DiskFull, WriteOutcomeUnknown: no block could be reserved.
+        """
+        while not entry.left:
+            if entry.reserving is None:
+                entry.reserving = self._start(self._reserve(session_id, entry))
+                entry.reserving.add_done_callback(partial(_reserved, entry))
+            entry.waiting += 1
+            try:
+                granted = await asyncio.shield(entry.reserving)
+            except PersistenceError as error:
+                raise again(error) from None
+            finally:
+                entry.waiting -= 1
+            if not granted:
+                self._refused += 1
+                refuse_request(session_id, entry.limit)
+        entry.left -= 1
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run `work` in a task that no caller's cancellation ends: a commit is decided anyway."""
+        task = asyncio.create_task(work, name="persistence-requests")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _reserve(self, session_id: str, entry: _Entry) -> int:
+        """Reserve the next block; return how many requests it is, 0: none are left."""
+        granted = 0
+        taken = Tally()
+
+        def change(record: bytes) -> bytes | None:
+            nonlocal granted, taken
+            if rec.incarnation_of(record) != entry.incarnation:
+                raise SessionNotFound(session_id)
+            meta = rec.meta_of(record)
+            noted = _Noted.of(meta)
+            granted = block_size(entry.limit - noted.mark, entry.waiting)
+            if not granted:
+                return None
+            taken = self._take(entry)
+            noted.tally.add(taken)
+            return noted._replace(mark=noted.mark + granted).packed_with(meta)
+
+        while True:
+            try:
+                await self._updates.annotate(session_id, change)
+            except Overtaken:
+                taken = self._put_back(entry, taken)
+            except BaseException:
+                self._put_back(entry, taken)
+                raise
+            else:
+                entry.left += granted
+                return granted
+
+    def fold(self, entry: _Entry) -> None:
+        """Take the durations of an entry into its tally, and into the worker's."""
+        durations = entry.durations
+        if not durations:
+            return
+        entry.tally.ended(durations, name_text(entry.name), self._wall(entry.ended))
+        entry.durations = []
+
+    def fold_all(self) -> None:
+        """Take the durations of all sessions into the worker's totals."""
+        durations = self.durations
+        if durations:
+            self._requests += len(durations)
+            self._total_seconds += sum(durations)
+            self._digest.add(durations)
+            durations.clear()
+
+    def failed(self, entry: _Entry, error: object) -> None:
+        """Note a failure."""
+        self._errors += 1
+        entry.tally.failed(error_text(error), self._wall(self.monotonic()))
+
+    def _wall(self, monotonic: float) -> float:
+        return monotonic + self._time.base + self._time.skew()
+
+    async def record(self, session_id: str, name: str, seconds: float, error: object) -> None:
+        """Count a request that somebody else has timed; see `StateManager.record_request`."""
+        check_text("name", name)
+        allowed = f"a number of seconds from 0 to {MAX_TTL_SECONDS}"
+        seconds = check_seconds("seconds", seconds, MAX_TTL_SECONDS, allowed)
+        async with Request(self, session_id, name) as request:
+            request.seconds = seconds
+            if error is not None:
+                request.failed(error)
+
+    async def record_error(self, session_id: str, error: object) -> None:
+        """Count a failure beside requests; see `StateManager.record_error`."""
+        session = await self.get_session(session_id)
+        if session is None:
+            raise SessionNotFound(session_id)
+        entry = self.entries.get(session_id)
+        if entry is None or entry.incarnation != session._record[: rec.ID_BYTES]:
+            if self.is_crowded:
+                await self.make_room()
+            entry = self.enter(session_id, session._record)
+        if entry is not None and self.tracks:
+            self.failed(entry, error)
+
+    # --- looking ------------------------------------------------------------------------------
+
+    async def _newest(self, session_id: str) -> bytes:
+        """Return the newest record of a live session, in flight or not; renews nothing."""
+        key = check_session_id(session_id)
+        if await self._has_session(session_id):
+            record = await self._residency.newest(session_id, key)
+            if record is not None:
+                return record
+        raise SessionNotFound(session_id)
+
+    def _of(self, session_id: str, record: bytes) -> tuple[_Entry | None, Tally, int, int]:
+        """Return the entry, everything counted, the limit and its mark of a session."""
+        meta = rec.meta_of(record)
+        noted = _Noted.of(meta)
+        entry = self.entries.get(session_id)
+        if entry is not None and entry.incarnation == rec.incarnation_of(record):
+            self.fold(entry)
+            noted.tally.add(entry.tally)
+        else:
+            entry = None
+        return entry, noted.tally, self._limit_of(meta), noted.mark
+
+    async def metrics(self, session_id: str) -> RequestMetrics:
+        """Return the requests of a session; see `StateManager.session_metrics`."""
+        record = await self._newest(session_id)
+        entry, tally, limit, mark = self._of(session_id, record)
+        return metrics_of(
+            tally,
+            self._wall(self.monotonic()),
+            lambda wall: datetime.fromtimestamp(wall, UTC),
+            running=0 if entry is None else entry.running,
+            max_requests=limit,
+            admitted=mark,
+        )
+
+    async def is_limit_reached(self, session_id: str) -> bool:
+        """Whether the next request of a session is refused."""
+        record = await self._newest(session_id)
+        entry, _, limit, mark = self._of(session_id, record)
+        return bool(limit) and mark >= limit and not (entry is not None and entry.left)
+
+    async def health(self, session_id: str) -> SessionHealth:
+        """Return how a session is doing; see `StateManager.session_health`."""
+        record = await self._newest(session_id)
+        entry, tally, *_ = self._of(session_id, record)
+        wall = self._wall(self.monotonic())
+        accessed, deadline, cap = self._residency.wall_times(session_id)
+        ttl_seconds, created = rec.ttl_of(record), rec.created_of(record)
+        renews = bool(rec.flags_of(record) & rec.RENEWS)
+        life_seconds = ttl_seconds or inf
+        if ttl_seconds and not renews:
+            life_seconds = min(life_seconds, max(deadline - created, 0.0))
+        left_seconds = max(0.0, min(deadline, cap) - wall)
+        recent_error_rate = tally.recent_error_rate()
+        return SessionHealth(
+            session_id=session_id,
+            score=score(
+                recent_error_rate=recent_error_rate,
+                left_seconds=left_seconds,
+                life_seconds=min(life_seconds, cap - created),
+                bytes_share=len(record) / self._max_bytes,
+            ),
+            tier="memory" if self._residency.resident(session_id) is not None else "disk",
+            bytes=len(record),
+            age_seconds=max(0.0, wall - created),
+            idle_seconds=max(0.0, wall - accessed),
+            left_seconds=left_seconds,
+            requests=tally.requests,
+            running=0 if entry is None else entry.running,
+            requests_per_second=tally.requests_per_second(wall),
+            errors=tally.errors,
+            error_rate=min(1.0, tally.errors / max(tally.requests, tally.errors, 1)),
+            recent_error_rate=recent_error_rate,
+        )
+
+    def stats(self) -> RequestStats:
+        """Return what this worker has counted since opening."""
+        self.fold_all()
+        quantile = self._digest.quantile
+        return RequestStats(
+            requests=self._requests,
+            running=sum(entry.running for entry in self.entries.values()),
+            errors=self._errors,
+            refused=self._refused,
+            total_seconds=self._total_seconds,
+            seconds=Latencies(quantile(0.50), quantile(0.95), quantile(0.99)),
+            unstored_sessions=len(self.entries),
+        )
+
+    # --- storing ------------------------------------------------------------------------------
+
+    def ended(self, session_id: str) -> None:
+        """A session has ended: nothing of it is stored any more."""
+        self.entries.pop(session_id, None)
+
+    async def store_due(self) -> None:
+        """Store what is due, once it is time: a step of the manager's background work."""
+        await self._some.wait()
+        try:
+            async with asyncio.timeout(_TICK_SECONDS):
+                await self._too_many.wait()
+        except TimeoutError:
+            pass
+        await self.look()
+
+    async def look(self) -> None:
+        """Store what is due by the clock; everything, if it is too much."""
+        everything = len(self.entries) > _MAX_ENTRIES
+        self._too_many.clear()
+        now = self.monotonic()
+        due: list[tuple[str, _Entry]] = []
+        slices = Slices(self.monotonic)
+        for session_id, entry in list(self.entries.items()):
+            if not entry.is_needed:
+                self._drop(session_id, entry)
+            elif everything or self._is_due(entry, now):
+                due.append((session_id, entry))
+            await slices.give_way_if_due()
+        await self._store(due, gives_back=everything)
+        for session_id, entry in due:
+            if not entry.is_needed:
+                self._drop(session_id, entry)
+        if not self.entries:
+            self._some.clear()
+
+    def _drop(self, session_id: str, entry: _Entry) -> None:
+        if self.entries.get(session_id) is entry:
+            del self.entries[session_id]
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a request of a session without an entry has to wait in `make_room`."""
+        return len(self.entries) >= _MOST_ENTRIES
+
+    async def make_room(self) -> None:
+        """Store so much that there is room for another entry."""
+        async with self._making_room:
+            if self.is_crowded:
+                await self.look()
+            if not self.is_crowded:
+                return
+            forgotten = 0
+            for session_id, entry in list(self.entries.items()):
+                if not entry.is_used:
+                    self._drop(session_id, entry)
+                    forgotten += 1
+            _log.warning("what %d sessions requested lately cannot be stored: forgotten", forgotten)
+
+    def _is_due(self, entry: _Entry, now: float) -> bool:
+        if entry.has_news and now - entry.stored >= _STORED_AFTER_SECONDS:
+            return True
+        return self._is_idle(entry, now) and bool(entry.left)
+
+    def _is_idle(self, entry: _Entry, now: float) -> bool:
+        return not entry.is_used and now - entry.ended >= _GIVEN_BACK_AFTER_SECONDS
+
+    async def store_all(self) -> None:
+        """Store everything now: for `flush`, checkpoints and close."""
+        if self.entries:
+            await self._store(list(self.entries.items()))
+
+    async def store(self, session_id: str) -> None:
+        """Store what is known of one session and give back what is reserved for it."""
+        entry = self.entries.get(session_id)
+        if entry is not None:
+            await self._store([(session_id, entry)], gives_back=True)
+
+    async def close(self) -> None:
+        """Store everything and give back what is reserved; wait for what is under way.
+
+        The manager admits no more requests.
+        """
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._store(list(self.entries.items()), gives_back=True)
+
+    async def gone(self) -> None:
+        """Wait until nothing of it runs any more."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _store(self, entries: list[tuple[str, _Entry]], *, gives_back: bool = False) -> None:
+        """Store entries, many with one sync; those that are idle give back what they reserved."""
+        now = self.monotonic()
+        for start in range(0, len(entries), _STORED_AT_ONCE):
+            storing = [
+                self._start(
+                    self._store_one(
+                        session_id, entry, gives_back=gives_back or self._is_idle(entry, now)
+                    )
+                )
+                for session_id, entry in entries[start : start + _STORED_AT_ONCE]
+                if entry.has_news or entry.left
+            ]
+            if storing:
+                await asyncio.wait(storing)
+
+    async def _store_one(self, session_id: str, entry: _Entry, *, gives_back: bool) -> None:
+        """Store one entry. What fails is logged, and stays in the entry."""
+        taken = Tally()
+        rest = 0
+
+        def change(record: bytes) -> bytes | None:
+            nonlocal taken, rest
+            if rec.incarnation_of(record) != entry.incarnation:
+                return None
+            taken = self._take(entry)
+            if gives_back:  # from here on this block admits nobody
+                rest, entry.left = entry.left, 0
+            if not taken and not rest:
+                return None
+            meta = rec.meta_of(record)
+            noted = _Noted.of(meta)
+            noted.tally.add(taken)
+            return noted._replace(mark=max(0, noted.mark - rest)).packed_with(meta)
+
+        def undo() -> None:
+            nonlocal taken, rest
+            taken = self._put_back(entry, taken)
+            entry.left += rest
+            rest = 0
+
+        entry.stored = self.monotonic()
+        try:
+            while True:
+                try:
+                    await self._updates.annotate(session_id, change)
+                    return
+                except Overtaken:
+                    undo()
+        except SessionNotFound:
+            self._drop(session_id, entry)
+        except WriteOutcomeUnknown as error:
+            # It may be stored: counting it twice, or giving back twice, would be worse.
+            _log.warning("requests of %s: %s", printable(session_id), error)
+        except CorruptionError as error:
+            _log.warning("requests of a damaged session are not stored: %s", error)
+        except PersistenceError as error:
+            undo()
+            _log.warning("requests of %s are not stored: %s", printable(session_id), error)
+
+    def _take(self, entry: _Entry) -> Tally:
+        self.fold(entry)
+        taken, entry.tally = entry.tally, Tally()
+        return taken
+
+    def _put_back(self, entry: _Entry, taken: Tally) -> Tally:
+        """Let an entry have again what could not be stored; return an empty tally."""
+        taken.add(entry.tally)
+        entry.tally = taken
+        return Tally()
+
+
+def _reserved(entry: _Entry, task: asyncio.Task[int]) -> None:
+    entry.reserving = None
+    if not task.cancelled():
+        task.exception()  # whoever waits raises it; perhaps nobody does any more
+
+
+class Request:
+    """The context manager behind `StateManager.request`.
+
+    Attributes:
+        session: the session as it was on entering.
+        seconds: what to note as its duration; None: what it takes.
+    """
+
+    __slots__ = (
+        "_entry",
+        "_error",
+        "_name",
+        "_requests",
+        "_session_id",
+        "_started",
+        "seconds",
+        "session",
+    )
+
+    session: Session
+
+    def __init__(self, requests: Requests, session_id: str, name: str) -> None:
+        self._requests = requests
+        self._session_id = session_id
+        self._name = name
+        self._error: object = None
+        self.seconds: float | None = None
+
+    async def __aenter__(self) -> Self:
+        requests, session_id = self._requests, self._session_id
+        session = await requests.get_session(session_id)
+        if session is None:
+            raise SessionNotFound(session_id)
+        record = session._record
+        entry = requests.entries.get(session_id)
+        if entry is None or entry.incarnation != record[: rec.ID_BYTES]:
+            if requests.is_crowded:
+                await requests.make_room()
+            entry = requests.enter(session_id, record)
+        self._entry = entry
+        if entry is not None:
+            if entry.limit:
+                if entry.left:
+                    entry.left -= 1
+                else:
+                    await requests.admit(session_id, entry)
+            entry.running += 1
+        self.session = session
+        self._started = requests.monotonic()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        entry = self._entry
+        if entry is None:
+            return
+        requests = self._requests
+        entry.running -= 1
+        if requests.tracks:
+            entry.ended = now = requests.monotonic()
+            entry.name = self._name
+            durations = entry.durations
+            seconds = now - self._started if self.seconds is None else self.seconds
+            durations.append(seconds)
+            requests.durations.append(seconds)
+            if error is not None and isinstance(error, Exception):
+                self._error = error
+            if self._error is not None:
+                requests.failed(entry, self._error)
+            if len(durations) >= _FOLD_AT:
+                requests.fold(entry)
+            if len(requests.durations) >= _FOLD_ALL_AT:
+                requests.fold_all()
+        if requests.on_idle is not None and not entry.running:
+            requests.on_idle(self._session_id)
+
+    def failed(self, error: object) -> None:
+        """Count this request as failed, though nothing is raised: a reply with status 500, say.
+
+        Args:
+            error: an exception or a text.
+        """
+        self._error = error

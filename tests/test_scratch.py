@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import asyncio
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from persistence import ManualClock, StateManager
+from persistence.errors import DiskFull, SessionNotFound
+from persistence.scratch import Scratch
+from tests.engine import Crash, ScriptedFiles, Start, directory_of, eventually, names_in
+
+
+def is_directory(path: Path | str) -> bool:
+    return Path(path).is_dir()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def directories(state: StateManager) -> set[str]:
+    root = directory_of(state) / "scratch"
+    return {each.name for each in root.iterdir()} if root.exists() else set()
+
+
+async def test_a_session_has_one_private_directory(state: StateManager) -> None:
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    assert is_directory(path)
+    assert mode(path) == 0o700
+    assert await state.scratch_dir(sid) == path
+    assert directories(state) == {path.name}
+
+
+async def test_sessions_have_directories_of_their_own(state: StateManager) -> None:
+    sids = [await state.create_session() for _ in range(20)]
+    paths = await asyncio.gather(*(state.scratch_dir(sid) for sid in sids * 3))
+    assert len(set(paths)) == 20
+    assert (await state.stats()).scratch_directories == 20
+
+
+@pytest.mark.parametrize("session_id", ["../../etc", "a/b", "x\0y", ".", "é" * 100, "-rf"])
+async def test_no_part_of_an_id_is_in_the_path(state: StateManager, session_id: str) -> None:
+    await state.create_session(session_id=session_id)
+    path = await state.scratch_dir(session_id)
+    assert path.parent == directory_of(state) / "scratch"
+    assert len(path.name) == 32
+    assert set(path.name) <= set("0123456789abcdef")
+
+
+async def test_it_survives_spill_and_restart(start: Start) -> None:
+    state = await start()
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    (path / "page.html").write_text("hello")
+    await state.spill_session(sid)
+    assert await state.scratch_dir(sid) == path
+    await state.close()
+    state = await start()
+    assert await state.scratch_dir(sid) == path
+    assert (path / "page.html").read_text() == "hello"
+
+
+async def test_it_survives_a_kill(start: Start, crash: Crash) -> None:
+    state = await start()
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    (path / "page.html").write_text("hello")
+    state = await start(path=crash(state))
+    again = await state.scratch_dir(sid)
+    assert again.name == path.name
+    assert (again / "page.html").read_text() == "hello"
+
+
+async def test_it_is_removed_with_the_session(state: StateManager, clock: ManualClock) -> None:
+    sid = await state.create_session()
+    short = await state.create_session(ttl_seconds=10)
+    for each in (sid, short):
+        path = await state.scratch_dir(each)
+        (path / "deep").mkdir()
+        (path / "deep" / "file").write_bytes(bytes(1000))
+    await state.terminate_session(sid)
+    await eventually(lambda: len(directories(state)) == 1)
+    clock.advance(11)
+    await state.cleanup_expired()
+    await eventually(lambda: not directories(state))
+    with pytest.raises(SessionNotFound):
+        await state.scratch_dir(sid)
+
+
+async def test_the_end_of_a_session_in_an_earlier_life_is_caught_up_with(
+    start: Start, clock: ManualClock
+) -> None:
+    state = await start()
+    sid = await state.create_session(ttl_seconds=100)
+    await state.scratch_dir(sid)
+    await state.close()
+    clock.advance(200)
+    state = await start()
+    assert directories(state) == set()
+
+
+async def test_what_a_kill_left_behind_is_removed_at_opening(start: Start, crash: Crash) -> None:
+    state = await start()
+    kept, ended = await state.create_session(), await state.create_session()
+    path = await state.scratch_dir(kept)
+    lost = await state.scratch_dir(ended)
+    image = crash(state)
+    (image / "scratch" / ("0" * 32)).mkdir()  # nobody's
+    (image / "scratch" / "mine").mkdir()  # not one of ours: left alone
+    await state.terminate_session(ended)
+    await eventually(lambda: len(directories(state)) == 1)
+    (directory_of(state) / "scratch" / lost.name).mkdir()  # as if killed before it was removed
+    later = crash(state)
+    state = await start(path=image)
+    assert directories(state) == {path.name, lost.name, "mine"}
+    state = await start(path=later)
+    assert directories(state) == {path.name}
+
+
+async def test_another_session_of_the_same_id_gets_an_empty_one(state: StateManager) -> None:
+    await state.create_session(session_id="s")
+    first = await state.scratch_dir("s")
+    (first / "secret").write_text("of the first")
+    await state.terminate_session("s")
+    await state.create_session(session_id="s")
+    second = await state.scratch_dir("s")
+    assert second != first
+    assert names_in(second) == set()
+    await eventually(lambda: directories(state) == {second.name})
+
+
+async def test_one_that_somebody_removed_is_made_again(state: StateManager) -> None:
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    shutil.rmtree(path)
+    assert await state.scratch_dir(sid) == path
+    assert is_directory(path)
+
+
+async def test_a_full_disk_makes_none_and_forgets_nothing(
+    state: StateManager, files: ScriptedFiles
+) -> None:
+    first, second = await state.create_session(), await state.create_session()
+    path = await state.scratch_dir(first)
+    files.full = True
+    with pytest.raises(DiskFull):
+        await state.scratch_dir(second)
+    assert await state.scratch_dir(first) == path
+    files.full = False
+    assert await state.scratch_dir(second) != path
+
+
+async def test_a_worker_without_any_has_no_files_for_it(start: Start) -> None:
+    state = await start()
+    await state.create_session()
+    await state.close()
+    assert {"SCRATCH", "scratch"} & {each.name for each in directory_of(state).iterdir()} == set()
+
+
+async def test_the_journal_does_not_grow_for_ever(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.scratch._REWRITE_ABOVE_BYTES", 500)
+    for _ in range(30):
+        sid = await state.create_session()
+        await state.scratch_dir(sid)
+        await state.terminate_session(sid)
+    await eventually(lambda: not directories(state))
+    assert (directory_of(state) / "SCRATCH").stat().st_size < 1500
+
+
+async def test_a_restored_checkpoint_begins_with_empty_ones(state: StateManager) -> None:
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    await state.create_checkpoint()
+    await state.restore_checkpoint()
+    assert await state.scratch_dir(sid) != path
+    await eventually(lambda: len(directories(state)) == 1)
+
+
+async def test_a_damaged_journal_keeps_no_worker_from_its_sessions(start: Start) -> None:
+    state = await start()
+    sid = await state.create_session(data={"a": 1})
+    await state.scratch_dir(sid)
+    await state.close()
+    (directory_of(state) / "SCRATCH").write_bytes(b"rubbish")
+    state = await start()
+    assert await state.has_session(sid)
+    assert is_directory(await state.scratch_dir(sid))
+
+
+async def test_an_opening_that_is_cancelled_there_leaves_nothing_open(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scratch, "open", hang)
+        opening = asyncio.ensure_future(start(path=tmp_path / "state"))
+        await reached.wait()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    state = await start(path=tmp_path / "state")  # nobody holds the lock
+    assert is_directory(await state.scratch_dir(await state.create_session()))
+
+
+async def test_the_directory_goes_with_a_session_that_gets_another_id(start: Start) -> None:
+    state = await start()
+    old = await state.create_session()
+    path = await state.scratch_dir(old)
+    (path / "draft").write_text("half")
+    new = await state.rotate_session_id(old)
+    assert await state.scratch_dir(new) == path
+    assert (path / "draft").read_text() == "half"
+    await state.close()
+    state = await start()
+    assert await state.scratch_dir(new) == path
+    await state.terminate_session(new)
+    await eventually(lambda: not directories(state))
+
+
+async def test_the_directory_stays_where_the_id_stays(start: Start, files: ScriptedFiles) -> None:
+    state = await start()
+    old = await state.create_session(data={"a": 1})
+    path = await state.scratch_dir(old)
+    await state._scratch.follow(old, "new", b"n" * 16)  # type: ignore[union-attr]
+    crashed = await start(path=files.image(state.config.disk.path, path.parents[2] / "crashed"))
+    assert (await crashed.scratch_dir(old)).name == path.name
+    state._scratch.turn_back(old, "new", (await state._living_incarnation(old)) or b"")  # type: ignore[union-attr]
+    assert await state.scratch_dir(old) == path
