@@ -169,7 +169,10 @@ def _curves(axes: Any, workload: WorkloadResult, unit: Unit) -> None:
             color=_COLOURS[rows[0].role],
             label=name,
         )
+    sizes = sorted({row.size for rows in series.values() for row in rows if row.size})
     axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_title(f"{unit.name}, {unit.unit}" if unit.unit else unit.name, fontsize=9)
     axes.set_xlabel(workload.size_unit, fontsize=8)

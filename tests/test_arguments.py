@@ -166,9 +166,11 @@ def test_a_clock_must_tell_both_times(clock: Any) -> None:
 async def test_from_another_event_loop_every_change_is_refused(start: Start) -> None:
     state = await start()
     await state.create_session(session_id="a", data={"x": 1})
+    await state.create_session(session_id="hot")
     await state.spill_session("a")
     calls: list[Call] = [
         lambda state: state.create_session(),
+        lambda state: state.get_session("hot"),
         lambda state: state.update_session_data("a", "x", 2),
         lambda state: state.update_session("a", lambda data: data.update(x=2)),
         lambda state: state.terminate_session("a"),
@@ -188,7 +190,7 @@ async def test_from_another_event_loop_every_change_is_refused(start: Start) -> 
     for text in await asyncio.to_thread(elsewhere):
         assert "opened in another event loop" in text
         assert "run_coroutine_threadsafe" in text
-    assert await contents(state) == {"a": {"x": 1}}
+    assert await contents(state) == {"a": {"x": 1}, "hot": {}}
 
 
 async def as_coroutine(call: Awaitable[Any]) -> Any:

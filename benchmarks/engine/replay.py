@@ -75,6 +75,7 @@ class HitRatio(Engine):
     policy: str
     shares: tuple[float, ...]
     metrics: tuple[Metric, ...]
+    fresh_process: bool = True  # it gives the same each time: nothing has to settle
 
     def __post_init__(self) -> None:
         self.name = f"persistence, {self.policy}"

@@ -23,6 +23,7 @@ class _Hits(Contender):
     sizes: Sizes
     shares: tuple[float, ...]
     metrics: tuple[Metric, ...]
+    fresh_process: bool = True
 
     async def open(self, directory: Path) -> None:
         self._keys = traces.keys(self.sizes)[1]
