@@ -19,7 +19,7 @@ import pytest
 from tests.faults.simloop import SimulatedLoop, run
 from tests.faults.simworld import World, simulate
 
-SEEDS = 100
+SEEDS = 50
 DAYS = 30
 DAY = 86_400.0
 STEPS_A_DAY = 24
