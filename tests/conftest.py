@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import tempfile
+import sys
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -46,13 +46,15 @@ _STEP_OF_POINTS = 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the hundreds of processes that tests start compile the engine once, not each again."""
+    """Compile engine and tests once: for the next run, and for hundreds of child processes."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # its parent did
-    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-    config.add_cleanup(compiled.cleanup)
-    os.environ["PYTHONPYCACHEPREFIX"] = compiled.name
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    cache: pytest.Cache | None = getattr(config, "cache", None)  # with -p no:cacheprovider: none
+    if cache is not None:
+        compiled = str(cache.mkdir("compiled"))
+        sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = compiled
+        sys.dont_write_bytecode = False
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)
