@@ -57,6 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+def pytest_collection_finish() -> None:
+    """Let no garbage collection look at thousands of collected tests again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _alone_in_the_heap(request: pytest.FixtureRequest) -> Iterator[None]:
     """Keep what the test run itself holds out of what is measured.
