@@ -38,6 +38,7 @@ from tests.disk.history import (
     scan,
     write_history,
 )
+from tests.faults.simulation import stepped
 from tests.support import abandon, config, everything, opened
 
 OPENED_PREFIXES: Final = 150
@@ -49,6 +50,13 @@ RECOVERED_FLIPS: Final = 500
 @pytest.fixture(scope="module")
 def history() -> History:
     return write_history(64 * 1024, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _without_threads() -> Iterator[None]:
+    """A thread costs each of many thousand calls a turn that nothing here is about."""
+    with stepped():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -36,10 +36,18 @@ from persistence.disk.manifest import decode_manifest
 from persistence.disk.segments import Damage
 from tests.disk.history import Placed, all_rows_equal, recover, scan
 from tests.disk.memoryfiles import Killed, MemoryFiles, kill_at
+from tests.faults.simulation import stepped
 from tests.support import PATH, Points, abandon, config, opened
 
 SEGMENT_BYTES: Final = 64 * 1024
 Data = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _without_threads() -> Iterator[None]:
+    """A thread costs each of many thousand calls a turn that nothing here is about."""
+    with stepped():
+        yield
 
 
 @pytest.fixture(autouse=True)
