@@ -255,6 +255,7 @@ class Tiers:
         redis = self._config.redis
         sharing = Sharing(self._remote_tier(), redis, self._outbox, self._conflicts, local)
         self.residency.confirm_end = sharing.confirm_end
+        self.residency.renewing = sharing.renewing
         return sharing
 
     def _remote_tier(self) -> RemoteTier:

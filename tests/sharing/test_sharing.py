@@ -324,6 +324,29 @@ async def test_a_session_that_another_worker_renewed_does_not_expire_here(
     assert await b.has_session(sid)
 
 
+async def test_a_session_that_is_only_read_by_another_worker_lives_on(
+    worker: Worker, deployment: Group
+) -> None:
+    """What a worker has taken over is not in its log, and yet its accesses count for all."""
+    a, b = await worker(deployment.url), await worker(deployment.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0}, ttl_seconds=2.0)
+    assert await value(b, sid) == 0
+    loop = asyncio.get_running_loop()
+    end = loop.time() + 3.0
+
+    async def read_for_longer_than_the_ttl() -> bool:
+        assert await value(b, sid) == 0
+        await asyncio.sleep(0.05)
+        return loop.time() > end
+
+    await until(read_for_longer_than_the_ttl)
+    assert residency_of(b).unlogged, "it has only been read"
+    fresh = await worker(deployment.url)
+    assert await value(fresh, sid) == 0
+    assert await value(a, sid) == 0
+
+
 async def test_the_sessions_of_all_workers_can_be_listed(worker: Worker, deployment: Group) -> None:
     a, b = await worker(deployment.url), await worker(deployment.url)
     await until_up(a, b)
