@@ -92,6 +92,21 @@ async def test_a_failure_that_nobody_raises_counts_too(state: StateManager) -> N
     assert (found.requests, found.errors, found.last_error) == (1, 1, "status 500")
 
 
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+async def test_an_error_that_cannot_be_shown_stays_the_error_of_the_request(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session()
+    await fail(state, sid, _Mute())
+    metrics = await state.session_metrics(sid)
+    assert (metrics.requests, metrics.errors, metrics.running) == (1, 1, 0)
+    assert metrics.last_error == "_Mute: (its message cannot be shown)"
+
+
 async def test_a_cancelled_request_is_counted_and_no_error(state: StateManager) -> None:
     sid = await state.create_session()
     inside = asyncio.Event()
