@@ -22,6 +22,7 @@ from persistence.arguments import (
     check_text,
     check_text_or_none,
     check_ttl,
+    check_utf8,
     refused,
 )
 from persistence.checkpoint.catalogue import CheckpointInfo
@@ -1020,9 +1021,10 @@ class StateManager(Facilities):
         Raises:
             RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; what was there stays.
             WriteOutcomeUnknown: the log takes no more writes.
+            InvalidArgument: `reason` is no text.
         """
         await self._ready()
-        return await self._keeper.create(reason, on_progress)
+        return await self._keeper.create(check_utf8("reason", reason), on_progress)
 
     async def list_checkpoints(self) -> list[CheckpointInfo]:
         """Return all restore points of the store, also those of other workers, oldest first."""
@@ -1034,9 +1036,10 @@ class StateManager(Facilities):
 
         Raises:
             CheckpointNotFound: there is none of that id.
+            InvalidArgument: it is no str.
         """
         await self._ready()
-        await self._keeper.delete(checkpoint_id)
+        await self._keeper.delete(check_text("checkpoint_id", checkpoint_id))
 
     async def restore_checkpoint(
         self, checkpoint_id: str = "latest", *, on_progress: OnProgress | None = None
@@ -1055,10 +1058,11 @@ class StateManager(Facilities):
             CheckpointNotFound: there is none of that id.
             CheckpointDamaged: it is damaged, and so are all before it; nothing was changed.
             DiskFull, RemoteUnavailable: nothing was changed.
+            InvalidArgument: it is no str.
         """
         await self._ready()
         staged = await self._keeper.restore(
-            checkpoint_id,
+            check_text("checkpoint_id", checkpoint_id),
             self._restored_ids,
             self._time.skew(),
             self.config.disk.segment_bytes,
