@@ -853,10 +853,13 @@ class StateManager(Facilities):
             await self._ready()
             await self._requests.store(session_id)  # what is counted moves with the session
             tiers = Rotating(self._updates, self._residency, self._commits)
+            under_way = self._requests.entries.get(session_id)
             try:
-                return await self._rotations.rotate(tiers, session_id)
+                new_id = await self._rotations.rotate(tiers, session_id)
             except Overtaken:
                 continue  # on the version that another worker has made
+            self._requests.follow(under_way, new_id)
+            return new_id
 
     async def _living_or_none(self, session_id: str) -> bytes | None:
         """Return the incarnation id of a live session; renews nothing."""
