@@ -249,7 +249,7 @@ class Tiers:
             self.commits,
             self._clock,
             self.time,
-            partial(self.listing.ids, ""),
+            partial(self.listing.ids, "", is_own=True),
             self.watching,
         )
         redis = self._config.redis

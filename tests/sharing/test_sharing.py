@@ -324,6 +324,22 @@ async def test_a_session_that_another_worker_renewed_does_not_expire_here(
     assert await b.has_session(sid)
 
 
+async def test_nothing_is_complained_of_when_a_worker_meets_a_new_server(
+    worker: Worker, own_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sessions go there at once, though it has not finished opening."""
+    a = await worker(own_server.url)
+    await until_up(a)
+    sid = await a.create_session(data={"n": 0})
+
+    async def delivered() -> bool:
+        return sharing_of(a).outbox.epoch != NO_ID
+
+    await until(delivered)
+    assert await value(await worker(own_server.url), sid) == 0
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 async def test_a_session_that_is_only_read_by_another_worker_lives_on(
     worker: Worker, deployment: Group
 ) -> None:
