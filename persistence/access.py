@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from persistence import record as rec
 from persistence.arguments import check_text_or_none, refused
 from persistence.commit import committed
-from persistence.errors import SessionNotFound
+from persistence.errors import Overtaken, SessionNotFound
 from persistence.ids import check_session_id
 from persistence.record import NEVER
 from persistence.session import Changes, ClientInfo, Session, SessionDraft
@@ -222,15 +222,20 @@ class SessionHandle:
 
     async def terminate(self) -> None:
         """End it; every token for it ends with it."""
-        await self._access.check(self._claims)
-        _, residency = await self._sessions.current()
         key = check_session_id(self.id)
-        try:
-            self._check((await residency.base(self.id, key))[0])
-        except SessionNotFound as error:
-            raise self._ended(error) from None
-        # Nothing has been awaited since it was looked at.
-        await committed(residency.submit_delete(self.id, key))
+        while True:
+            await self._access.check(self._claims)
+            _, residency = await self._sessions.current()
+            try:
+                self._check((await residency.base(self.id, key))[0])
+            except SessionNotFound as error:
+                raise self._ended(error) from None
+            try:
+                # Nothing has been awaited since it was looked at.
+                await committed(residency.submit_delete(self.id, key))
+            except Overtaken:
+                continue  # it has ended, and perhaps begun anew, elsewhere
+            return
 
     async def _updates(self) -> Updates:
         return (await self._sessions.current())[0]

@@ -37,6 +37,20 @@ def check_text(name: str, value: object) -> str:
     return value
 
 
+def check_utf8(name: str, value: object) -> str:
+    """Return `value` if it is a str that can be stored as UTF-8.
+
+    Raises:
+        InvalidArgument: it is something else, or has half a surrogate pair in it.
+    """
+    text = check_text(name, value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise refused(name, value, "a str without lone surrogates") from None
+    return text
+
+
 def check_text_or_none(name: str, value: object) -> str | None:
     """Return `value` if it is a str or None.
 

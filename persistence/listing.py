@@ -65,14 +65,19 @@ class Listing:
 
     # --- listing ------------------------------------------------------------------------------
 
-    async def ids(self, prefix: str) -> AsyncIterator[str]:
+    async def ids(self, prefix: str, *, is_own: bool = False) -> AsyncIterator[str]:
         """Yield the ids of the live sessions that start with `prefix`, in no order.
 
         A session that is alive all the while is yielded exactly once, whatever is written
         meanwhile.
+
+        Args:
+            prefix: what ids have to start with.
+            is_own: the engine itself asks, also while it is opening or closing.
         """
         for shard in range(SHARDS):
-            self._check_open()
+            if not is_own:
+                self._check_open()
             for session_id in await self._live(self._disk.index.rows_of_shard(shard)):
                 if session_id.startswith(prefix):
                     yield session_id

@@ -22,6 +22,7 @@ from persistence.arguments import (
     check_text,
     check_text_or_none,
     check_ttl,
+    check_utf8,
     refused,
 )
 from persistence.checkpoint.catalogue import CheckpointInfo
@@ -852,10 +853,13 @@ class StateManager(Facilities):
             await self._ready()
             await self._requests.store(session_id)  # what is counted moves with the session
             tiers = Rotating(self._updates, self._residency, self._commits)
+            under_way = self._requests.entries.get(session_id)
             try:
-                return await self._rotations.rotate(tiers, session_id)
+                new_id = await self._rotations.rotate(tiers, session_id)
             except Overtaken:
                 continue  # on the version that another worker has made
+            self._requests.follow(under_way, new_id)
+            return new_id
 
     async def _living_or_none(self, session_id: str) -> bytes | None:
         """Return the incarnation id of a live session; renews nothing."""
@@ -1020,9 +1024,10 @@ class StateManager(Facilities):
         Raises:
             RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; what was there stays.
             WriteOutcomeUnknown: the log takes no more writes.
+            InvalidArgument: `reason` is no text.
         """
         await self._ready()
-        return await self._keeper.create(reason, on_progress)
+        return await self._keeper.create(check_utf8("reason", reason), on_progress)
 
     async def list_checkpoints(self) -> list[CheckpointInfo]:
         """Return all restore points of the store, also those of other workers, oldest first."""
@@ -1034,9 +1039,10 @@ class StateManager(Facilities):
 
         Raises:
             CheckpointNotFound: there is none of that id.
+            InvalidArgument: it is no str.
         """
         await self._ready()
-        await self._keeper.delete(checkpoint_id)
+        await self._keeper.delete(check_text("checkpoint_id", checkpoint_id))
 
     async def restore_checkpoint(
         self, checkpoint_id: str = "latest", *, on_progress: OnProgress | None = None
@@ -1055,10 +1061,11 @@ class StateManager(Facilities):
             CheckpointNotFound: there is none of that id.
             CheckpointDamaged: it is damaged, and so are all before it; nothing was changed.
             DiskFull, RemoteUnavailable: nothing was changed.
+            InvalidArgument: it is no str.
         """
         await self._ready()
         staged = await self._keeper.restore(
-            checkpoint_id,
+            check_text("checkpoint_id", checkpoint_id),
             self._restored_ids,
             self._time.skew(),
             self.config.disk.segment_bytes,

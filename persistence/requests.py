@@ -427,6 +427,19 @@ class Requests:
         """A session has ended: nothing of it is stored any more."""
         self.entries.pop(session_id, None)
 
+    def follow(self, entry: _Entry | None, session_id: str) -> None:
+        """A session goes on as `session_id`: what is under way and counted goes with it.
+
+        What is reserved has been charged already, in the record that it took along.
+        """
+        if entry is None or not entry.is_needed or session_id in self.entries:
+            return
+        record = self._residency.readable(session_id, session_id.encode())
+        if record is not None:
+            entry.incarnation = rec.incarnation_of(record)
+            self.entries[session_id] = entry
+            self._some.set()
+
     async def store_due(self) -> None:
         """Store what is due, once it is time: a step of the manager's background work."""
         await self._some.wait()

@@ -87,10 +87,11 @@ class Residency:
     ) -> None:
         self.memory = memory
         self.disk = disk
-        self.unlogged: set[str] = set()
+        self.unlogged: dict[str, float] = {}  # last access that the shared tier has been told of
         self.unlisted: set[str] = set()
         self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
         self.adopting: Callable[[str, bytes, float], None] | None = None
+        self.renewing: Callable[[Commit], None] | None = None
         self.on_end: Callable[[str], None] | None = None
         self.on_leave: Callable[[Sequence[str]], None] | None = None
         self._leaving: dict[str, Commit] = {}
@@ -165,7 +166,7 @@ class Residency:
             self._logged(session_id)
 
     def _logged(self, session_id: str) -> None:
-        self.unlogged.discard(session_id)
+        self.unlogged.pop(session_id, None)
         self.unlisted.discard(session_id)
 
     def failed(self, commit: Commit) -> None:
@@ -756,7 +757,7 @@ class Residency:
         if self.adopting is not None:
             self.adopting(session_id, record, min(deadline_of(accessed, life), cap))
         self._leaving.pop(session_id, None)
-        self.unlogged.add(session_id)
+        self.unlogged[session_id] = accessed
         if self.disk.index.get(self.disk.fingerprint(session_id.encode())) is None:
             self.unlisted.add(session_id)
         self.memory.put(session_id, record, accessed, life, cap)
@@ -803,6 +804,20 @@ class Residency:
         assert record is not None, "resident"
         self.note_access(session_id, key, fingerprint, record, accessed, life, deadline)
 
+    def _renew_unlogged(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
+        """Let the shared tier know of an access to what has been taken over from it, if due.
+
+        It is not in the log, so nothing is recorded there; elsewhere it would be over too early.
+        """
+        accessed, life = self.memory.times(session_id)
+        if self.renewing is None or not must_record(self.unlogged[session_id], accessed, life):
+            return
+        record = self.memory.peek(session_id)
+        assert record is not None, "resident"
+        self.unlogged[session_id] = accessed
+        deadline = self.memory.deadline(session_id)
+        self.renewing(_touch(session_id, key, fingerprint, record, accessed, life, deadline))
+
     def note_access(
         self,
         session_id: str,
@@ -830,19 +845,7 @@ class Residency:
     ) -> None:
         if session_id in self._commits.tails:
             return  # the put that is on its way carries a time of its own
-        commit = Commit(
-            TOUCH,
-            session_id,
-            key,
-            fingerprint,
-            None,
-            record[:_IDS_BYTES] + NO_ID,
-            accessed,
-            deadline,
-            NEVER,
-            life,
-            0,
-        )
+        commit = _touch(session_id, key, fingerprint, record, accessed, life, deadline)
         try:
             self._commits.submit(commit, wait=False)
         except PersistenceError:
@@ -855,9 +858,13 @@ class Residency:
         slices = Slices(self._clock.monotonic)
         for shard in range(self.memory.shards):
             for session_id in self.memory.accessed_since(shard, since):
-                if session_id in self.memory and session_id not in self.unlogged:
+                if session_id in self.memory:
                     key = session_id.encode()
-                    self._note_resident(session_id, key, self.disk.fingerprint(key))
+                    fingerprint = self.disk.fingerprint(key)
+                    if session_id in self.unlogged:
+                        self._renew_unlogged(session_id, key, fingerprint)
+                    else:
+                        self._note_resident(session_id, key, fingerprint)
                 await slices.give_way_if_due()
 
     async def next_sweep(self) -> None:
@@ -875,3 +882,19 @@ class Residency:
             await asyncio.wait([self._spilling])
         if self._reading:
             await asyncio.wait(list(self._reading.values()))
+
+
+def _touch(
+    session_id: str,
+    key: bytes,
+    fingerprint: bytes,
+    record: bytes,
+    accessed: float,
+    life: float,
+    deadline: float,
+) -> Commit:
+    """Return the commit that records an access."""
+    ids = record[:_IDS_BYTES] + NO_ID
+    return Commit(
+        TOUCH, session_id, key, fingerprint, None, ids, accessed, deadline, NEVER, life, 0
+    )

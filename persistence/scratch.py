@@ -207,7 +207,8 @@ class Scratch:
     async def keep_only(self, incarnation_of: Callable[[str], Awaitable[bytes | None]]) -> None:
         """All sessions were replaced: remove the directories of those that are gone."""
         for session_id, place in list(self._places.items()):
-            if await incarnation_of(session_id) != place.incarnation:
+            is_gone = await incarnation_of(session_id) != place.incarnation
+            if is_gone and self._places.get(session_id) is place:  # else it has a new one already
                 self.ended(session_id)
 
     async def close(self) -> None:

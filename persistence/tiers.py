@@ -249,12 +249,13 @@ class Tiers:
             self.commits,
             self._clock,
             self.time,
-            partial(self.listing.ids, ""),
+            partial(self.listing.ids, "", is_own=True),
             self.watching,
         )
         redis = self._config.redis
         sharing = Sharing(self._remote_tier(), redis, self._outbox, self._conflicts, local)
         self.residency.confirm_end = sharing.confirm_end
+        self.residency.renewing = sharing.renewing
         return sharing
 
     def _remote_tier(self) -> RemoteTier:

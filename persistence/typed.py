@@ -321,10 +321,19 @@ def _by_msgspec(wanted: Any, value: Any) -> Any:
 
 
 def _by_pydantic(wanted: Any, value: Any) -> Any:
-    from pydantic import ValidationError  # noqa: PLC0415 - for those who have a schema
+    from pydantic import (  # noqa: PLC0415 - for those who have a schema
+        PydanticUndefinedAnnotation,
+        PydanticUserError,
+        ValidationError,
+    )
 
     try:
         return _adapter(wanted).validate_python(value)
+    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        said = str(error).partition("\n")[0]
+        raise InvalidArgument(
+            f"schema: {_name(wanted)} has a type that objects cannot be made of: {said}"
+        ) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     raise _Mismatch(first["loc"], first["msg"], is_missing=first["type"] == "missing")

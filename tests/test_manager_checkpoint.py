@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from persistence import ManualClock, StateConfig, StateManager
-from persistence.errors import CheckpointNotFound, ConfigError, ConflictError, PersistenceError
+from persistence.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    ConflictError,
+    InvalidArgument,
+    PersistenceError,
+)
 from tests.engine import KIB, ScriptedFiles, Start, config_for, contents
 from tests.redis_servers import Group, RedisServer
 from tests.sharing.support import add_one, until, until_delivered, until_up, value
@@ -105,6 +111,26 @@ async def test_an_unknown_checkpoint_changes_nothing(start: Start, store: dict[s
     with pytest.raises(CheckpointNotFound):
         await state.delete_checkpoint("no such thing")
     assert await contents(state) == before
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"x", []])
+async def test_what_is_no_text_neither_names_nor_explains_a_checkpoint(
+    start: Start, store: dict[str, Any], wrong: Any
+) -> None:
+    """Not even the newest one is restored for it, nor is one made that nobody can read."""
+    state = await start(checkpoint=store)
+    sid = await state.create_session(data={"n": 1})
+    made = await state.create_checkpoint()
+    await state.update_session_data(sid, "n", 2)
+    for call in (state.create_checkpoint, state.restore_checkpoint, state.delete_checkpoint):
+        with pytest.raises(InvalidArgument):
+            await call(wrong)
+    with pytest.raises(InvalidArgument, match="surrogates"):
+        await state.create_checkpoint("\ud800")
+    with pytest.raises(CheckpointNotFound):
+        await state.restore_checkpoint("")
+    assert [info.id for info in await state.list_checkpoints()] == [made.id]
+    assert await value(state, sid) == 2
 
 
 async def test_updates_go_on_while_one_is_made_and_are_whole_in_it(

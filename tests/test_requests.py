@@ -92,6 +92,21 @@ async def test_a_failure_that_nobody_raises_counts_too(state: StateManager) -> N
     assert (found.requests, found.errors, found.last_error) == (1, 1, "status 500")
 
 
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+async def test_an_error_that_cannot_be_shown_stays_the_error_of_the_request(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session()
+    await fail(state, sid, _Mute())
+    metrics = await state.session_metrics(sid)
+    assert (metrics.requests, metrics.errors, metrics.running) == (1, 1, 0)
+    assert metrics.last_error == "_Mute: (its message cannot be shown)"
+
+
 async def test_a_cancelled_request_is_counted_and_no_error(state: StateManager) -> None:
     sid = await state.create_session()
     inside = asyncio.Event()
@@ -636,3 +651,18 @@ async def test_what_is_counted_and_what_is_left_go_with_a_session_that_gets_anot
             async with state.request(new, "GET /"):
                 passed += 1
     assert passed == 7
+
+
+async def test_a_request_in_which_its_session_gets_another_id_is_counted(start: Start) -> None:
+    """As at a login: it is the very request that rotates the id."""
+    state = await start()
+    sid = await state.create_session(max_requests=10)
+    async with state.request(sid, "POST /login"):
+        new = await state.rotate_session_id(sid)
+        assert (await state.session_metrics(new)).running == 1
+    metrics = await state.session_metrics(new)
+    assert (metrics.requests, metrics.running, metrics.last_name) == (1, 0, "POST /login")
+    assert await passed(state, new, 20) == 9
+    await state.close()
+    state = await start()
+    assert (await state.session_metrics(new)).requests == 10

@@ -182,6 +182,27 @@ async def test_a_restored_checkpoint_begins_with_empty_ones(state: StateManager)
     await eventually(lambda: len(directories(state)) == 1)
 
 
+async def test_one_that_is_made_while_a_restored_state_is_looked_at_stays(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sid = await state.create_session()
+    old = await state.scratch_dir(sid)
+    info = await state.create_checkpoint()
+    looked_at = state._living_incarnation
+    made: list[Path] = []
+
+    async def meanwhile(session_id: str) -> bytes | None:
+        made.append(await state.scratch_dir(session_id))
+        return await looked_at(session_id)
+
+    monkeypatch.setattr(state, "_living_incarnation", meanwhile)
+    await state.restore_checkpoint(info.id)
+    await eventually(lambda: not is_directory(old))
+    assert is_directory(made[0])
+    assert await state.scratch_dir(sid) == made[0]
+    assert directories(state) == {made[0].name}
+
+
 async def test_a_damaged_journal_keeps_no_worker_from_its_sessions(start: Start) -> None:
     state = await start()
     sid = await state.create_session(data={"a": 1})

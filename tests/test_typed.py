@@ -467,3 +467,16 @@ def test_a_worker_can_have_a_schema(tmp_path: Path) -> None:
 
     worker.run(main, config_for(tmp_path / "state"), schema=DataCart)
     assert found == [DataCart(total=Decimal(3))]
+
+
+async def test_a_type_that_nothing_can_be_made_of_is_refused_by_its_name(open_typed: Open) -> None:
+    @dataclass
+    class Raw:
+        body: bytearray = field(default_factory=bytearray)
+
+    for schema in (Raw, {"body": 5}):
+        state = await open_typed(schema)
+        sid = await state.create_session(data={"body": bytearray(b"x")})
+        with pytest.raises(InvalidArgument, match="schema: "):
+            await state.get_typed(sid)
+        assert await data_of(state, sid) == {"body": bytearray(b"x")}

@@ -24,7 +24,11 @@ MAX_ERROR_CHARS: Final = 300
 
 def error_text(error: object) -> str:
     """Return an error as it is kept: its type and its message, shortened."""
-    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001 - it is the application's, and not to stand in for its error
+        said = "(its message cannot be shown)"
+    text = f"{type(error).__name__}: {said}" if isinstance(error, BaseException) else said
     return text[:MAX_ERROR_CHARS].encode("utf-8", "replace").decode()
 
 

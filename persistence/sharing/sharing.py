@@ -22,8 +22,8 @@ from persistence.config import RedisConfig
 from persistence.disk.format import DELETE
 from persistence.errors import ManagerClosed, PersistenceError, RemoteUnavailable
 from persistence.record import ID_BYTES, NO_ID
-from persistence.remote.contract import Announcement, RemoteSession, RemoteTier
-from persistence.sharing.agreement import Agreement, Decision, unavailable
+from persistence.remote.contract import Announcement, RemoteSession, RemoteTier, Touch
+from persistence.sharing.agreement import Agreement, Decision, request_of, unavailable
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.copies import Copies
 from persistence.sharing.delivery import Delivery
@@ -370,6 +370,14 @@ class Sharing:
                 incarnation = commit.ids[:ID_BYTES]
                 if not commit.local and incarnation != NO_ID:
                     self._delivery.ended(commit.session_id, incarnation)
+
+    def renewing(self, touch: Commit) -> None:
+        """A session was accessed that is not in the log: what the log does not have to hear of."""
+        request = request_of(touch, self._time.skew())
+        if isinstance(request, Touch):
+            self.agreement.touches.append(request)
+            if self.agreement.writes_through:
+                self._delivery.wake()
 
     # --- reading ------------------------------------------------------------------------------
 

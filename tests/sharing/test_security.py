@@ -19,7 +19,7 @@ from persistence.sharing.agreement import request_of
 from persistence.sharing.conflicts import decode_conflict
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
-from tests.sharing.support import sharing_of, until_delivered
+from tests.sharing.support import sharing_of, until_delivered, until_up, value
 
 CLIENT = ClientInfo("203.0.113.9", "Mozilla/5.0")
 DATA = {"n": 1, "text": "kept"}
@@ -163,3 +163,20 @@ async def test_what_redis_refused_is_kept_sealed(
     assert conflict is not None
     assert SECRET.encode() in conflict.record
     assert decode_conflict(entry, seals.records) is None
+
+
+async def test_a_handle_ends_no_session_that_was_begun_anew_elsewhere(
+    worker: Worker, shared_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"key_file": str(tmp_path / "keys")}
+    a = await worker(shared_server.url, security=keys)
+    b = await worker(shared_server.url, security=keys)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    handle = await a.open_session(sid, a.issue_token(sid, CLIENT), CLIENT)
+    monkeypatch.setattr(sharing_of(a), "announced", lambda _: None)  # they are still on their way
+    await b.terminate_session(sid)
+    await b.create_session(session_id=sid, data={"n": 1})
+    with pytest.raises(errors.TokenInvalid):
+        await handle.terminate()
+    assert await value(b, sid) == 1

@@ -324,6 +324,45 @@ async def test_a_session_that_another_worker_renewed_does_not_expire_here(
     assert await b.has_session(sid)
 
 
+async def test_nothing_is_complained_of_when_a_worker_meets_a_new_server(
+    worker: Worker, own_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sessions go there at once, though it has not finished opening."""
+    a = await worker(own_server.url)
+    await until_up(a)
+    sid = await a.create_session(data={"n": 0})
+
+    async def delivered() -> bool:
+        return sharing_of(a).outbox.epoch != NO_ID
+
+    await until(delivered)
+    assert await value(await worker(own_server.url), sid) == 0
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+async def test_a_session_that_is_only_read_by_another_worker_lives_on(
+    worker: Worker, deployment: Group
+) -> None:
+    """What a worker has taken over is not in its log, and yet its accesses count for all."""
+    a, b = await worker(deployment.url), await worker(deployment.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0}, ttl_seconds=2.0)
+    assert await value(b, sid) == 0
+    loop = asyncio.get_running_loop()
+    end = loop.time() + 3.0
+
+    async def read_for_longer_than_the_ttl() -> bool:
+        assert await value(b, sid) == 0
+        await asyncio.sleep(0.05)
+        return loop.time() > end
+
+    await until(read_for_longer_than_the_ttl)
+    assert residency_of(b).unlogged, "it has only been read"
+    fresh = await worker(deployment.url)
+    assert await value(fresh, sid) == 0
+    assert await value(a, sid) == 0
+
+
 async def test_the_sessions_of_all_workers_can_be_listed(worker: Worker, deployment: Group) -> None:
     a, b = await worker(deployment.url), await worker(deployment.url)
     await until_up(a, b)
