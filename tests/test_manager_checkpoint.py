@@ -48,6 +48,19 @@ async def test_a_restored_state_is_the_one_of_the_checkpoint(
     await state.create_session(session_id="later", data={"n": -2})
 
 
+@pytest.mark.parametrize("wanted", ["", "nope", "../latest"])
+async def test_an_id_that_no_checkpoint_has_never_means_the_latest(
+    start: Start, store: dict[str, Any], wanted: str
+) -> None:
+    state = await start(checkpoint=store)
+    await filled(state, 2)
+    await state.create_checkpoint()
+    await state.create_session(session_id="later")
+    with pytest.raises(CheckpointNotFound):
+        await state.restore_checkpoint(wanted)
+    assert await state.has_session("later")
+
+
 async def test_what_was_restored_is_there_after_a_restart(
     start: Start, store: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from persistence.checkpoint.catalogue import (
-    LATEST,
     CheckpointInfo,
     delete_checkpoint,
     list_checkpoints,
@@ -183,7 +182,7 @@ class Keeper:
                 self._tier,
                 self._store,
                 self._clock,
-                wanted or LATEST,
+                wanted,
                 new_ids=new_ids,
                 skew=skew,
                 segment_bytes=segment_bytes,
