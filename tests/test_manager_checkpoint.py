@@ -11,7 +11,7 @@ import pytest
 
 from persistence import ManualClock, StateConfig, StateManager
 from persistence.errors import CheckpointNotFound, ConfigError, ConflictError, PersistenceError
-from tests.engine import KIB, ScriptedFiles, Start, config_for, contents
+from tests.engine import KIB, ScriptedFiles, Start, config_for, contents, names_in
 from tests.redis_servers import Group, RedisServer
 from tests.sharing.support import add_one, until, until_delivered, until_up, value
 
@@ -276,6 +276,7 @@ async def test_a_store_in_redis_without_one_is_a_configuration_error(tmp_path: P
     config = config_for(tmp_path / "state", checkpoint={"store": "redis"})
     with pytest.raises(ConfigError, match=r"redis\.url"):
         await StateManager(config=config).open()
+    assert names_in(tmp_path) == set()
 
 
 async def test_another_worker_restores_what_one_put_into_redis(
