@@ -65,14 +65,20 @@ class Listing:
 
     # --- listing ------------------------------------------------------------------------------
 
-    async def ids(self, prefix: str) -> AsyncIterator[str]:
+    async def ids(self, prefix: str, *, while_open: bool = True) -> AsyncIterator[str]:
         """Yield the ids of the live sessions that start with `prefix`, in no order.
 
         A session that is alive all the while is yielded exactly once, whatever is written
         meanwhile.
+
+        Args:
+            prefix: what they start with.
+            while_open: end with ManagerClosed when the manager is closed. False: for what goes on
+                while it is being opened and closed.
         """
         for shard in range(SHARDS):
-            self._check_open()
+            if while_open:
+                self._check_open()
             for session_id in await self._live(self._disk.index.rows_of_shard(shard)):
                 if session_id.startswith(prefix):
                     yield session_id

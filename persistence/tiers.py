@@ -255,7 +255,8 @@ class Tiers:
             self.commits,
             self._clock,
             self.time,
-            partial(self.listing.ids, ""),
+            # Also for what is delivered at the end, when nobody is let in any more.
+            partial(self.listing.ids, "", while_open=False),
             self.watching,
         )
         redis = self._config.redis
