@@ -5,6 +5,7 @@ Only where nothing is hot: a read and an update of a field check no more than th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -71,6 +72,16 @@ def check_seconds(name: str, value: object, most: float, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise refused(name, value, allowed)
     return float(value)
+
+
+def check_duration(name: str, value: object) -> float:
+    """Return `value` if it is a number of seconds.
+
+    Raises:
+        InvalidArgument: it is something else, below 0 or infinite.
+    """
+    allowed = "a finite number of seconds, at least 0"
+    return check_seconds(name, value, sys.float_info.max, allowed)
 
 
 def check_ttl(value: object) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -17,7 +16,7 @@ from persistence import record as rec
 from persistence.access import Access, SessionHandle, check_client
 from persistence.arguments import (
     check_count_or_none,
-    check_seconds,
+    check_duration,
     check_switch_or_none,
     check_text,
     check_text_or_none,
@@ -241,7 +240,12 @@ class StateManager(Facilities):
         Args:
             grace_seconds: at most so many seconds instead, also for a close that is under way;
                 0: at once.
+
+        Raises:
+            InvalidArgument: `grace_seconds` is no duration; it goes on as it was.
         """
+        if grace_seconds is not None:
+            check_duration("grace_seconds", grace_seconds)
         if self._closing is None:
             if not self._is_open:
                 return
@@ -756,8 +760,7 @@ class StateManager(Facilities):
             DiskFull, WriteOutcomeUnknown: the end of some could not be logged; see `commit`.
         """
         await self._ready()
-        allowed = "a finite number of seconds, at least 0"
-        age = check_seconds("max_age_seconds", max_age_seconds, sys.float_info.max, allowed)
+        age = check_duration("max_age_seconds", max_age_seconds)
         return await self._listing.remove_idle(age)
 
     # --- tokens and access --------------------------------------------------------------------
@@ -1022,9 +1025,9 @@ class StateManager(Facilities):
             on_progress: called now and then with how far it is.
 
         Raises:
+            InvalidArgument: `reason` is no text, or none that UTF-8 can hold.
             RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; what was there stays.
             WriteOutcomeUnknown: the log takes no more writes.
-            InvalidArgument: `reason` is no text.
         """
         await self._ready()
         return await self._keeper.create(check_utf8("reason", reason), on_progress)

@@ -723,11 +723,6 @@ def patched(record: bytes, commit: bytes, changed: Mapping[str, bytes], layout: 
     return b"".join((record[:ID_BYTES], commit, version, front, value, record[end:]))
 
 
-def user_of(record: bytes) -> int:
-    """Return the tag of the user id of `record`."""
-    return int.from_bytes(record[60:64], "little")
-
-
 def validate(record: bytes) -> None:
     """Check that `record` can be decoded as far as its fields' names.
 

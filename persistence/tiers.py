@@ -15,7 +15,7 @@ from typing import Final
 
 from persistence.checkpoint.create import Plan
 from persistence.checkpoint.keeper import Keeper, Schedule
-from persistence.checkpoint.opening import open_store
+from persistence.checkpoint.opening import check_store, open_store
 from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
@@ -31,7 +31,7 @@ from persistence.memory.ordered import make_memory_tier
 from persistence.memory.tier import MemoryTier
 from persistence.record import NEVER
 from persistence.remote.contract import RemoteTier
-from persistence.remote.opening import tier_of
+from persistence.remote.opening import check_url, tier_of
 from persistence.residency import Residency
 from persistence.rotation import Rotations
 from persistence.sealer import Seals
@@ -112,6 +112,7 @@ class Tiers:
             See `StateManager.open`.
         """
         config = self._config
+        self._check_places()
         self.time = EngineTime(self._clock)
         self.keys = await Keys.load(config.security, config.disk.path, self._clock)
         seals = self._seals = self.keys.seals
@@ -144,6 +145,11 @@ class Tiers:
                 await self._conflicts.open()
                 await self.sharing.open()
             undo.pop_all()
+
+    def _check_places(self) -> None:
+        """Refuse a wrong URL or store before there is a directory or a file with keys."""
+        check_store(self._config.checkpoint, self._config.redis)
+        check_url(self._config.redis.url)
 
     async def _check_redis(self) -> None:
         """See that a Redis which is there for checkpoints only can be used for them."""

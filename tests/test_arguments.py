@@ -51,6 +51,13 @@ WRONG: dict[str, Call] = {
     "source = 5": lambda state: state.update_session_metadata("a", source=5),
     "attributes is a list": create(metadata=SessionMetadata(attributes=[1])),  # type: ignore[arg-type]
     "client_ip = 5": create(metadata=SessionMetadata(client_ip=5)),  # type: ignore[arg-type]
+    "reason = 5": lambda state: state.create_checkpoint(5),  # type: ignore[arg-type]
+    "reason = None": lambda state: state.create_checkpoint(None),  # type: ignore[arg-type]
+    "reason = '\\udcff'": lambda state: state.create_checkpoint("\udcff"),
+    "checkpoint_id = None": lambda state: state.delete_checkpoint(None),  # type: ignore[arg-type]
+    "checkpoint_id = 5": lambda state: state.restore_checkpoint(5),  # type: ignore[arg-type]
+    "grace_seconds = '5'": lambda state: state.close(grace_seconds="5"),  # type: ignore[arg-type]
+    "grace_seconds = nan": lambda state: state.close(grace_seconds=math.nan),
 }
 
 
@@ -67,6 +74,7 @@ async def test_a_wrong_argument_is_named_and_nothing_is_written(
     session = await state.get_session("a")
     assert session is not None
     assert session.version == 1
+    assert await state.list_checkpoints() == []
 
 
 async def test_an_empty_text_about_a_user_comes_back_as_an_empty_text(state: StateManager) -> None:

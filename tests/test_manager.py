@@ -34,6 +34,7 @@ from tests.engine import (
     ScriptedFiles,
     Start,
     commits_of,
+    config_for,
     contents,
     data_of,
     directory_of,
@@ -1022,6 +1023,22 @@ async def test_a_second_manager_on_the_same_directory_is_refused(start: Start) -
     assert await state.has_session("a")
     await state.close()
     assert await (await start()).has_session("a")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host:99999",
+        "redis://host/shop",
+        "redis://host/0?retries=5",
+        "redis+sentinel://host",
+        "postgresql://host",
+    ],
+)
+async def test_a_wrong_url_is_refused_before_there_is_a_directory(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"redis\.url"):
+        await StateManager(url, config_for(tmp_path / "state")).open()
+    assert names_in(tmp_path) == set()
 
 
 async def test_questions_to_a_shared_tier_that_is_not_configured_are_refused(

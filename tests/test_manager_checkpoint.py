@@ -17,7 +17,7 @@ from persistence.errors import (
     InvalidArgument,
     PersistenceError,
 )
-from tests.engine import KIB, ScriptedFiles, Start, config_for, contents
+from tests.engine import KIB, ScriptedFiles, Start, config_for, contents, names_in
 from tests.redis_servers import Group, RedisServer
 from tests.sharing.support import add_one, until, until_delivered, until_up, value
 
@@ -52,6 +52,19 @@ async def test_a_restored_state_is_the_one_of_the_checkpoint(
     assert await state.get_session("later") is None
     assert (await state.update_session(ids[0], add_one))["n"] == 1
     await state.create_session(session_id="later", data={"n": -2})
+
+
+@pytest.mark.parametrize("wanted", ["", "nope", "../latest"])
+async def test_an_id_that_no_checkpoint_has_never_means_the_latest(
+    start: Start, store: dict[str, Any], wanted: str
+) -> None:
+    state = await start(checkpoint=store)
+    await filled(state, 2)
+    await state.create_checkpoint()
+    await state.create_session(session_id="later")
+    with pytest.raises(CheckpointNotFound):
+        await state.restore_checkpoint(wanted)
+    assert await state.has_session("later")
 
 
 async def test_what_was_restored_is_there_after_a_restart(
@@ -289,6 +302,7 @@ async def test_a_store_in_redis_without_one_is_a_configuration_error(tmp_path: P
     config = config_for(tmp_path / "state", checkpoint={"store": "redis"})
     with pytest.raises(ConfigError, match=r"redis\.url"):
         await StateManager(config=config).open()
+    assert names_in(tmp_path) == set()
 
 
 async def test_another_worker_restores_what_one_put_into_redis(

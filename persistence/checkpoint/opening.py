@@ -61,22 +61,24 @@ def open_store(
     Raises:
         ConfigError: it names a server that ``redis.url`` does not lead to.
     """
+    check_store(checkpoint, redis)
     where = checkpoint.store
     url = redis.url
-    if where in SERVERS:
-        _check_server(where, url)
     if url is None or where not in ("auto", *SERVERS):
         directory = beside(disk_path) if where == "auto" else where
         return OpenStore(DirectoryStore(directory, threads, files), where != "auto", _nothing)
     return _in_postgres(url, redis) if is_postgres(url) else _in_redis(url, redis)
 
 
-def _check_server(where: str, url: str | None) -> None:
-    """Check that ``redis.url`` leads to the server that ``checkpoint.store`` names.
+def check_store(checkpoint: CheckpointConfig, redis: RedisConfig) -> None:
+    """Check that ``redis.url`` leads to the server that ``checkpoint.store`` names, if it does.
 
     Raises:
         ConfigError: it does not.
     """
+    where, url = checkpoint.store, redis.url
+    if where not in SERVERS:
+        return
     if url is None:
         raise ConfigError(f"checkpoint.store is {where!r}, but redis.url is not set")
     if is_postgres(url) != (where == "postgresql"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from persistence.cli.failure import CommandError
-from persistence.disk.filenames import LOCK, MANIFEST, QUARANTINE, parse_segment
+from persistence.disk.filenames import CONFLICTS, LOCK, MANIFEST, QUARANTINE, parse_segment
+from persistence.disk.journal import count_entries
 
 _KERNEL_LOCKS: Final = Path("/proc/locks")
 
@@ -41,6 +42,14 @@ def quarantine_bytes(directory: Path) -> list[int]:
         return [entry.stat().st_size for entry in os.scandir(directory / QUARANTINE)]
     except FileNotFoundError:
         return []
+
+
+def conflict_records(directory: Path) -> int:
+    """Return how many versions are kept that the shared tier refused."""
+    try:
+        return count_entries((directory / CONFLICTS).read_bytes())
+    except FileNotFoundError:
+        return 0
 
 
 def is_open_elsewhere(directory: Path) -> bool:

@@ -9,7 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from persistence.cli import screen
-from persistence.cli.directory import is_open_elsewhere, quarantine_bytes, require_directory
+from persistence.cli.directory import (
+    conflict_records,
+    is_open_elsewhere,
+    quarantine_bytes,
+    require_directory,
+)
 from persistence.cli.failure import EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
@@ -29,6 +34,7 @@ class Summary:
         torn_bytes: of an append that a crash interrupted; the next opening cuts them off.
         damages: damaged places; ``persistence verify`` lists them.
         quarantined: pieces kept aside by earlier openings.
+        conflicts: versions that the shared tier refused, kept as conflict records.
         free_bytes: what its file system still takes.
         is_writable: whether this user may write to it, on a file system that takes writes.
         is_open_elsewhere: a process has the directory open, so the numbers are of a moment.
@@ -51,6 +57,7 @@ class Summary:
     damages: int = 0
     quarantined: int = 0
     quarantined_bytes: int = 0
+    conflicts: int = 0
     free_bytes: int = 0
     is_writable: bool = True
     is_open_elsewhere: bool = False
@@ -79,6 +86,7 @@ def summarize(directory: Path) -> Summary:
         str(directory),
         quarantined=len(pieces),
         quarantined_bytes=sum(pieces),
+        conflicts=conflict_records(directory),
         free_bytes=shutil.disk_usage(directory).free,
         is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
@@ -115,6 +123,8 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "… tombstones", f"{summary.deletes:,}"
     yield "quarantine", f"{summary.quarantined:,} ({format_bytes(summary.quarantined_bytes)})"
     yield "free space", format_bytes(summary.free_bytes)
+    if summary.conflicts:
+        yield "CONFLICT RECORDS", f"{summary.conflicts:,} (see docs/redis.md)"
     if not summary.is_writable:
         yield "READ-ONLY", "it cannot be opened by a worker of this user"
     if summary.torn_bytes:

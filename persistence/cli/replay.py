@@ -86,9 +86,10 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     from one percent to all of what its sessions need, so that a budget can be chosen.
     """
     if policy == "all":
-        if directory is not None or redis is not None or resume:
+        if directory or redis or namespace or resume or workers > 1:
             raise CommandError(
-                "--policy all stores nothing: leave out --directory, --redis, --resume"
+                "--policy all stores nothing: leave out --directory, --redis, --namespace, "
+                "--workers, --resume"
             )
         return _compare(logs, limit, plot, as_json)
     if plot is not None:

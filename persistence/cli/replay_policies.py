@@ -124,6 +124,8 @@ def print_curves(curves: Curves) -> None:
     """Print a table: a row for each budget, hit ratio and byte hit ratio for each policy."""
     sessions, needed = curves.sessions, format_bytes(curves.sessions_bytes)
     screen.say(f"{curves.requests:,} requests of {sessions:,} sessions, which need {needed}")
+    if curves.skipped_lines:
+        screen.say(f"lines skipped, because they are no requests: {curves.skipped_lines:,}")
     screen.say("hit ratio (byte hit ratio) of each policy in so much memory:")
     screen.print_columns(["memory", "share", *NAMES], _rows(curves), right={"memory", "share"})
 

@@ -24,7 +24,6 @@ _log = logging.getLogger("persistence.disk")
 
 MAGIC: Final = b"PERSJRN1"
 ENTRY: Final = Struct("<II")
-MAX_ENTRY_BYTES: Final = 256 * 2**20
 _HEADER_BYTES: Final = len(MAGIC) + 16
 
 
@@ -54,6 +53,12 @@ def decode_entries(directory_id: bytes, content: bytes) -> tuple[list[bytes], in
         entries.append(data)
         at = end
     return entries, at
+
+
+def count_entries(content: bytes) -> int:
+    """Return how many intact entries a journal has, whichever directory it is of."""
+    entries, _ = decode_entries(content[len(MAGIC) : _HEADER_BYTES], content)
+    return len(entries)
 
 
 class Journal:

@@ -13,7 +13,8 @@ from persistence.clock import Clock
 from persistence.config import RedisConfig
 from persistence.errors import ConfigError
 from persistence.remote.contract import RemoteTier
-from persistence.remote.postgres_urls import is_postgres
+from persistence.remote.postgres_urls import is_postgres, parse_postgres_url
+from persistence.remote.urls import parse_url
 from persistence.sealer import Sealer
 
 
@@ -42,6 +43,20 @@ def tier_of(
     from persistence.remote.redis import RedisTier  # noqa: PLC0415 - see above
 
     return RedisTier(config, clock, sealer, learn)
+
+
+def check_url(url: str | None) -> None:
+    """Check all of a URL that can be told without a client.
+
+    Raises:
+        ConfigError: it is wrong.
+    """
+    if url is None:
+        return
+    if is_postgres(url):
+        parse_postgres_url(url)
+    else:
+        parse_url(url)
 
 
 def check_asyncpg() -> None:

@@ -8,7 +8,7 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
-from persistence.arguments import refused
+from persistence.arguments import check_duration, refused
 from persistence.clock import Clock
 from persistence.commit import Commit
 from persistence.config import StateConfig
@@ -118,7 +118,12 @@ class StateManager:
         Args:
             grace_seconds: at most so many seconds for what may take long, also for a close that is
                 under way; None: ``shutdown.grace_seconds``.
+
+        Raises:
+            InvalidArgument: `grace_seconds` is no duration; it goes on as it was.
         """
+        if grace_seconds is not None:
+            check_duration("grace_seconds", grace_seconds)
         if self._thread is not None:
             self._thread.end(grace_seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager, errors
 from persistence.disk.filenames import parse_segment
 from persistence.disk.format import FOOTER_BYTES, FORMAT_VERSION
+from persistence.disk.journal import MAGIC, encode_entry
 from tests.cli.command import Command
 
 SESSIONS = 300
@@ -26,18 +28,24 @@ def config(directory: Path) -> StateConfig:
     )
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """Several segments with sessions, one of them terminated."""
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("filled") / "state"
 
     async def fill() -> None:
-        async with StateManager(config=config(tmp_path / "state")) as state:
+        async with StateManager(config=config(path)) as state:
             for number in range(SESSIONS):
                 await state.create_session(session_id=f"s{number}", data={"x": "y" * 600})
             await state.terminate_session("s0")
 
     asyncio.run(fill())
-    return tmp_path / "state"
+    return path
+
+
+@pytest.fixture
+def directory(filled: Path, tmp_path: Path) -> Path:
+    """Several segments with sessions, one of them terminated."""
+    return Path(shutil.copytree(filled, tmp_path / "state"))
 
 
 def segments(directory: Path) -> list[Path]:
@@ -79,6 +87,18 @@ def test_inspect_counts_what_is_there(command: Command, directory: Path) -> None
     table = command("inspect", directory)
     assert table.code == 0
     assert f"{SESSIONS - 1}" in table.out
+
+
+def test_inspect_counts_what_the_shared_tier_refused(command: Command, directory: Path) -> None:
+    assert command("inspect", directory, "--json").json["conflicts"] == 0
+    assert "CONFLICT" not in command("inspect", directory).out
+    its_id = bytes.fromhex(
+        json.loads((directory / "MANIFEST").read_text().splitlines()[0])["directory_id"]
+    )
+    refused = b"".join(encode_entry(its_id, data) for data in (b"one", b"two"))
+    (directory / "CONFLICTS").write_bytes(MAGIC + its_id + refused)
+    assert command("inspect", directory, "--json").json["conflicts"] == 2
+    assert "CONFLICT RECORDS" in command("inspect", directory).out
 
 
 def test_verify_of_a_clean_directory_is_intact(command: Command, directory: Path) -> None:

@@ -42,6 +42,14 @@ def test_the_table_has_a_line_for_each_budget(command: Command, log: Path) -> No
     assert "adaptive" in result.out
 
 
+def test_lines_that_are_no_requests_are_counted(command: Command, log: Path) -> None:
+    with log.open("a") as file:
+        file.write("no request\n")
+    skipped = command("replay", log, "--policy", "all", "--json").json["skipped_lines"]
+    assert skipped > 0
+    assert f"no requests: {skipped}" in command("replay", log, "--policy", "all").out
+
+
 @pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
 def test_the_curves_are_drawn(
     command: Command, log: Path, tmp_path: Path, suffix: str, start: bytes
@@ -58,6 +66,8 @@ def test_the_curves_are_drawn(
         (["--policy", "all", "--plot", "x.doc"], "must end in one of"),
         (["--policy", "all", "--plot", "/nowhere/x.svg"], "/nowhere/x.svg: cannot be written"),
         (["--policy", "all", "--redis", "redis://x"], "leave out"),
+        (["--policy", "all", "--workers", "2"], "leave out"),
+        (["--policy", "all", "--namespace", "shop"], "leave out"),
         (["--policy", "mru"], "memory.policy"),
     ],
 )

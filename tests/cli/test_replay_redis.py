@@ -16,6 +16,7 @@ from persistence import (
     StateConfig,
     StateManager,
 )
+from persistence.cli.replay_shared import verify_in_redis
 from persistence.cli.replayer import CURSOR_ID, ReplayOptions, ReplayProgress, replay
 from tests.cli.command import Command, Result
 from tests.cli.generated import write_log
@@ -88,7 +89,7 @@ def test_a_person_is_told_the_namespace(
 
 
 def test_a_session_that_is_wrong_only_in_redis_is_found(
-    log: Path, shared_server: RedisServer, tmp_path: Path
+    log: Path, shared_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ReplayOptions(
         (log,),
@@ -99,14 +100,14 @@ def test_a_session_that_is_wrong_only_in_redis_is_found(
     )
     damaged: list[str] = []
 
-    def damage_once_verifying(progress: ReplayProgress) -> None:
-        if progress.stage == "verify" and not damaged:
-            keys = sorted(shared_server.ask("KEYS", "n:session:{*.*"))
-            for key in keys[:2]:
-                shared_server.ask("DEL", key)
-                damaged.append(key.decode())
+    async def damaged_first(*arguments: Any) -> Any:
+        for key in sorted(shared_server.ask("KEYS", "n:session:{*.*"))[:2]:
+            shared_server.ask("DEL", key)
+            damaged.append(key.decode())
+        return await verify_in_redis(*arguments)
 
-    report = asyncio.run(replay(options, damage_once_verifying))
+    monkeypatch.setattr("persistence.cli.replayer.verify_in_redis", damaged_first)
+    report = asyncio.run(replay(options))
     assert not report.verified
     assert report.differing_sessions == len(damaged) == 2
     assert all("in Redis: is missing" in text for text in report.differences)

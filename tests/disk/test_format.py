@@ -550,6 +550,15 @@ def tables() -> list[Table]:
                 (filenames.CONFLICTS, "a journal: versions that Redis refused"),
                 (filenames.ROTATIONS, "a journal: sessions whose id is being rotated"),
                 (
+                    filenames.SCRATCH,
+                    f"a journal: which directory in `{filenames.SCRATCH_DIRECTORY}/` is whose",
+                ),
+                (
+                    filenames.SCRATCH_DIRECTORY,
+                    "a directory: the scratch directories of sessions, by 32 random hexadecimal "
+                    "digits",
+                ),
+                (
                     filenames.temporary_name(filenames.STAGED),
                     "a checkpoint that is being restored",
                 ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 
+import pytest
+
 from persistence import StateManager
 from persistence.disk.filenames import segment_name
 from tests.engine import directory_of, disk_of
@@ -51,6 +53,25 @@ async def test_what_was_not_delivered_at_a_kill_is_delivered_by_the_next_worker(
     b = await worker(own_server.url)
     await until_up(b)
     assert await value(b, kept) == 1
+
+
+@pytest.mark.parametrize("is_emptied", [False, True], ids=["fresh server", "emptied server"])
+async def test_a_close_delivers_everything_however_soon_it_comes(
+    worker: Worker, own_server: RedisServer, is_emptied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = await worker(own_server.url, write="behind", flush_interval_seconds=1000.0)
+    early = await a.create_session(data={"n": 1})
+    await a.close()
+    if is_emptied:
+        own_server.ask("FLUSHALL")
+    again = {"path": a.config.disk.path, "write": "behind", "flush_interval_seconds": 1000.0}
+    a = await worker(own_server.url, **again)
+    late = await a.create_session(data={"n": 2})
+    await a.close()
+    assert "delivering" not in caplog.text
+    b = await worker(own_server.url)
+    await until_up(b)
+    assert [await value(b, sid) for sid in (early, late)] == [1, 2]
 
 
 async def test_a_terminated_session_ends_for_the_others(

@@ -497,6 +497,14 @@ def test_closing_waits_for_what_is_under_way(opened: Opened, files: ScriptedFile
     assert results == [1]
 
 
+def test_a_close_with_a_wrong_duration_is_refused_and_closes_nothing(opened: Opened) -> None:
+    state = opened()
+    sid = state.create_session()
+    with pytest.raises(InvalidArgument, match="grace_seconds = 'soon'"):
+        state.close(grace_seconds="soon")  # type: ignore[arg-type]
+    assert state.has_session(sid)
+
+
 def test_an_open_edit_is_waited_for_and_then_given_up(opened: Opened) -> None:
     state = opened()
     sid = state.create_session(data={"n": 0})
