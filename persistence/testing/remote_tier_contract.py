@@ -743,7 +743,7 @@ class RemoteTierContract:
         assert own.announcements == []
 
     async def test_what_is_refused_or_repeated_is_not_announced(self, open_tier: OpenTier) -> None:
-        """Nothing has changed. (Only announcements of one session have an order.)"""
+        """Nothing has changed. Only announcements of one session have an order."""
         tier = await open_tier()
         heard = await self._listening(await open_tier())
         first = new_record({"n": 0})
