@@ -50,6 +50,10 @@ MONITORED: Final = (
     "tests/faults/test_nth_call.py::test_a_run_has_500_operations_and_every_kind_of_call"
 )
 FLIPS: Final = "tests/disk/test_log_prefixes.py::test_no_flipped_bit_in_any_frame_goes_unnoticed"
+WHOSE: Final = (
+    "tests/disk/test_log_prefixes.py"
+    "::test_no_flipped_bit_in_a_header_or_key_hides_whose_frame_it_was"
+)
 HEADERS: Final = (
     "tests/disk/test_log_prefixes.py"
     "::test_a_recovered_prefix_has_the_sessions_whose_commit_lies_before_the_cut"
@@ -207,7 +211,7 @@ MUTANTS: Final = (
         "    if _unpack_checksum(data, offset + _HEADER_SIZE)[0] != crc32c(\n"
         "        key, crc32c(header, salt_checksum)\n    ):",
         "    if crc32c(key, crc32c(header, salt_checksum)) < 0:",
-        (HEADERS,),
+        (HEADERS, WHOSE),
     ),
     Mutant(
         "a frame's payload is not checked by a scan",
