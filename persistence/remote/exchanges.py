@@ -7,6 +7,10 @@ a third: not executed, and the server says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from persistence.errors import printable
+
 
 class Fault(Exception):
     """An exchange with a server did not end; the message says why and where."""
@@ -18,3 +22,10 @@ class Unsent(Fault):
 
 class Lost(Fault):
     """It was sent, at least in part, and the reply did not come: executed or not."""
+
+
+def sessions_named(session_ids: Sequence[str]) -> str:
+    """Return how a message names the sessions that an exchange is about."""
+    if len(session_ids) == 1:
+        return f"session {printable(session_ids[0])}"
+    return f"{len(session_ids)} sessions"

@@ -15,10 +15,10 @@ from asyncpg import PostgresError
 
 from persistence.clock import Clock
 from persistence.config import RedisConfig
-from persistence.errors import ConfigError, PersistenceError, RemoteDamaged, printable
+from persistence.errors import ConfigError, PersistenceError, RemoteDamaged
 from persistence.record import ID_BYTES
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
-from persistence.remote.exchanges import Fault
+from persistence.remote.exchanges import Fault, sessions_named
 from persistence.remote.keys import Keys
 from persistence.remote.postgres_announcements import Channels, PostgresSubscription
 from persistence.remote.postgres_calls import PostgresCalls
@@ -158,7 +158,7 @@ class PostgresTier:
         keys = [id_bytes(session_id) for session_id in session_ids]
         if not keys:
             return []
-        doing = f"load {_sessions(session_ids)}"
+        doing = f"load {sessions_named(session_ids)}"
         rows = await self._calls.read(doing, _LOAD, self._space, list(set(keys)))
         by_key = {row["id"]: row for row in rows}
         for row in rows:
@@ -208,7 +208,7 @@ class PostgresTier:
         keys = [id_bytes(session_id) for session_id in session_ids]
         if not keys:
             return []
-        doing = f"look at {_sessions(session_ids)}"
+        doing = f"look at {sessions_named(session_ids)}"
         rows = await self._calls.read(doing, _STORED, self._space, list(set(keys)))
         found = {row[0]: decode_stored(*row[1:]) for row in rows}
         return [found.get(key) for key in keys]
@@ -287,12 +287,6 @@ class PostgresTier:
     def repeated(self) -> int:
         """How many statements were sent again."""
         return self._calls.repeated
-
-
-def _sessions(session_ids: Sequence[str]) -> str:
-    if len(session_ids) == 1:
-        return f"session {printable(session_ids[0])}"
-    return f"{len(session_ids)} sessions"
 
 
 def _end_of(prefix: bytes) -> bytes | None:

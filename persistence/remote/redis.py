@@ -24,7 +24,7 @@ from persistence.remote.announcements import RedisSubscription
 from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server
 from persistence.remote.committer import REQUESTS_PER_CALL, Committer
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
-from persistence.remote.exchanges import Fault
+from persistence.remote.exchanges import Fault, sessions_named
 from persistence.remote.faults import Refused, as_config_error, code_of, explain, explain_key
 from persistence.remote.keys import Keys
 from persistence.remote.layout import decode_session, decode_state, lacks_key
@@ -117,7 +117,7 @@ class RedisTier:
         """Return what `load` returns, or raises about one key only, for each."""
         keys = [self._keys.session(session_id) for session_id in session_ids]
         calls = [Command(b"HGETALL", key, key=key) for key in keys]
-        replies = await self._read(calls, f"load {_sessions(session_ids)}")
+        replies = await self._read(calls, f"load {sessions_named(session_ids)}")
         slices = Slices(self._clock.monotonic)
         found = []
         if self._sealer is not None:
@@ -156,10 +156,10 @@ class RedisTier:
         groups = self._router.groups(keys, REQUESTS_PER_CALL)
         calls = [ScriptCall(self._states_script, [keys[i] for i in group], ()) for group in groups]
         found: list[Stored | None] = [None] * len(keys)
-        replies = await self._read(calls, f"look at {_sessions(session_ids)}")
+        replies = await self._read(calls, f"look at {sessions_named(session_ids)}")
         for group, reply in zip(groups, replies, strict=True):
             if isinstance(reply, Exception):
-                raise explain(reply, self.where, f"look at {_sessions(session_ids)}")
+                raise explain(reply, self.where, f"look at {sessions_named(session_ids)}")
             for index, state in zip(group, reply, strict=True):
                 found[index] = self._decode_state(state)
         return found
@@ -288,9 +288,3 @@ class RedisTier:
     def repeated(self) -> int:
         """How many calls were sent again, because of a lost reply or a redirection."""
         return self._router.repeated
-
-
-def _sessions(session_ids: Sequence[str]) -> str:
-    if len(session_ids) == 1:
-        return f"session {printable(session_ids[0])}"
-    return f"{len(session_ids)} sessions"

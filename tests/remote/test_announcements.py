@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from persistence import record as rec
-from persistence.remote.contract import Announcement
 from persistence.remote.redis import RedisTier
+from persistence.testing import remote_tier_contract as kit
 from tests.engine import eventually
 from tests.redis_servers import Group, Proxy, RedisServer
 from tests.remote.conftest import Open
 from tests.remote.sessions import create, end, new_record, next_record, touch, update
 
 
-class Heard:
-    """A listener that writes down what it hears."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.announcements: list[Announcement] = []
-        self.epochs: list[bytes] = []
-
-    def announced(self, announcements: Sequence[Announcement]) -> None:
-        self.announcements += announcements
-
-    def connected(self, *, epoch: bytes) -> None:
-        self.events.append("connected")
-        self.epochs.append(epoch)
-
-    def disconnected(self) -> None:
-        self.events.append("disconnected")
+class Heard(kit.Heard):
+    """The listener of the kit, for which one can wait."""
 
     async def hears(self, *events: str) -> None:
         await eventually(lambda: self.events == list(events))
