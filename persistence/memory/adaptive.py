@@ -11,7 +11,7 @@ so that noise does not move it back and forth.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Protocol
 
 from persistence.memory.policies import POLICIES, EvictionPolicy, make_policy
 
@@ -96,6 +96,58 @@ class Shadows:
         return self.keys / 2 <= keys <= self.keys * 2
 
 
+class WatchedCache(Protocol):
+    """What an adviser must know of the cache that it advises."""
+
+    @property
+    def used_bytes(self) -> int:
+        """What is resident."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """What may be."""
+
+    def __len__(self) -> int:
+        """Return how many keys are resident."""
+
+    def resident(self) -> Iterable[str]:
+        """Return the resident keys, those that would leave first first."""
+
+
+class Adviser:
+    """Says which policy a cache should be under. Watches from when the cache begins to fill.
+
+    Attributes:
+        policy: the one that should be in use; it begins with LRU.
+    """
+
+    def __init__(self) -> None:
+        self.policy = "lru"
+        self._shadows: Shadows | None = None
+
+    def observe(self, key: str, cache: WatchedCache) -> None:
+        """Note that a key was asked for, hit or miss."""
+        shadows = self._shadows
+        if shadows is None:
+            if cache.used_bytes >= START_SHARE * cache.budget_bytes:
+                self._watch(cache)
+        elif shadows.observe(key):
+            self.policy = shadows.policy
+            if not shadows.fits(_full_house(cache)):
+                self._watch(cache)
+
+    def forget(self) -> None:
+        """The cache is empty: begin to watch anew, under the policy in use."""
+        self._shadows = None
+
+    def _watch(self, cache: WatchedCache) -> None:
+        self._shadows = Shadows(_full_house(cache), self.policy, cache.resident())
+
+
 def full_house(keys: int, used_bytes: int, budget_bytes: int) -> int:
     """Return how many keys a budget will hold, going by those that are there."""
     return max(1, keys * budget_bytes // max(1, used_bytes))
+
+
+def _full_house(cache: WatchedCache) -> int:
+    return full_house(len(cache), cache.used_bytes, cache.budget_bytes)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 from persistence.clock import Clock, EngineTime
-from persistence.memory.adaptive import START_SHARE, Shadows, full_house
+from persistence.memory.adaptive import Adviser
 from persistence.memory.policies import EvictionPolicy, drained, make_policy
 from persistence.memory.tier import MemoryTier, charge
 from persistence.record import NEVER
@@ -52,18 +52,17 @@ class OrderedTier(MemoryTier):
         default_life: float = NEVER,
     ) -> None:
         super().__init__(max_bytes, clock, time, default_life)
-        self._is_adaptive = policy == ADAPTIVE
-        self._policy = "lru" if self._is_adaptive else policy
-        self._names = [self._policy] * self.shards
-        self._policies: list[EvictionPolicy] = [make_policy(self._policy) for _ in self._names]
+        self._adviser = Adviser() if policy == ADAPTIVE else None
+        self._policy = policy
+        self._names = [self.policy] * self.shards
+        self._policies: list[EvictionPolicy] = [make_policy(name) for name in self._names]
         self._named: list[str] = []
         self._next_shard = 0
-        self._shadows: Shadows | None = None
 
     @property
     def policy(self) -> str:
         """The policy in use."""
-        return self._policy
+        return self._policy if self._adviser is None else self._adviser.policy
 
     # --- who is asked for ---------------------------------------------------------------------
 
@@ -91,25 +90,12 @@ class OrderedTier(MemoryTier):
         policy = self._policies[hash(session_id) & self._mask]
         if session_id in policy:
             policy.hit(session_id)
-        if self._is_adaptive:
-            self._observe(session_id)
+        if self._adviser is not None:
+            self._adviser.observe(session_id, self)
 
-    def _observe(self, session_id: str) -> None:
-        shadows = self._shadows
-        if shadows is None:
-            if self.used_bytes >= START_SHARE * self.budget_bytes:
-                self._watch()
-        elif shadows.observe(session_id):
-            self._policy = shadows.policy
-            if not shadows.fits(self._full_house()):
-                self._watch()
-
-    def _watch(self) -> None:
-        resident = chain.from_iterable(shard.accessed for shard in self._shards)
-        self._shadows = Shadows(self._full_house(), self._policy, resident)
-
-    def _full_house(self) -> int:
-        return full_house(len(self), self.used_bytes, self.budget_bytes)
+    def resident(self) -> Iterable[str]:
+        """See `adaptive.WatchedCache`; in order within each shard."""
+        return chain.from_iterable(shard.accessed for shard in self._shards)
 
     # --- who comes and goes -------------------------------------------------------------------
 
@@ -133,8 +119,8 @@ class OrderedTier(MemoryTier):
         policy = self._policies[hash(session_id) & self._mask]
         if session_id not in policy:
             policy.insert(session_id)
-        if self._is_adaptive:
-            self._observe(session_id)
+        if self._adviser is not None:
+            self._adviser.observe(session_id, self)
 
     def take(self, session_id: str) -> tuple[bytes, float, float, float] | None:
         """See `MemoryTier.take`."""
@@ -162,7 +148,8 @@ class OrderedTier(MemoryTier):
         super().clear()
         self._policies = [make_policy(name) for name in self._names]
         self._named = []
-        self._shadows = None
+        if self._adviser is not None:
+            self._adviser.forget()
 
     # --- who leaves ---------------------------------------------------------------------------
 
@@ -173,8 +160,7 @@ class OrderedTier(MemoryTier):
         victim that does not leave after all is taken in again at the next call.
         """
         self._take_back()
-        if self._is_adaptive:
-            self._convert_one()
+        self._convert_one(self.policy)
         excess = self.used_bytes - target_bytes
         left = sum(map(len, self._policies))
         while excess > 0 and left and len(self._named) < limit:
@@ -197,12 +183,14 @@ class OrderedTier(MemoryTier):
                     policy.insert(session_id)
         self._named = []
 
-    def _convert_one(self) -> None:
+    def _convert_one(self, policy: str) -> None:
         """Move one of the shards that have another policy to the one in use."""
+        if self._adviser is None:
+            return
         for number, name in enumerate(self._names):
-            if name != self._policy:
-                self._policies[number] = make_policy(self._policy, drained(self._policies[number]))
-                self._names[number] = self._policy
+            if name != policy:
+                self._policies[number] = make_policy(policy, drained(self._policies[number]))
+                self._names[number] = policy
                 return
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from persistence.memory.adaptive import START_SHARE, Shadows, full_house
+from persistence.memory.adaptive import Adviser
 from persistence.memory.policies import EvictionPolicy, drained, make_policy
 
 ADAPTIVE = "adaptive"
@@ -53,12 +53,18 @@ class SimulatedCache:
 
     def __init__(self, name: str, budget_bytes: int) -> None:
         self.used_bytes = 0
-        self._is_adaptive = name == ADAPTIVE
-        self._name = "lru" if self._is_adaptive else name
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
+        self._adviser = Adviser() if name == ADAPTIVE else None
+        self._name = name if self._adviser is None else self._adviser.policy
         self._policy: EvictionPolicy = make_policy(self._name)
         self._sizes: dict[str, int] = {}
-        self._shadows: Shadows | None = None
+
+    def __len__(self) -> int:
+        return len(self._policy)
+
+    def resident(self) -> Iterable[str]:
+        """See `adaptive.WatchedCache`; about in order of arrival."""
+        return self._sizes
 
     @property
     def policy(self) -> str:
@@ -71,8 +77,9 @@ class SimulatedCache:
         is_hit = key in policy
         if is_hit:
             policy.hit(key)
-        if self._is_adaptive:
-            self._observe(key)
+        if self._adviser is not None:
+            self._adviser.observe(key, self)
+            self._follow(self._adviser.policy)
             policy = self._policy
         self.used_bytes += size_bytes - sizes.get(key, 0)
         if not is_hit:
@@ -84,28 +91,13 @@ class SimulatedCache:
 
     def _make_room(self, least: int) -> None:
         policy = self._policy
-        while self.used_bytes > self._budget_bytes and len(policy) > least:
+        while self.used_bytes > self.budget_bytes and len(policy) > least:
             self.used_bytes -= self._sizes.pop(policy.evict())
 
-    def _observe(self, key: str) -> None:
-        shadows = self._shadows
-        if shadows is None:
-            if self.used_bytes >= START_SHARE * self._budget_bytes:
-                self._watch()
-            return
-        if not shadows.observe(key):
-            return
-        if shadows.policy != self._name:
-            self._name = shadows.policy
-            self._policy = make_policy(self._name, drained(self._policy))
-        if not shadows.fits(self._full_house()):
-            self._watch()
-
-    def _watch(self) -> None:
-        self._shadows = Shadows(self._full_house(), self._name, self._sizes)
-
-    def _full_house(self) -> int:
-        return full_house(len(self._policy), self.used_bytes, self._budget_bytes)
+    def _follow(self, name: str) -> None:
+        if name != self._name:
+            self._name = name
+            self._policy = make_policy(name, drained(self._policy))
 
 
 def simulated(name: str, budget_bytes: int, asked: Iterable[tuple[str, int]]) -> HitRatio:

@@ -94,7 +94,8 @@ def test_the_shards_of_the_adaptive_tier_follow_one_by_one() -> None:
     tier = tier_of("adaptive", 32 * MIB)
     for number in range(2000):
         tier.put(str(number), RECORD, 0.0, NEVER)
-    tier._policy = "sieve"
+    assert tier._adviser is not None
+    tier._adviser.policy = "sieve"
     moved = [tier._names.count("sieve")]
     while moved[-1] < tier.shards:
         tier.victims(tier.used_bytes - 1, 1)
