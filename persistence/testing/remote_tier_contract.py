@@ -322,7 +322,13 @@ class RemoteTierContract:
                 update("m", old, new),
             ]
         expected = [APPLIED.outcome] + [Outcome.APPLIED, Outcome.CONFLICT, Outcome.APPLIED] * 199
-        assert await outcomes(tier, *requests) == expected
+        found = await outcomes(tier, *requests)
+        assert len(found) == len(expected)
+        # Not the lists themselves: the difference of two long ones can take minutes to draw.
+        wrong = {
+            n: pair for n, pair in enumerate(zip(found, expected, strict=True)) if len({*pair}) > 1
+        }
+        assert not wrong, f"of {len(expected)} requests (found, expected): {wrong}"
         assert (await loaded(tier, "m")).record == chain[-1]
 
     async def test_of_two_writers_no_increment_is_lost(self, open_tier: OpenTier) -> None:
