@@ -15,6 +15,7 @@ import pytest
 
 from persistence import Clock, ManualClock, StateManager
 from persistence.disk.files import Files
+from tests import diffs
 from tests.engine import Crash, ScriptedFiles, Start, config_for
 from tests.postgres_servers import postgres, postgres_proxy
 from tests.redis_servers import (
@@ -47,6 +48,7 @@ _STEP_OF_POINTS = 3
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile engine and tests once: for the next run, and for hundreds of child processes."""
+    diffs.install()
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # its parent did
     cache: pytest.Cache | None = getattr(config, "cache", None)  # with -p no:cacheprovider: none
