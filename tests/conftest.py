@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tests.redis_servers import (
     sentinel,
     shared_server,
 )
-from tests.support import Points
+from tests.support import Points, Sampled
 
 pytest.register_assert_rewrite("persistence.testing")  # nothing above imports it
 
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _STEP_OF_POINTS = 3
+_MARK = b"mark.alone"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +58,23 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = compiled
         sys.dont_write_bytecode = False
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Let ``-m alone`` import the few files only in which something has that mark."""
+    if config.option.markexpr != "alone" or collection_path.suffix != ".py":
+        return None
+    return None if _MARK in collection_path.read_bytes() else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before any is deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow ones, so that processes that share the tests end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    alone = {item.path for item in items if item.get_closest_marker("alone") is not None}
+    unseen = sorted(str(path) for path in alone if _MARK not in path.read_bytes())
+    if unseen:
+        raise pytest.UsageError(f"write pytest.{_MARK.decode()} itself in {', '.join(unseen)}")
 
 
 def pytest_collection_finish() -> None:
@@ -93,6 +111,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def below(end: int, numbers: Iterable[int]) -> Iterator[int]:
+    """Yield numbers until one is not below `end`."""
+    return itertools.takewhile(lambda number: number < end, numbers)
+
+
 @pytest.fixture
 def points(request: pytest.FixtureRequest) -> Points:
     """Give the numbers of the calls, from `start` on, at which something goes wrong.
@@ -103,6 +126,12 @@ def points(request: pytest.FixtureRequest) -> Points:
     step = max(1, round(_STEP_OF_POINTS / request.config.getoption("--fault-scale")))
     first = zlib.crc32(request.node.nodeid.encode()) % step
     return lambda start: itertools.count(start + first, step)
+
+
+@pytest.fixture
+def sampled(points: Points) -> Sampled:
+    """Choose some of what could be tried, as `points` does of the calls."""
+    return lambda numbers: [numbers[at] for at in below(len(numbers), points(0))]
 
 
 @pytest.fixture

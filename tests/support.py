@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ from tests.disk.memoryfiles import MemoryFiles
 
 Points = Callable[[int], Iterable[int]]
 """See the fixture `points`."""
+Sampled = Callable[[Sequence[int]], Sequence[int]]
+"""See the fixture `sampled`."""
 
 PATH: Final = "/state"
 """Where `MemoryFiles` hold the engine's directory in these tests."""
