@@ -18,7 +18,7 @@ from tests.crash_nursery import SESSIONS
 from tests.crashes import History, Nursery, check_by_opening, work_and_check
 
 KILLS = 24
-LONGEST_SECONDS = 0.4
+LONGEST_SECONDS = 0.3
 LEAST_ACKNOWLEDGED = 20 * KILLS
 """Where the machine is slow and workers come to little in their time, there are more of them."""
 MOST_SEGMENTS = 40

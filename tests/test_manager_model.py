@@ -605,7 +605,7 @@ async def test_what_a_crowd_was_told_is_what_is_there_after_a_crash(
             crowd.tokens = crowd.generations = run * 1_000_000
             troubling = asyncio.create_task(crowd.cause_trouble()) if trouble else None
             async with asyncio.timeout(60):
-                await crowd.work(1200, names)
+                await crowd.work(800, names)
             if troubling is not None:
                 troubling.cancel()
                 await outcomes([troubling])

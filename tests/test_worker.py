@@ -18,6 +18,7 @@ from persistence.disk.filenames import MANIFEST
 from persistence.disk.inspect import scan_directory
 from persistence.disk.segments import Damage
 from persistence.disk.threads import Threads
+from tests.engine import ScriptedFiles
 from tests.full_size import full_or
 from tests.nurseries import NurseryProcess
 from tests.redis_servers import RedisServer
@@ -84,7 +85,7 @@ def damages(directory: Path) -> list[Damage]:
 async def contents(directory: Path) -> dict[str, Any]:
     """Return the data of every session of a directory."""
     config = StateConfig.model_validate({"disk": {"path": directory}})
-    async with StateManager(config=config) as state:
+    async with StateManager(config=config, files=ScriptedFiles()) as state:
         found = {}
         async for sid in state.iter_sessions():
             session = await state.get_session(sid)
@@ -146,7 +147,10 @@ async def restored_latest(store: Path, directory: Path) -> dict[str, Any]:
         where = DirectoryStore(str(store), threads)
         infos = await list_checkpoints(where)
         assert {(info.reason, info.problem) for info in infos} == {("shutdown", None)}
-        info = await restore_into(where, str(directory), SystemClock(), fall_back=False)
+        files = ScriptedFiles()  # nobody looks at it after a power loss
+        info = await restore_into(
+            where, str(directory), SystemClock(), fall_back=False, files=files
+        )
         assert info.id == infos[-1].id
     finally:
         threads.close()

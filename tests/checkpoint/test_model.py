@@ -24,7 +24,7 @@ STEPS = st.one_of(
 _PADDING = "0123456789 " * 80
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(STEPS, max_size=30))
 def test_every_checkpoint_restores_what_was(steps: list[tuple[str, int]]) -> None:
     with TemporaryDirectory() as path:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from persistence.disk.files import Files
 from tests.cli.command import Command, command_with
+
+
+@pytest.fixture(autouse=True)
+def _no_power_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the waiting for the disk: what a command does in this process needs no sync."""
+    for name in ("sync", "sync_data", "sync_directory"):
+        monkeypatch.setattr(Files, name, lambda *_: None)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def replay_into(directory: Path, log: Path, redis_url: str | None) -> int:
     options = ReplayOptions(
         logs=(log,),
         directory=directory,
-        memory_bytes=64 * 1024,
+        memory_bytes=16 * 1024,  # less than the sessions take
         segment_bytes=64 * 1024,
         resume=True,
         concurrency=16,

@@ -16,8 +16,9 @@ from persistence.disk.filenames import parse_segment
 from persistence.disk.format import FOOTER_BYTES, FORMAT_VERSION
 from persistence.disk.journal import MAGIC, encode_entry
 from tests.cli.command import Command
+from tests.engine import ScriptedFiles
 
-SESSIONS = 300
+SESSIONS = 200
 KIB = 1024
 
 
@@ -33,13 +34,20 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("filled") / "state"
 
     async def fill() -> None:
-        async with StateManager(config=config(path)) as state:
+        async with StateManager(config=config(path), files=ScriptedFiles()) as state:
             for number in range(SESSIONS):
                 await state.create_session(session_id=f"s{number}", data={"x": "y" * 600})
             await state.terminate_session("s0")
 
     asyncio.run(fill())
     return path
+
+
+@pytest.fixture(scope="module")
+def filled_and_killed(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    add_one(Path(shutil.copytree(filled, folder / "closed")), copy=folder / "state")
+    return folder / "state"
 
 
 @pytest.fixture
@@ -149,7 +157,7 @@ def add_one(directory: Path, *, copy: Path | None = None) -> None:
     """Add a session; with `copy`, keep the directory as a kill right after that would leave it."""
 
     async def add() -> None:
-        async with StateManager(config=config(directory)) as state:
+        async with StateManager(config=config(directory), files=ScriptedFiles()) as state:
             await state.create_session(session_id="torn", data={"x": "y" * 600})
             if copy is not None:
                 shutil.copytree(directory, copy)
@@ -288,7 +296,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("hinted", [True, False], ids=["hints", "no hints"])
 def test_verify_and_an_opening_say_the_same(
     command: Command,
-    directory: Path,
+    filled: Path,
+    filled_and_killed: Path,
     tmp_path: Path,
     *,
     damage: Callable[[Path], None],
@@ -296,9 +305,8 @@ def test_verify_and_an_opening_say_the_same(
     closed: bool,
     hinted: bool,
 ) -> None:
-    if not closed:
-        add_one(directory, copy=tmp_path / "killed")
-        directory = tmp_path / "killed"
+    source = filled if closed else filled_and_killed
+    directory = Path(shutil.copytree(source, tmp_path / "state"))
     damage(segments(directory)[which])
     if not hinted:
         for hint in directory.glob("*.hint"):
@@ -309,7 +317,7 @@ def test_verify_and_an_opening_say_the_same(
 
     async def read() -> tuple[set[tuple[str, int]], set[str]]:
         unreadable = set()
-        async with StateManager(config=config(directory)) as state:
+        async with StateManager(config=config(directory), files=ScriptedFiles()) as state:
             found = {(item.path, item.offset) for item in state._disk.damages}
             for number in range(SESSIONS):
                 try:

@@ -22,7 +22,7 @@ from tests.redis_servers import RedisServer
 KILLS = 104
 SHARED_KILLS = 16
 CHAINS = 2
-REQUESTS = 600
+REQUESTS = 300
 SCRIPT = Path(__file__).with_name("replay_nursery.py")
 
 State = dict[str, tuple[Any, Any]]

@@ -25,9 +25,12 @@ from tests.redis_servers import Deployments, RedisServer, free_port, need_binary
 pytestmark = pytest.mark.usefixtures("temporary")
 
 
+REQUESTS = 200
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    return write_log(tmp_path / "access.log", 400)
+    return write_log(tmp_path / "access.log", REQUESTS)
 
 
 def change_in_redis(
@@ -64,7 +67,7 @@ def test_every_session_and_the_cursor_are_in_redis(
     result = command("replay", log, *words)
     assert result.code == 0, result
     report = result.json
-    assert (report["requests"], report["verified"], report["workers"]) == (400, True, 1)
+    assert (report["requests"], report["verified"], report["workers"]) == (REQUESTS, True, 1)
     assert report["redis_sessions"] == report["sessions"]
     assert sessions_in_redis(shared_server, report["namespace"]) == report["sessions"] + 1
     assert shared_server.ask("EXISTS", f"{report['namespace']}:session:{{{CURSOR_ID}}}") == 1
@@ -149,7 +152,7 @@ def test_a_resumed_replay_goes_on_in_its_namespace(
     words = ("replay", log, "--redis", shared_server.url, "--directory", tmp_path / "state")
     first = command(*words, "--json").json
     again = command(*words, "--resume", "--json").json
-    assert (again["applied"], again["resumed_at"], again["verified"]) == (0, 400, True)
+    assert (again["applied"], again["resumed_at"], again["verified"]) == (0, REQUESTS, True)
     assert again["namespace"] == first["namespace"]
     command(*words).assert_refused("--resume")
 
@@ -163,7 +166,7 @@ def test_a_replay_is_resumed_on_a_machine_that_has_never_seen_it(
     result = command(*words, "--directory", tmp_path / "other", "--resume", "--json")
     assert result.code == 0, result
     report = result.json
-    assert (report["applied"], report["resumed_at"]) == (0, 400)
+    assert (report["applied"], report["resumed_at"]) == (0, REQUESTS)
     assert report["sessions"] == report["redis_sessions"] > 0
 
 
@@ -261,10 +264,11 @@ def test_options_that_do_not_go_together_are_refused(
 
 
 def test_redis_killed_in_the_middle_and_back_empty_has_everything_at_the_end(
-    own_server: RedisServer, tmp_path: Path
+    own_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = 6000
-    log = write_log(tmp_path / "long.log", requests, clients=300)
+    monkeypatch.setattr("persistence.cli.replay_run._PROGRESS_SECONDS", 0.05)  # so, in the middle
+    requests = 2000
+    log = write_log(tmp_path / "long.log", requests, clients=100)
     options = ReplayOptions(
         (log,), tmp_path / "state", redis_url=own_server.url, namespace="n", concurrency=2
     )
@@ -278,7 +282,7 @@ def test_redis_killed_in_the_middle_and_back_empty_has_everything_at_the_end(
             if progress.stage == "replay" and progress.done > 0 and not killed_at:
                 killed_at.append(progress.done)
                 own_server.kill()
-                loop.call_later(2.0, restart)  # the time that it is away
+                loop.call_later(1.0, restart)  # the time that it is away
 
         def restart() -> None:
             restarts.append(loop.run_in_executor(None, own_server.start))

@@ -25,9 +25,18 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("temporary")
 
 
+REQUESTS = 300
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    return write_log(tmp_path / "access.log", 1000)
+    return write_log(tmp_path / "access.log", REQUESTS)
+
+
+@pytest.fixture
+def _told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell the progress often, so that the first of it comes in the middle of a short replay."""
+    monkeypatch.setattr("persistence.cli.replay_run._PROGRESS_SECONDS", 0.02)
 
 
 def url_of(deployments: Deployments, kind: str) -> str:
@@ -47,18 +56,19 @@ def worker_processes(parent: int | None = None) -> list[psutil.Process]:
 # --- what is verified -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["standalone", "cluster"])
-def test_four_workers_share_the_sessions_of_a_log(
-    command: Command, log: Path, deployments: Deployments, kind: str
+@pytest.mark.parametrize(("kind", "workers"), [("standalone", 4), ("cluster", 2)])
+def test_several_workers_share_the_sessions_of_a_log(
+    command: Command, log: Path, deployments: Deployments, kind: str, workers: int
 ) -> None:
     url = url_of(deployments, kind)
-    result = command("replay", log, "--redis", url, "--workers", 4, "--json")
+    result = command("replay", log, "--redis", url, "--workers", workers, "--json")
     assert result.code == 0, result
     report = result.json
-    assert (report["requests"], report["applied"], report["verified"]) == (1000, 1000, True)
-    assert report["workers"] == 4
+    assert (report["requests"], report["applied"]) == (REQUESTS, REQUESTS)
+    assert report["verified"] is True
+    assert report["workers"] == workers
     assert report["redis_sessions"] == report["sessions"] > 0
-    assert report["segments"] >= 4
+    assert report["segments"] >= workers
     assert report["memory_budget_bytes"] == 256 * 1024
     assert report["conflicts_retried"] >= 0
     assert report["differences"] == []
@@ -68,8 +78,8 @@ def test_four_workers_share_the_sessions_of_a_log(
 def test_workers_with_little_memory_show_what_the_others_wrote_all_the_same(
     command: Command, tmp_path: Path, shared_server: RedisServer
 ) -> None:
-    log = write_log(tmp_path / "many.log", 2000, clients=100)
-    words = ("--workers", 3, "--memory", "16KiB", "--fsync", "never", "--json")
+    log = write_log(tmp_path / "many.log", 600, clients=100)
+    words = ("--workers", 2, "--memory", "16KiB", "--fsync", "never", "--json")
     result = command("replay", log, "--redis", shared_server.url, *words)
     assert result.code == 0, result
     assert result.json["spilled"] > 0
@@ -81,10 +91,11 @@ def test_the_real_log_verifies_with_four_workers(
     if not REAL_LOG.exists():
         pytest.skip(f"{REAL_LOG.name} is not there")
     words = ("--redis", url_of(deployments, "standalone"), "--workers", 4, "--fsync", "never")
-    result = command("replay", REAL_LOG, *words, "--json")
+    result = command("replay", REAL_LOG, *words, "--limit", 1500, "--json")
     assert result.code == 0, result
     report = result.json
-    assert (report["requests"], report["sessions"], report["verified"]) == (10_000, 1862, True)
+    assert (report["requests"], report["verified"]) == (1500, True)
+    assert report["redis_sessions"] == report["sessions"] > 100
 
 
 def test_each_worker_has_a_directory_of_its_own_and_the_replay_can_be_resumed(
@@ -97,7 +108,8 @@ def test_each_worker_has_a_directory_of_its_own_and_the_replay_can_be_resumed(
     assert sorted(path.name for path in directory.iterdir()) == ["worker-1", "worker-2", "worker-3"]
     command(*words, "--workers", 3).assert_refused("not empty", "--resume")
     again = command(*words, "--workers", 2, "--resume", "--json").json
-    assert (again["applied"], again["resumed_at"], again["verified"]) == (0, 1000, True)
+    assert (again["applied"], again["resumed_at"]) == (0, REQUESTS)
+    assert again["verified"] is True
     assert again["namespace"] == first.json["namespace"]
 
 
@@ -143,7 +155,7 @@ def test_progress_is_told_over_all_workers(
     options = ReplayOptions((log,), tmp_path / "state", redis_url=shared_server.url, workers=2)
     report = asyncio.run(replay(options, told.append))
     assert {progress.stage for progress in told} == {"replay", "verify"}
-    assert [progress for progress in told if progress.stage == "replay"][-1].done == 1000
+    assert [progress for progress in told if progress.stage == "replay"][-1].done == REQUESTS
     assert told[-1].done == 3 * (report.sessions + 1)  # in Redis and in each worker
     assert told[-1].in_memory > 0
 
@@ -151,6 +163,7 @@ def test_progress_is_told_over_all_workers(
 # --- ends -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_told_soon")
 def test_a_worker_that_dies_is_told_and_ends_the_others(
     log: Path, shared_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -173,6 +186,7 @@ def test_a_worker_that_dies_is_told_and_ends_the_others(
     assert asyncio.run(replay(again)).verified
 
 
+@pytest.mark.usefixtures("_told_soon")
 def test_a_server_that_goes_away_ends_the_replay_which_can_be_resumed(
     log: Path, own_server: RedisServer, tmp_path: Path
 ) -> None:

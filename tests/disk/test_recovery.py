@@ -635,7 +635,7 @@ async def test_a_power_loss_at_any_point_of_recovery_changes_nothing(
         try:
             await state.open()
         except Killed:
-            for chance in (None, random.Random(nth), random.Random(nth + 1000)):
+            for chance in (None, random.Random(nth)):
                 await check(made, files.after_power_loss(chance))
             continue
         for chance in (None, random.Random(nth), random.Random(nth + 1000)):

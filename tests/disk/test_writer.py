@@ -38,7 +38,7 @@ from persistence.errors import (
 from tests.disk.history import Placed, recover, scan
 from tests.disk.memoryfiles import MUTATING, Call, MemoryFiles, fail, kill_at, short_writes
 from tests.disk.workload import Workload
-from tests.support import PATH, abandon, config, everything, opened
+from tests.support import PATH, Sampled, abandon, config, everything, opened
 
 SEGMENT_BYTES: Final = 64 * 1024
 NEVER: Final = float("inf")
@@ -703,9 +703,11 @@ def again(workload: Workload) -> Workload:
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_a_kill_at_any_call_loses_nothing_that_was_acknowledged(seed: int) -> None:
+async def test_a_kill_at_any_call_loses_nothing_that_was_acknowledged(
+    seed: int, sampled: Sampled
+) -> None:
     chance = random.Random(seed)
-    for _ in range(12):
+    for _ in sampled(range(12)):
         files = MemoryFiles()
         files.faults.append(kill_at(chance.randrange(30, 350), chance.choice([0.0, 0.3, 1.0])))
         workload = await run_until_it_dies(files, seed, 120)
@@ -713,9 +715,11 @@ async def test_a_kill_at_any_call_loses_nothing_that_was_acknowledged(seed: int)
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_a_power_loss_at_any_call_loses_nothing_that_was_acknowledged(seed: int) -> None:
+async def test_a_power_loss_at_any_call_loses_nothing_that_was_acknowledged(
+    seed: int, sampled: Sampled
+) -> None:
     chance = random.Random(seed)
-    for _ in range(8):
+    for _ in sampled(range(8)):
         files = MemoryFiles()
         files.faults.append(kill_at(chance.randrange(30, 350), chance.choice([0.0, 0.3, 1.0])))
         workload = await run_until_it_dies(files, seed, 120)
@@ -724,17 +728,19 @@ async def test_a_power_loss_at_any_call_loses_nothing_that_was_acknowledged(seed
 
 
 @pytest.mark.parametrize("fsync", ["interval", "never"])
-async def test_without_a_sync_a_kill_loses_nothing_either(fsync: str) -> None:
-    chance = random.Random(3)
-    for seed in range(10):
+async def test_without_a_sync_a_kill_loses_nothing_either(fsync: str, sampled: Sampled) -> None:
+    chance = random.Random(fsync)
+    for seed in sampled(range(10)):
         files = MemoryFiles()
         files.faults.append(kill_at(chance.randrange(30, 200), 0.4))
         workload = await run_until_it_dies(files, seed, 120, fsync)
         await assert_survived(files.after_kill(), workload)
 
 
-async def test_without_a_sync_a_power_loss_leaves_a_beginning_of_what_was_done() -> None:
-    for seed in range(25):
+async def test_without_a_sync_a_power_loss_leaves_a_beginning_of_what_was_done(
+    sampled: Sampled,
+) -> None:
+    for seed in sampled(range(25)):
         files = MemoryFiles()
         async with opened(files, config(fsync="never", segment_bytes=SEGMENT_BYTES)) as state:
             for number in range(40):
@@ -762,11 +768,11 @@ ERRORS = [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS]
     ids=lambda value: errno.errorcode[value] if value > 1 else ["once", "from then on"][value],
 )
 async def test_whichever_call_fails_nothing_that_was_acknowledged_is_lost(
-    number: int, sticky: bool
+    number: int, sticky: bool, sampled: Sampled
 ) -> None:
-    chance = random.Random(number)
+    chance = random.Random(f"{number} {sticky}")
     operations = MUTATING - {"make_directory", "open_lock"}
-    for seed in range(25):
+    for seed in sampled(range(25)):
         files = MemoryFiles()
         nth = chance.randrange(25, 250)
         files.faults.append(fail(number, operations, nth=nth, times=None if sticky else 1))

@@ -163,7 +163,7 @@ def run(client: Any, requests: Sequence[Request]) -> list[Outcome]:
 
 @pytest.mark.parametrize("batch", [1, 7])
 @settings(
-    max_examples=120,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
