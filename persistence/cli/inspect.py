@@ -48,6 +48,7 @@ class Summary:
     bytes: int = 0
     frames: int = 0
     puts: int = 0
+    patches: int = 0
     touches: int = 0
     deletes: int = 0
     live_sessions: int = 0
@@ -98,6 +99,7 @@ def summarize(directory: Path) -> Summary:
         summary.bytes += report.bytes
         summary.frames += report.frames
         summary.puts += report.puts
+        summary.patches += report.patches
         summary.touches += report.touches
         summary.deletes += report.deletes
         summary.live_sessions += report.live_sessions
@@ -119,6 +121,7 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "live sessions", f"{summary.live_sessions:,}"
     yield "frames", f"{summary.frames:,}"
     yield "… sessions", f"{summary.puts:,}"
+    yield "… patches", f"{summary.patches:,}"
     yield "… renewals", f"{summary.touches:,}"
     yield "… tombstones", f"{summary.deletes:,}"
     yield "quarantine", f"{summary.quarantined:,} ({format_bytes(summary.quarantined_bytes)})"

@@ -34,9 +34,11 @@ from persistence.disk.format import (
     FOOTER_PAYLOAD,
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
+    PATCH,
     PUT,
     RECORD_IDS_BYTES,
     ROW_IS_DELETE,
+    ROW_IS_PATCH,
     ROW_IS_TOUCH,
     SALT_BYTES,
     SEALED,
@@ -50,6 +52,8 @@ from persistence.disk.format import (
     encode_segment_header,
     frame_ends,
 )
+from persistence.disk import patches
+from persistence.disk.patches import Base, Bases, patch_on
 from persistence.disk.reserve import Reserve
 from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import Segment
@@ -58,20 +62,25 @@ from persistence.errors import DirectoryNotUsable, DiskFull, WriteOutcomeUnknown
 _T = TypeVar("_T")
 _pack_row = INDEX_ROW.pack
 _log = logging.getLogger("persistence.disk")
-_ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
+_ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH, PATCH: ROW_IS_PATCH}
+_COMMIT: Final = slice(16, 32)  # of the ids
+_BUILT_ON: Final = slice(32, 48)
 
 
 class Write(Protocol):
     """One frame to be written, as the commit queue hands it over.
 
     The frame stores `record` without its two leading ids, which are in its header; None: nothing.
-    The index row and what follows are filled in when it has been encoded.
+    `changed` are the new packed values, if only values of fields that were there before changed;
+    of a large record then only what has changed may be stored (see `patches`). `length` is what
+    the segment has to keep for it. The index row and what follows are filled in when it has been encoded.
     """
 
     kind: int
     key: bytes
     fingerprint: bytes
     record: bytes | None
+    changed: dict[str, bytes] | None
     ids: bytes
     accessed: float
     deadline: float
@@ -94,6 +103,7 @@ class ActiveSegment:
     rows: bytearray = field(default_factory=bytearray)
     lowest_sequence: int = 0
     highest_sequence: int = 0
+    bases: Bases = field(default_factory=Bases)
 
 
 class LogWriter:
@@ -114,6 +124,8 @@ class LogWriter:
     Attributes:
         poisoned: why no more writes are taken until the directory is opened anew.
         full: why the last write or rotation found no space; None again after the next write.
+        may_patch: whether patches may be written: once the manifest says that there may be some.
+        would_patch: a patch would have been written, if it might.
         may_use_reserve: whether what is written now may use the space that is kept in reserve.
     """
 
@@ -139,7 +151,11 @@ class LogWriter:
         self._next_number = next_number
         self._skew = skew
         self._reserve = reserve
+        self._codec = codec
         self._seal = None if codec is None else codec.seal
+        self._patch_min_bytes = patches.MIN_RECORD_BYTES
+        self.may_patch = False
+        self.would_patch = False
         self.may_use_reserve = False
         self.sequence = last_sequence
         self.durable_sequence = last_sequence
@@ -169,6 +185,7 @@ class LogWriter:
         assert self.active is not None
         self._pending_end = self.active.end
         self._pending_rows.clear()
+        self.active.bases.begin()
 
     def encode(self, writes: Sequence[Write]) -> bytes:
         """Encode frames of the batch, one behind the other, and note in each where it will be."""
@@ -182,6 +199,8 @@ class LogWriter:
         end = self._pending_end
         rows = self._pending_rows
         seal = self._seal
+        patch_min_bytes = self._patch_min_bytes
+        large_bytes = min(patch_min_bytes, COMPRESSION_MIN_BYTES)
         pieces: list[bytes] = []
         for write in writes:
             kind = write.kind
@@ -189,10 +208,18 @@ class LogWriter:
             payload = b"" if record is None else record[RECORD_IDS_BYTES:]
             raw_bytes = len(payload)
             flags = 0
-            if raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
-                flags, payload = compress(payload)
             sequence += 1
             key = write.key
+            base_bytes = -1  # of a patch or a put that may be its base
+            if raw_bytes >= large_bytes:
+                if raw_bytes >= patch_min_bytes:
+                    patch = self._patch(active.bases, write, sequence)
+                    base_bytes = 0
+                    if patch is not None:
+                        kind = PATCH
+                        base_bytes, flags, payload, raw_bytes = patch
+                if kind == PUT and raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
+                    flags, payload = compress(payload)
             if seal is not None and kind == PUT:
                 payload = seal(payload, key, sequence, write.ids, flags, raw_bytes)
                 flags |= SEALED
@@ -218,6 +245,14 @@ class LogWriter:
             length = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
             write.segment = number
             write.length = length
+            row_length = length if kind == PUT else _ROW_MARKS[kind]
+            if base_bytes >= 0:
+                if kind == PUT:
+                    base = Base(end, length, sequence, write.ids[_COMMIT])
+                    active.bases.note(write.fingerprint, base)
+                else:
+                    write.length = length + base_bytes
+                    row_length = ROW_IS_PATCH | write.length
             write.row = row = _pack_row(
                 write.fingerprint,
                 sequence,
@@ -226,7 +261,7 @@ class LogWriter:
                 cap,
                 number,
                 end,
-                length if kind == PUT else _ROW_MARKS[kind],
+                row_length,
                 user,
             )
             rows += row
@@ -235,6 +270,37 @@ class LogWriter:
         self.sequence = sequence
         self._pending_end = end
         return b"".join(pieces)
+
+    def _patch(
+        self, bases: Bases, write: Write, sequence: int
+    ) -> tuple[int, int, bytes, int] | None:
+        """Return what a large record is stored as, if a patch will do; None: as a whole.
+
+        As (bytes of the base, flags, payload as stored, `raw_bytes`). The patch is noted: the next
+        one is built on it.
+        """
+        changed = write.changed
+        if not changed or write.record is None:
+            return None
+        base = bases.of(write.fingerprint, write.ids[_BUILT_ON])
+        made = None if base is None else patch_on(base, write.record, write.ids[_COMMIT], changed)
+        if made is None:
+            return None
+        if not self.may_patch:
+            self.would_patch = True
+            return None
+        base, payload = made
+        raw_bytes = len(payload)
+        flags = 0
+        if self._compression:
+            flags, payload = compress(payload)
+        if self._codec is not None:
+            payload = self._codec.seal_patch(
+                payload, write.key, sequence, write.ids, flags, raw_bytes, base.packed
+            )
+            flags |= SEALED
+        bases.note(write.fingerprint, base)
+        return base.length, flags, base.packed + payload, raw_bytes
 
     # --- in the writer thread -----------------------------------------------------------------
 
@@ -301,6 +367,7 @@ class LogWriter:
         self.bytes_written += end - active.end
         active.end = active.segment.length = end
         active.rows += self._pending_rows
+        active.bases.written()
         active.frames += frames
         active.highest_sequence = last_sequence
         if sync:

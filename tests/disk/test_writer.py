@@ -60,6 +60,7 @@ class OneWrite:
 
     record: bytes | None
     key: bytes = b"key"
+    changed: dict[str, bytes] | None = None
     kind: int = int(FrameType.PUT)
     fingerprint: bytes = bytes(16)
     ids: bytes = bytes(48)
