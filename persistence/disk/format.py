@@ -73,20 +73,21 @@ class OtherFormat(ValueError):
     """The bytes are of a format version that this code does not read."""
 
 
-def check_version(version: int, known: int) -> None:
-    """Refuse a format version other than `known`.
+def check_version(version: int, known: int, newest: int = 0) -> None:
+    """Refuse a format version other than `known`, and `newest` if there is such a one.
 
     Raises:
         OtherFormat: it says what to do.
     """
-    if version > known:
+    reads = f"{known} and {newest}" if newest else str(known)
+    if version > max(known, newest):
         raise OtherFormat(
-            f"format version {version}; this library reads {known}: use a newer version of the "
+            f"format version {version}; this library reads {reads}: use a newer version of the "
             "library"
         )
     if version < known:
         raise OtherFormat(
-            f"format version {version}; this library reads {known}: export with the version of "
+            f"format version {version}; this library reads {reads}: export with the version of "
             "the library that wrote it, and import here"
         )
 

@@ -111,8 +111,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise MalformedManifest(f"its content is wrong ({error})") from error
     if what != MAGIC:
         raise MalformedManifest("it is not one of this library")
-    if version != PATCHES_VERSION:
-        check_version(version, FORMAT_VERSION)
+    check_version(version, FORMAT_VERSION, PATCHES_VERSION)
     try:
         manifest = Manifest(
             directory_id=bytes.fromhex(entries["directory_id"]),
