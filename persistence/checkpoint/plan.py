@@ -283,6 +283,4 @@ def _run_of(offset: int, found: Frame | Corrupt | Torn, cut: Cut, salt_checksum:
     return Run(0, 0, 1, tombstone)
 
 
-_SHIPPED: Final = frozenset(
-    {FrameType.PUT, FrameType.PATCH, FrameType.DELETE, FrameType.TOUCH}
-)
+_SHIPPED: Final = frozenset({FrameType.PUT, FrameType.PATCH, FrameType.DELETE, FrameType.TOUCH})

@@ -19,7 +19,7 @@ from persistence.cli.failure import EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
 from persistence.disk.format import FORMAT_VERSION
-from persistence.disk.inspect import inspect_directory, keys_of
+from persistence.disk.inspect import inspect_directory, manifest_of
 
 
 @dataclass(slots=True)
@@ -83,15 +83,17 @@ def summarize(directory: Path) -> Summary:
     """
     require_directory(directory)
     pieces = quarantine_bytes(directory)
+    manifest = manifest_of(str(directory))
     summary = Summary(
         str(directory),
+        manifest.format_version,
         quarantined=len(pieces),
         quarantined_bytes=sum(pieces),
         conflicts=conflict_records(directory),
         free_bytes=shutil.disk_usage(directory).free,
         is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
-        keys=[each.hex() for each in keys_of(str(directory))],
+        keys=[each.hex() for each in manifest.keys_in_use],
     )
     for report in inspect_directory(str(directory)):
         summary.segments += report.number > 0  # 0: the manifest

@@ -533,6 +533,14 @@ ROW_IS_PATCH: Final = 1 << 31
 ROW_LENGTH_BITS: Final = (1 << 31) - 1  # no frame is that long: a session has 1 GiB at most
 
 
+_ROW_LENGTH_AT: Final = INDEX_ROW_BYTES - 8
+
+
+def with_length(row: bytes, length: int) -> bytes:
+    """Return an index row with another length."""
+    return row[:_ROW_LENGTH_AT] + _pack_checksum(length) + row[_ROW_LENGTH_AT + 4 :]
+
+
 def user_tag(user_id: str | None) -> int:
     """Return the 31 bits under which a user's sessions are found; 0: no user."""
     if not user_id:

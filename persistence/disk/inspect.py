@@ -32,7 +32,7 @@ from persistence.disk.format import (
     patch_row_length,
 )
 from persistence.disk.lastlog import Tail, scan_last
-from persistence.disk.manifest import encode_manifest
+from persistence.disk.manifest import Manifest, encode_manifest
 from persistence.disk.patches import Patched, PlainRecords, Records, with_base
 from persistence.disk.reader import scan_frames
 from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
@@ -126,17 +126,25 @@ def scan_directory(
         yield SegmentReport(segment_name(number), number, len(data), torn_bytes=len(data)), {}
 
 
+def manifest_of(path: str) -> Manifest:
+    """Return the manifest of the directory at `path`.
+
+    Raises:
+        DirectoryNotUsable: not a directory of this library, or of another format.
+    """
+    try:
+        return read_manifest(Files(), path)[0]
+    except OSError as error:
+        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
+
+
 def keys_of(path: str) -> list[bytes]:
     """Return the ids of the keys that the directory at `path` is encrypted with; none: it is not.
 
     Raises:
         DirectoryNotUsable: not a directory of this library, or of another format.
     """
-    try:
-        manifest, _ = read_manifest(Files(), path)
-    except OSError as error:
-        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
-    return manifest.keys_in_use
+    return manifest_of(path).keys_in_use
 
 
 _Checked: TypeAlias = Records | None
@@ -232,9 +240,7 @@ def _scan_segment(
 class _Scan:
     """Counts what is in a segment."""
 
-    def __init__(
-        self, number: int, where: str, damages: list[Damage], records: _Checked
-    ) -> None:
+    def __init__(self, number: int, where: str, damages: list[Damage], records: _Checked) -> None:
         self._records = records
         self._patched: dict[bytes, tuple[int, Frame]] = {}
         self._number = number

@@ -79,7 +79,7 @@ class RecordCodec:
         about = self._about(sequence, flags, raw_bytes, ids, key)
         return self.sealer.seal(payload, about, ids[_GROUP])
 
-    def seal_patch(  # noqa: PLR0913, PLR0917 - as `seal`
+    def seal_patch(
         self,
         payload: bytes,
         key: bytes,

@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
+from persistence.disk import patches
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import NO_SPACE, Files, write_exactly
 from persistence.disk.format import (
@@ -51,8 +52,8 @@ from persistence.disk.format import (
     encode_frame,
     encode_segment_header,
     frame_ends,
+    with_length,
 )
-from persistence.disk import patches
 from persistence.disk.patches import Base, Bases, patch_on
 from persistence.disk.reserve import Reserve
 from persistence.disk.sealed import RecordCodec
@@ -73,7 +74,8 @@ class Write(Protocol):
     The frame stores `record` without its two leading ids, which are in its header; None: nothing.
     `changed` are the new packed values, if only values of fields that were there before changed;
     of a large record then only what has changed may be stored (see `patches`). `length` is what
-    the segment has to keep for it. The index row and what follows are filled in when it has been encoded.
+    the segment has to keep for it. The index row and what follows are filled in when it has been
+    encoded.
     """
 
     kind: int
@@ -154,6 +156,7 @@ class LogWriter:
         self._codec = codec
         self._seal = None if codec is None else codec.seal
         self._patch_min_bytes = patches.MIN_RECORD_BYTES
+        self._large_bytes = min(self._patch_min_bytes, COMPRESSION_MIN_BYTES)
         self.may_patch = False
         self.would_patch = False
         self.may_use_reserve = False
@@ -199,8 +202,7 @@ class LogWriter:
         end = self._pending_end
         rows = self._pending_rows
         seal = self._seal
-        patch_min_bytes = self._patch_min_bytes
-        large_bytes = min(patch_min_bytes, COMPRESSION_MIN_BYTES)
+        large_bytes = self._large_bytes
         pieces: list[bytes] = []
         for write in writes:
             kind = write.kind
@@ -212,20 +214,11 @@ class LogWriter:
             key = write.key
             base_bytes = -1  # of a patch or a put that may be its base
             if raw_bytes >= large_bytes:
-                if raw_bytes >= patch_min_bytes:
-                    patch = self._patch(active.bases, write, sequence)
-                    base_bytes = 0
-                    if patch is not None:
-                        kind = PATCH
-                        base_bytes, flags, payload, raw_bytes = patch
-                if kind == PUT and raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
-                    flags, payload = compress(payload)
+                kind, base_bytes, flags, payload, raw_bytes = self._large(write, payload, sequence)
             if seal is not None and kind == PUT:
                 payload = seal(payload, key, sequence, write.ids, flags, raw_bytes)
                 flags |= SEALED
-            accessed = write.accessed
-            deadline = write.deadline
-            cap = write.cap
+            accessed, deadline, cap = write.accessed, write.deadline, write.cap
             user = write.user
             front, checksum = frame_ends(
                 salt_checksum,
@@ -245,15 +238,7 @@ class LogWriter:
             length = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
             write.segment = number
             write.length = length
-            row_length = length if kind == PUT else _ROW_MARKS[kind]
-            if base_bytes >= 0:
-                if kind == PUT:
-                    base = Base(end, length, sequence, write.ids[_COMMIT])
-                    active.bases.note(write.fingerprint, base)
-                else:
-                    write.length = length + base_bytes
-                    row_length = ROW_IS_PATCH | write.length
-            write.row = row = _pack_row(
+            write.row = _pack_row(
                 write.fingerprint,
                 sequence,
                 accessed,
@@ -261,15 +246,49 @@ class LogWriter:
                 cap,
                 number,
                 end,
-                row_length,
+                length if kind == PUT else _ROW_MARKS[kind],
                 user,
             )
-            rows += row
+            if base_bytes >= 0:
+                self._keep_base(write, kind, sequence, end, base_bytes)
+            rows += write.row
             pieces += (front, payload, checksum)
             end += length
-        self.sequence = sequence
-        self._pending_end = end
+        self.sequence, self._pending_end = sequence, end
         return b"".join(pieces)
+
+    def _large(
+        self, write: Write, payload: bytes, sequence: int
+    ) -> tuple[int, int, int, bytes, int]:
+        """Return how a large record is stored: compressed, or as a patch.
+
+        As (kind, bytes of the base, flags, payload, `raw_bytes`). The bytes of the base are 0 for
+        a put that may be one, and -1 for one that may not.
+        """
+        raw_bytes = len(payload)
+        base_bytes = -1
+        if raw_bytes >= self._patch_min_bytes:
+            assert self.active is not None
+            patch = self._patch(self.active.bases, write, sequence)
+            if patch is not None:
+                return PATCH, *patch
+            base_bytes = 0
+        flags = 0
+        if raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
+            flags, payload = compress(payload)
+        return write.kind, base_bytes, flags, payload, raw_bytes
+
+    def _keep_base(
+        self, write: Write, kind: int, sequence: int, offset: int, base_bytes: int
+    ) -> None:
+        """Note a put as a base, and that of a patch in its row: the segment has to keep it."""
+        if kind == PUT:
+            assert self.active is not None
+            base = Base(offset, write.length, sequence, write.ids[_COMMIT])
+            self.active.bases.note(write.fingerprint, base)
+            return
+        write.length += base_bytes
+        write.row = with_length(write.row, ROW_IS_PATCH | write.length)
 
     def _patch(
         self, bases: Bases, write: Write, sequence: int

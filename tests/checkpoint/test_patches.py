@@ -23,7 +23,7 @@ from tests.engine import KIB, Start, disk_of
 from tests.support import everything, patching
 
 KEYS: Final = ("0b" * 32, "5e" * 32)
-SECURITY: Final = {"encrypt": True, "secret_keys": ",".join(KEYS)}
+SECURITY: Final[dict[str, Any]] = {"encrypt": True, "secret_keys": ",".join(KEYS)}
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,10 @@ async def make(state: StateManager, count: int) -> None:
     for n in range(count):
         data = {"n": n, "text": f"session {n} " * 60}
         await state.create_session(session_id=f"s{n}", data=data)
+
+
+def the_log(state: StateManager) -> Path:
+    return next(Path(disk_of(state).directory).glob("*.seg"))
 
 
 def patched_in(state: StateManager) -> int:
@@ -119,7 +123,7 @@ async def test_a_session_whose_base_is_damaged_is_left_out_and_named(
     await update(state, 3, 100)
     await checkpoint(state, store)  # an older state of it is there
     await update(state, 3, 200)
-    log = next(Path(disk_of(state).directory).glob("*.seg"))
+    log = the_log(state)
     data = bytearray(log.read_bytes())
     for at in [i for i in range(len(data)) if data.startswith(b"session 1 session", i)]:
         data[at] ^= 1

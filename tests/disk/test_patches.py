@@ -20,6 +20,7 @@ from persistence.disk.format import (
     FORMAT_VERSION,
     NO_IDS,
     PATCH,
+    PATCH_BASE,
     PATCHES_VERSION,
     PUT,
     ROW_IS_PATCH,
@@ -213,7 +214,7 @@ def test_a_patch_is_only_read_with_the_base_that_it_names() -> None:
     assert isinstance(read_from(*put_and_patch(key=b"l")), str)
     assert isinstance(read_from(*put_and_patch(ids=NO_IDS)), str)
     for place in ((64, 2**31, 5), (2**32 - 1, 200, 5), (0, 0, 5), (at, 200, 5)):
-        where = patches.PATCH_BASE.pack(*place)
+        where = PATCH_BASE.pack(*place)
         assert isinstance(read_from(*put_and_patch(where=where)), str), place
     assert read_from(data, at - 1) == "the stored bytes fail their checksum"
 

@@ -39,6 +39,7 @@ COMPACTOR: Final = "persistence/disk/compactor.py"
 LASTLOG: Final = "persistence/disk/lastlog.py"
 RECOVERY: Final = "persistence/disk/recovery.py"
 DIRECTORY: Final = "persistence/disk/directory.py"
+PATCHES: Final = "persistence/disk/patches.py"
 CHECKPOINT: Final = "persistence/checkpoint/manifest.py"
 SCRIPT: Final = "persistence/remote/scripts/commit.lua"
 
@@ -69,6 +70,7 @@ WRITING: Final = "tests/disk/test_writer.py"
 RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
 ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
+PATCHING: Final = "tests/disk/test_patches.py"
 COMMITTING: Final = "tests/test_commit.py"
 REQUESTING: Final = "tests/test_requests.py"
 SHIPPING: Final = "tests/checkpoint/test_create.py"
@@ -613,6 +615,78 @@ MUTANTS: Final = (
         "        if not was_lost(mine, found):\n",
         "        if True:\n",
         (OUTAGES,),
+    ),
+    Mutant(
+        "which put a patch is built on is not checked",
+        PATCHES,
+        "        and base.sequence == sequence\n",
+        "",
+        (f"{PATCHING}::test_a_patch_is_only_read_with_the_base_that_it_names",),
+    ),
+    Mutant(
+        "whose record a patch is built on is not checked",
+        PATCHES,
+        "        and base.key == patch.key\n",
+        "",
+        (f"{PATCHING}::test_a_patch_is_only_read_with_the_base_that_it_names",),
+    ),
+    Mutant(
+        "what a patch makes of its base is not checked",
+        PATCHES,
+        "    return record if (len(raw), crc32c(raw)) == (raw_bytes, checksum) else None\n",
+        "    return record\n",
+        (f"{PATCHING}::test_a_patch_on_another_record_makes_none",),
+    ),
+    Mutant(
+        "a patch grows without bound",
+        PATCHES,
+        "    if len(changes) > MAX_BASE_FRACTION * base.length:\n",
+        "    if False:\n",
+        (f"{PATCHING}::test_a_patch_that_has_grown_is_written_as_a_whole_record",),
+    ),
+    Mutant(
+        "a patch is built on a commit that is not the newest",
+        PATCHES,
+        "        return base if base is not None and base.commit == commit else None\n",
+        "        return base\n",
+        (PATCHING,),
+    ),
+    Mutant(
+        "a patch forgets what has changed before it",
+        PATCHES,
+        "    names = (*base.names, *(name for name in changed if name not in base.names))\n",
+        "    names = tuple(changed)\n",
+        (PATCHING,),
+    ),
+    Mutant(
+        "the base of a patch counts as dead",
+        WRITER,
+        "        write.length += base_bytes\n",
+        "",
+        (
+            f"{PATCHING}::test_a_patch_takes_the_place_of_the_one_before_and_what_is_dead_is_counted",
+        ),
+    ),
+    Mutant(
+        "a patch is written before the manifest says that there may be some",
+        WRITER,
+        "        if not self.may_patch:\n",
+        "        if False:\n",
+        (f"{PATCHING}::test_a_directory_is_of_the_newer_version_from_its_first_patch_on",),
+    ),
+    Mutant(
+        "compaction takes a patch for a record",
+        COMPACTION,
+        "        return self.mark >= ROW_IS_PATCH\n",
+        "        return False\n",
+        (f"{PATCHING}::test_compaction_writes_the_whole_record_and_the_base_does_not_die_before",),
+    ),
+    Mutant(
+        "a checkpoint ships a patch without its base",
+        "persistence/checkpoint/plan.py",
+        "        if first in patches:\n",
+        "        if False:\n",
+        ("tests/checkpoint/test_patches.py",),
     ),
     Mutant(
         "an old copy brings back what has expired",
