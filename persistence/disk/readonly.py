@@ -15,7 +15,14 @@ from typing import Final, NamedTuple
 from persistence.disk.directory import check_keys, read_manifest
 from persistence.disk.filenames import MANIFEST, segment_name
 from persistence.disk.files import Files, read_all, read_exactly
-from persistence.disk.format import ROW_IS_PATCH, Frame, FrameType, decode_frame
+from persistence.disk.format import (
+    FRAME_HEADER_BYTES,
+    MAX_KEY_BYTES,
+    ROW_IS_PATCH,
+    Frame,
+    FrameType,
+    decode_frame,
+)
 from persistence.disk.index import SHARDS, Fingerprints, Row
 from persistence.disk.patches import Patched, PlainRecords, Records
 from persistence.disk.reader import read_patched_at
@@ -207,7 +214,11 @@ def _read(
         try:
             if row.length >= ROW_IS_PATCH:
                 patched = read_patched_at(files, fd, row.offset, salt_checksum, records)
-                return _patched(path, row, patched)
+                if isinstance(patched, Patched):
+                    whose = patched.frame.key.decode()
+                    return StoredRecord(whose, patched.record, row.accessed, row.deadline)
+                head = read_exactly(files, fd, FRAME_HEADER_BYTES + MAX_KEY_BYTES, row.offset)
+                return Damage(path, row.offset, _whose(head, salt_checksum), patched)
             data = read_exactly(files, fd, row.length, row.offset)
         finally:
             files.close(fd)
@@ -217,16 +228,14 @@ def _read(
     is_put = isinstance(frame, Frame) and frame.type == FrameType.PUT
     record = records.record_of(frame) if isinstance(frame, Frame) and is_put else None
     if record is None:
-        key = frame.key
-        whose = key.decode("utf-8", "backslashreplace") if key else None
         intact = isinstance(frame, Frame) and isinstance(records, RecordCodec)
         reason = NOT_SEALED_HERE if intact else "the stored bytes fail their checksum"
-        return Damage(path, row.offset, whose, reason)
+        return Damage(path, row.offset, _whose(data, salt_checksum), reason)
     assert isinstance(frame, Frame)
     return StoredRecord(frame.key.decode(), record, row.accessed, row.deadline)
 
 
-def _patched(path: str, row: Row, found: Patched | str) -> StoredRecord | Damage:
-    if isinstance(found, str):
-        return Damage(path, row.offset, None, found)
-    return StoredRecord(found.frame.key.decode(), found.record, row.accessed, row.deadline)
+def _whose(frame: bytes, salt_checksum: int) -> str | None:
+    """Return the session of a frame, of which the start will do, if its header is intact."""
+    key = decode_frame(frame, 0, salt_checksum).key
+    return key.decode("utf-8", "backslashreplace") if key else None

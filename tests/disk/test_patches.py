@@ -627,6 +627,7 @@ async def test_looking_at_a_directory_with_patches(tmp_path: Path) -> None:
     log.write_bytes(bytes(damaged))
     reasons = [item.reason for report, _ in scan_directory(path) for item in report.damages]
     assert "the record that its patch is built on is damaged" in reasons
-    assert any(not isinstance(item, StoredRecord) for item in newest_records(path))
+    damages = [item for item in newest_records(path) if not isinstance(item, StoredRecord)]
+    assert {damage.session_id for damage in damages} == {"s1"}
     with pytest.raises(DirectoryNotUsable):
         list(newest_records(str(tmp_path)))
