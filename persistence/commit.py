@@ -686,7 +686,8 @@ class CommitQueue:
     def _start_sync(self) -> None:
         """Have synced what is in the log now, while the next batches are written."""
         self._sync_due = False
-        covered = self._oldest_undecided()
+        # Not what is decided meanwhile, nor what is submitted meanwhile.
+        covered = min(self._oldest_undecided(), self._submitted + 1)
         writer = self._disk.writer
         if writer.is_synced and writer.poisoned is None:
             self._resolve_flushes(None, covered)

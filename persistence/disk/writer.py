@@ -372,7 +372,7 @@ class LogWriter:
             active = self.active
             if active is None or self.durable_sequence >= active.highest_sequence:
                 return
-            highest = active.highest_sequence  # before: what comes meanwhile may not be covered
+            highest = active.highest_sequence  # not what comes meanwhile
             self._sync(active.fd, active.path)
             self.durable_sequence = highest
 
