@@ -5,6 +5,7 @@ update          read a session, change one field, commit; random sessions, 1,000
 update-100      the same by 100 tasks; a peer's request has a transaction of its own
 lone-update     the same by one task that waits for each commit
 relaxed-update  the same as update; nothing is synced before it is acknowledged
+creation        create sessions of 20 KB, 200 a second, beside 100 requests in flight
 =============== ===============================================================================
 
 In `update` and `relaxed-update` the peers get their updates in batches of 256 per transaction,
@@ -17,6 +18,7 @@ from functools import partial
 
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import RATE, THREAD, Contender
+from benchmarks.engine.creation import SteadyCreation
 from benchmarks.engine.update import ConcurrentUpdate, LoneUpdate
 from benchmarks.peers import bare, lmdb, zict
 from benchmarks.peers.bare import LATENCY
@@ -88,6 +90,11 @@ def _relaxed(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _creation(sizes: Sizes) -> list[Contender]:
+    count, creations = sizes.creation_sessions, sizes.creations
+    return [SteadyCreation(count, creations), SteadyCreation(count, creations, fsync="always")]
+
+
 WORKLOADS = (
     _defined(
         "update",
@@ -104,4 +111,5 @@ WORKLOADS = (
         repetitions=lambda sizes: 2 * sizes.repetitions,  # short ones: syncs vary with the hour
     ),
     _defined("relaxed-update", (RATE,), _relaxed),
+    _defined("creation", LATENCY, _creation),
 )
