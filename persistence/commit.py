@@ -56,6 +56,7 @@ _THREAD_ENCODE_BYTES: Final = 128 * 1024
 _PIECE_COMMITS: Final = 32
 _JOINED_BYTES: Final = 2**20
 _LATENCIES_KEPT: Final = 1024
+_SYNCED_EARLY: Final = 1 / 8  # of a segment: with `interval`, so much is synced before its time
 _FRAME_BYTES: Final = FRAME_OVERHEAD_BYTES - 2 * ID_BYTES  # beside key and record: its ids move
 _FLAGS_AND_USER: Final = Struct("<II")
 _unpack_flags_and_user = _FLAGS_AND_USER.unpack_from
@@ -223,6 +224,10 @@ class CommitQueue:
         self._sync_later_seconds = (
             config.flush_interval_seconds if config.fsync == "interval" else None
         )
+        # So that little is left to be synced when a segment is full, which updates wait for.
+        self._sync_early_bytes = (
+            config.segment_bytes * _SYNCED_EARLY if config.fsync == "interval" else math.inf
+        )
         self._max_pending_bytes = config.queue_bytes
         self._max_batch_bytes = min(_MAX_BATCH_BYTES, config.segment_bytes // 2)
         self._monotonic = clock.monotonic
@@ -247,6 +252,7 @@ class CommitQueue:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._sync_due = False
         self._syncing: asyncio.Future[None] | None = None
+        self._bytes_before_sync = 0  # that had been written when the last sync was started
         self._sync_failure: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -671,7 +677,11 @@ class CommitQueue:
 
     def _wants_sync(self) -> bool:
         """Whether a sync is to be started: one at a time."""
-        return self._syncing is None and (self._sync_due or self._flushes_due())
+        return self._syncing is None and (
+            self._sync_due
+            or self._flushes_due()
+            or self._disk.writer.bytes_written - self._bytes_before_sync > self._sync_early_bytes
+        )
 
     @property
     def _is_behind(self) -> bool:
@@ -686,6 +696,7 @@ class CommitQueue:
     def _start_sync(self) -> None:
         """Have synced what is in the log now, while the next batches are written."""
         self._sync_due = False
+        self._bytes_before_sync = self._disk.writer.bytes_written
         # Not what is decided meanwhile, nor what is submitted meanwhile.
         covered = min(self._oldest_undecided(), self._submitted + 1)
         writer = self._disk.writer

@@ -21,6 +21,7 @@ from tests.engine import (
     commits_of,
     contents,
     data_of,
+    disk_of,
     eventually,
     loop_steps,
     outcomes,
@@ -145,6 +146,20 @@ async def test_with_fsync_interval_a_sync_follows_by_itself(
 
 
 LATER: dict[str, Any] = {"fsync": "interval", "flush_interval_seconds": 3600}
+
+
+async def test_a_segment_is_synced_in_parts_before_it_is_full(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, "a", disk={**LATER, "segment_bytes": 512 * KIB})
+    for number in range(4):
+        await state.update_session_data("a", "x", random.Random(number).randbytes(12 * KIB))
+    assert files.calls["sync_data"] == 0, "not an eighth of it yet"
+    await state.update_session_data("a", "x", random.Random(4).randbytes(20 * KIB))
+    await eventually(lambda: files.calls["sync_data"] == 1)
+    assert len(disk_of(state).segments) == 1, "it is still the first one"
+    await loop_steps(20)
+    assert files.calls["sync_data"] == 1
 
 
 async def test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing(

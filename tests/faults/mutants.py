@@ -389,6 +389,13 @@ MUTANTS: Final = (
         (f"{COMMITTING}::test_a_sync_that_takes_longer_than_the_interval_holds_updates_back",),
     ),
     Mutant(
+        "a segment is synced as a whole when it is full",
+        COMMIT,
+        'config.segment_bytes * _SYNCED_EARLY if config.fsync == "interval" else math.inf',
+        "math.inf",
+        (f"{COMMITTING}::test_a_segment_is_synced_in_parts_before_it_is_full",),
+    ),
+    Mutant(
         "updates wait for the sync of each interval",
         COMMIT,
         "        self._syncing = self._disk.threads.sync(writer.sync)\n",
