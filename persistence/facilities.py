@@ -73,7 +73,13 @@ class Facilities:
         self._schema = None if schema is None else _schema_of(schema)
         self._facility_clock = clock
         self._facility_files = files or Files()
-        self._requests = Requests(config.session, clock, self.get_session, self._is_here)
+        self._requests = Requests(
+            config.session,
+            clock,
+            self.get_session,
+            self._is_here,
+            gathers=config.disk.fsync == "always" or config.redis.url is not None,
+        )
         self._resources = Resources(
             self._incarnation_of, self._has_running, self._is_resident, self._watch_leaving
         )

@@ -6,6 +6,7 @@ update-100      the same by 100 tasks; a peer's request has a transaction of its
 lone-update     the same by one task that waits for each commit
 large-update    change one small field of a session of 40 KB, commit; 100 tasks, synced
 relaxed-update  the same as update; nothing is synced before it is acknowledged
+creation        create sessions of 20 KB, 200 a second, beside 100 requests in flight
 =============== ===============================================================================
 
 In `update` and `relaxed-update` the peers get their updates in batches of 256 per transaction,
@@ -18,6 +19,7 @@ from functools import partial
 
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import RATE, THREAD, Contender
+from benchmarks.engine.creation import SteadyCreation
 from benchmarks.engine.update import ConcurrentUpdate, LargeUpdate, LoneUpdate
 from benchmarks.peers import bare, lmdb, zict
 from benchmarks.peers.bare import LATENCY
@@ -97,6 +99,11 @@ def _relaxed(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _creation(sizes: Sizes) -> list[Contender]:
+    count, creations = sizes.creation_sessions, sizes.creations
+    return [SteadyCreation(count, creations), SteadyCreation(count, creations, fsync="always")]
+
+
 WORKLOADS = (
     _defined(
         "update",
@@ -114,4 +121,5 @@ WORKLOADS = (
     ),
     _defined("large-update", (RATE,), _large_update),
     _defined("relaxed-update", (RATE,), _relaxed),
+    _defined("creation", LATENCY, _creation),
 )

@@ -1,8 +1,16 @@
-"""The append side of the log: encode on the event loop, write and sync in the writer thread.
+"""The append side of the log: encode on the event loop, write and sync in threads.
 
 Order of an append: encode the frames of a batch for the active segment; write them all behind the
 last good frame, going on after short writes; on a full disk cut the file back to the last good
 frame; take the end *before* the sync; sync; only then advance the end, which is what acknowledges.
+
+A sync that acknowledges nothing (``disk.fsync = "interval"`` and ``"never"``) runs in a thread of
+its own, and appends go on meanwhile, into the same file. Hence one rule more: one sync of the log
+at a time, under a lock. The kernel tells each failure once per open file: of two syncs at the same
+time one may hear of it and the other be told that all is well. Whoever has waited for the lock asks
+first whether the sync before it failed. What a sync covers is read before it starts; what is
+appended meanwhile is left to the next one. A file is closed under the lock, so that no sync meets a
+descriptor that is somebody else's by then.
 
 Order of a rotation: footer and fdatasync the old segment; create the new one (O_EXCL), write its
 header, fsync it, fsync the directory; only then encode a frame for it.
@@ -24,6 +32,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Final, Protocol, TypeVar
 
 from persistence.disk import patches
@@ -111,6 +120,8 @@ class ActiveSegment:
 class LogWriter:
     """Appends frames to the log. Encoding is called on the loop, the rest in the writer thread.
 
+    Only `sync` may be called in another thread as well, at any time.
+
     Args:
         files: the system calls.
         directory: where the segments are.
@@ -166,6 +177,7 @@ class LogWriter:
         self.poisoned: str | None = None
         self.full: str | None = None
         self._pending_end = 0
+        self._one_sync = Lock()  # held by whoever syncs or closes the active segment
         self._pending_rows = bytearray()  # for the hint; kept once the batch is in the log
         self.bytes_written = 0
         self.syncs = 0
@@ -382,15 +394,23 @@ class LogWriter:
         if not self._is_reserve_spent:
             self.full = None
         if sync:
-            self._sync(active.fd, active.path)
+            with self._one_sync:
+                self.check_usable()  # the sync that it waited for may have failed
+                self._sync(active.fd, active.path)
+                self._advance(active, end, frames, last_sequence)
+                self.durable_sequence = last_sequence
+        else:
+            self.check_usable()  # a sync beside it may have failed: this will never be durable
+            self._advance(active, end, frames, last_sequence)
+
+    def _advance(self, active: ActiveSegment, end: int, frames: int, last_sequence: int) -> None:
+        """Take what has been written into the log."""
         self.bytes_written += end - active.end
         active.end = active.segment.length = end
         active.rows += self._pending_rows
         active.bases.written()
         active.frames += frames
-        active.highest_sequence = last_sequence
-        if sync:
-            self.durable_sequence = last_sequence
+        active.highest_sequence = last_sequence  # last: a sync beside it covers up to here
 
     def _cut_back(self, active: ActiveSegment, error: OSError) -> None:
         """Restore the segment to its last good frame after a failed write; always raises."""
@@ -421,15 +441,26 @@ class LogWriter:
             "taken, reads go on; check the disk, then open the directory again"
         ) from error
 
-    def sync(self) -> None:
-        """Sync what has been appended since the last sync."""
-        self.check_usable()
+    @property
+    def is_synced(self) -> bool:
+        """Whether no frame that has been appended lacks its sync. To be asked anywhere."""
         active = self.active
-        if active is None or self.durable_sequence >= active.highest_sequence:
-            return
-        highest = active.highest_sequence
-        self._sync(active.fd, active.path)
-        self.durable_sequence = highest
+        return active is None or self.durable_sequence >= active.highest_sequence
+
+    def sync(self) -> None:
+        """Sync what has been appended since the last sync. In any thread, beside an append.
+
+        Raises:
+            WriteOutcomeUnknown: it failed, or one before it did.
+        """
+        with self._one_sync:
+            self.check_usable()
+            active = self.active
+            if active is None or self.durable_sequence >= active.highest_sequence:
+                return
+            highest = active.highest_sequence  # not what comes meanwhile
+            self._sync(active.fd, active.path)
+            self.durable_sequence = highest
 
     def seal(self) -> ActiveSegment | None:
         """Write the footer of the active segment and sync it; return it, for its hint.
@@ -449,9 +480,8 @@ class LogWriter:
             durable_sequence=self.durable_sequence,
         )
         self.append([footer], 0, sync=True)
-        self._files.close(active.fd)
+        self.close()
         active.segment.sealed = True
-        self.active = None
         return active
 
     def create(self) -> Segment:
@@ -495,9 +525,10 @@ class LogWriter:
 
     def close(self) -> None:
         """Close the active segment's file."""
-        if self.active is not None:
-            self._files.close(self.active.fd)
-            self.active = None
+        with self._one_sync:
+            if self.active is not None:
+                self._files.close(self.active.fd)
+                self.active = None
 
 
 def encode_footer(
