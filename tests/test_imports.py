@@ -5,7 +5,9 @@ Imports point one way, from the bottom up::
     errors, clock, config, record, session, slices, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit | providers
-                residency | keys
+                renewals | keys
+                spilling
+                residency
                     sharing | watching
                         updates | listing | census
                             access | rotation
@@ -39,19 +41,20 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("resources", "typed"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
-    **dict.fromkeys(("residency", "stats"), 3),
-    "keys": 3,
-    **dict.fromkeys(("sharing", "scratch", "watching"), 4),
-    **dict.fromkeys(("updates", "listing", "census"), 5),
-    **dict.fromkeys(("access", "rotation"), 6),
-    **dict.fromkeys(("tiers", "requests"), 7),
-    "facilities": 8,
-    "manager": 9,
-    "": 10,
-    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 11),
+    **dict.fromkeys(("renewals", "keys", "stats"), 3),
+    "spilling": 4,
+    "residency": 5,
+    **dict.fromkeys(("sharing", "scratch", "watching"), 6),
+    **dict.fromkeys(("updates", "listing", "census"), 7),
+    **dict.fromkeys(("access", "rotation"), 8),
+    **dict.fromkeys(("tiers", "requests"), 9),
+    "facilities": 10,
+    "manager": 11,
+    "": 12,
+    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 13),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 11)
+OPEN_FLOORS = (0, 13)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli", "facilities")
