@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from persistence import record as rec
 from persistence.arguments import check_text_or_none, refused
@@ -50,23 +50,24 @@ def check_client(client: object) -> ClientInfo:
     return client
 
 
-class Sessions(Protocol):
-    """What access needs of the manager."""
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """What access needs of the manager.
 
-    async def current(self) -> tuple[Updates, Residency]:
-        """Return the tiers, when the manager is open and no checkpoint is being put in place."""
+    Attributes:
+        current: returns the tiers, when the manager is open and no checkpoint is being put in
+            place.
+        bring_here: lets what is here of a session be what the shared tier has.
+        get_session: returns a view of a live session, and renews it.
+        plain_data: returns the fields of an object of the manager's schema, or of a mapping.
+        plain_value: returns what is stored of a value, which may be an object of that schema.
+    """
 
-    async def bring_here(self, session_id: str) -> None:
-        """Let what is here of a session be what the shared tier has."""
-
-    async def get_session(self, session_id: str) -> Session | None:
-        """Return a view of a live session, and renew it."""
-
-    def plain_data(self, data: object) -> Mapping[Any, Any]:
-        """Return the fields of an object of the manager's schema, or of a mapping."""
-
-    def plain_value(self, value: Any) -> Any:
-        """Return what is stored of a value, which may be an object of the manager's schema."""
+    current: Callable[[], Awaitable[tuple[Updates, Residency]]]
+    bring_here: Callable[[str], Awaitable[None]]
+    get_session: Callable[[str], Awaitable[Session | None]]
+    plain_data: Callable[[object], Mapping[Any, Any]]
+    plain_value: Callable[[Any], Any]
 
 
 class Access:

@@ -24,6 +24,7 @@ from persistence.errors import (
     InvalidArgument,
     SessionNotFound,
 )
+from persistence.lifecycle import Lifecycle
 from persistence.memory.tier import MemoryTier
 from persistence.observe.health import SessionHealth
 from persistence.observe.metrics import RequestMetrics
@@ -43,7 +44,7 @@ _STORE_SHARE: Final = 0.5  # of what is left of a shutdown's time
 _RESOURCES_SHARE: Final = 0.5
 
 
-class Facilities:
+class Facilities(Lifecycle):
     """The part of `StateManager` that is not about storing.
 
     Args:
@@ -58,8 +59,6 @@ class Facilities:
     has_session: Callable[[str], Awaitable[bool]]
     update_session: Callable[..., Awaitable[Session]]
     edit: Callable[[str], Edit]
-    _ready: Callable[[], Awaitable[None]]
-    _check_open: Callable[[], None]
     _residency: Residency
     _memory: MemoryTier
     _disk: DiskTier

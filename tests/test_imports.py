@@ -12,7 +12,10 @@ Imports point one way, from the bottom up::
                         updates | listing | census
                             access | rotation
                                 tiers | requests
+                                    lookup | summary
+                                    lives
                                     facilities
+                                    assembly
                                     manager
                                         persistence/__init__.py     (the public names)
                                             sync, worker, cli, web, testing
@@ -38,7 +41,7 @@ PACKAGE = "persistence"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
-    **dict.fromkeys(("resources", "typed"), 0),
+    **dict.fromkeys(("resources", "typed", "background", "lifecycle"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
     **dict.fromkeys(("renewals", "keys", "stats"), 3),
@@ -48,13 +51,16 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("updates", "listing", "census"), 7),
     **dict.fromkeys(("access", "rotation"), 8),
     **dict.fromkeys(("tiers", "requests"), 9),
-    "facilities": 10,
-    "manager": 11,
-    "": 12,
-    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 13),
+    **dict.fromkeys(("lookup", "summary"), 10),
+    "lives": 11,
+    "facilities": 12,
+    "assembly": 13,
+    "manager": 14,
+    "": 15,
+    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 16),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 13)
+OPEN_FLOORS = (0, 16)
 """On these, rooms may import each other, as long as there is no cycle."""
 
 FILE_USERS = ("disk.files", "memory.budget", "config", "cli", "facilities")
