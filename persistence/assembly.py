@@ -8,6 +8,7 @@ edits finish, what is counted and attached is stored and released, the tiers are
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -34,6 +35,7 @@ from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.tiers import Tiers
 from persistence.updates import Updates
+from persistence.watching.stream import Watch
 from persistence.watching.watching import Watching
 
 if TYPE_CHECKING:
@@ -54,8 +56,6 @@ class Assembly(Facilities):
     """
 
     # Of the manager; called here.
-    open: Callable[[], Awaitable[None]]
-    close: Callable[[], Awaitable[None]]
     cleanup_expired: Callable[[], Awaitable[int]]
     terminate_session: Callable[[str], Awaitable[bool]]
 
@@ -89,6 +89,14 @@ class Assembly(Facilities):
         self._resident: Callable[[str], Session | None] = self._refuse
         self._restore_now: Callable[[str], Session | None] = self._refuse
         self._make_facilities(config, self._clock, files, schema)
+
+    @abstractmethod
+    async def open(self) -> None:
+        """See `StateManager.open`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """See `StateManager.close`."""
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -202,6 +210,10 @@ class Assembly(Facilities):
                     current=self._current_tiers,
                     bring_here=self._lookup.bring_here,
                     get_session=self.get_session,
+                    request=self._request,
+                    resource=self._resource,
+                    scratch_dir=self._scratch_dir,
+                    watch=self._watch,
                     plain_data=self._plain_data,
                     plain_value=self._plain_value,
                 ),
@@ -211,6 +223,17 @@ class Assembly(Facilities):
                 tiers.learn_keys,
             )
         return self._access
+
+    def _watch(
+        self,
+        session_id: str,
+        after: int | None,
+        max_pending: int,
+        check: Callable[[bytes | None], None],
+        guard: Callable[[], None],
+    ) -> Watch:
+        self._check_open()
+        return self._watching.watch(session_id, after, max_pending, check=check, guard=guard)
 
     async def _rotate(self, session_id: str) -> str:
         """Do what `StateManager.rotate_session_id` says."""

@@ -174,6 +174,12 @@ class Facilities(Lifecycle):
             check_text("name", name)
         return Request(self._requests, session_id, name)
 
+    def _request(
+        self, session_id: str, name: str, get: Callable[[str], Awaitable[Session | None]]
+    ) -> Request:
+        """Do what `request` says, of the session that `get` returns."""
+        return Request(self._requests, session_id, check_text("name", name), get)
+
     async def record_request(
         self,
         session_id: str,
@@ -260,12 +266,23 @@ class Facilities(Lifecycle):
             ManagerClosed: the manager closes.
             Exception: whatever `factory` raises.
         """
+        return await self._resource(session_id, name, factory, close)
+
+    async def _resource(
+        self,
+        session_id: str,
+        name: str,
+        factory: Callable[[], Any],
+        close: Callable[[Any], Any] | None,
+        only: bytes | None = None,
+    ) -> Any:
+        """Do what `resources` says, if the session is incarnation `only`, or that is None."""
         check_text("name", name)
         if not callable(factory):
             raise refused("factory", factory, "a function that makes the resource")
         if close is not None and not callable(close):
             raise refused("close", close, "a function that closes the resource, or None")
-        return await self._resources.get(session_id, name, factory, close)
+        return await self._resources.get(session_id, name, factory, close, only)
 
     async def scratch_dir(self, session_id: str) -> Path:
         """Return the path of a private directory of a session, which exists.
@@ -278,7 +295,13 @@ class Facilities(Lifecycle):
             SessionNotFound: missing, expired or terminated.
             DiskFull, WriteOutcomeUnknown: it cannot be made.
         """
+        return await self._scratch_dir(session_id)
+
+    async def _scratch_dir(self, session_id: str, only: bytes | None = None) -> Path:
+        """Do what `scratch_dir` says, if the session is incarnation `only`, or that is None."""
         incarnation = await self._incarnation_of(session_id)
+        if only is not None and incarnation != only:
+            raise SessionNotFound(session_id)
         await self._ready()
         assert self._scratch is not None, "open"
         return Path(await self._scratch.get(session_id, incarnation))

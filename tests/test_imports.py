@@ -10,9 +10,9 @@ Imports point one way, from the bottom up::
                 residency
                     sharing | watching
                         updates | listing | census
-                            access | rotation
+                            rotation
                                 tiers | requests
-                                    lookup | summary
+                                    access | lookup | summary
                                     lives
                                     facilities
                                     assembly
@@ -49,9 +49,9 @@ FLOORS: dict[str, int] = {
     "residency": 5,
     **dict.fromkeys(("sharing", "scratch", "watching"), 6),
     **dict.fromkeys(("updates", "listing", "census"), 7),
-    **dict.fromkeys(("access", "rotation"), 8),
+    "rotation": 8,
     **dict.fromkeys(("tiers", "requests"), 9),
-    **dict.fromkeys(("lookup", "summary"), 10),
+    **dict.fromkeys(("access", "lookup", "summary"), 10),
     "lives": 11,
     "facilities": 12,
     "assembly": 13,
@@ -63,9 +63,17 @@ FLOORS: dict[str, int] = {
 OPEN_FLOORS = (0, 16)
 """On these, rooms may import each other, as long as there is no cycle."""
 
-FILE_USERS = ("disk.files", "memory.budget", "config", "cli", "facilities")
+FILE_USERS = (
+    "disk.files",
+    "memory.budget",
+    "config",
+    "cli",
+    "facilities",
+    "access",
+    "sync.handle",
+)
 """The only modules that open files or name paths: the seam of the disk tier; /proc; TOML; the
-user's files; and his scratch directories."""
+user's files; and his scratch directories, which handles name too."""
 CLOCK_USERS = ("clock",)
 PURE = ("record", "disk.format", "memory.policies", "security.tokens")
 """Bytes in, bytes out: no event loop, no files, no time."""
