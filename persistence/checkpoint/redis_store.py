@@ -28,7 +28,7 @@ from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
-from persistence.errors import ConfigError, RemoteUnavailable
+from persistence.errors import RemoteUnavailable
 from persistence.remote.keys import Keys
 
 _ANNOUNCED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
@@ -173,16 +173,16 @@ class RedisStore:
                 raise await self._foreign(error) from error
             raise self._unavailable(f"{type(error).__name__}: {error}") from error
 
-    async def _foreign(self, error: ResponseError) -> Exception:
+    async def _foreign(self, error: ResponseError) -> RemoteUnavailable:
         """Return what to raise for a key in our place that somebody else wrote."""
         for key in (self._manifests, self._started):
             with suppress(RedisError, RedisClusterException, OSError):
                 kind = _text(await self._client.type(key))
                 if kind not in ("hash", "none"):
-                    return ConfigError(
-                        f"redis.namespace: key {key!a} in Redis is a {kind} that was not written "
-                        "by this library, in the place of the list of checkpoints; use another "
-                        "redis.namespace or another database, or delete that key if nobody needs it"
+                    return RemoteUnavailable(
+                        f"checkpoints in Redis (WRONGTYPE): key {key!a} is a {kind} that was not "
+                        "written by this library; use another redis.namespace or another database, "
+                        "or delete that key if nobody needs it"
                     )
         return self._unavailable(f"{type(error).__name__}: {error}")
 

@@ -10,7 +10,7 @@ import pytest
 from persistence import ManualClock
 from persistence.checkpoint.redis_store import RedisStore
 from persistence.config import RedisConfig
-from persistence.errors import ConfigError
+from persistence.errors import ConfigError, RemoteUnavailable
 from persistence.remote.redis import RedisTier
 from tests.redis_servers import RedisServer
 
@@ -41,6 +41,6 @@ async def test_a_foreign_key_that_came_later_is_named_by_whoever_meets_it(
 ) -> None:
     key = f"{namespace}:checkpoints"
     await redis.set(key, "mine")
-    with pytest.raises(ConfigError, match=f"key '{key}' in Redis is a string .* delete that key"):
+    with pytest.raises(RemoteUnavailable, match=f"key '{key}' is a string .* delete that key"):
         await use(RedisStore(redis, namespace))
     assert await redis.get(key) == b"mine"
