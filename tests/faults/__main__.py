@@ -8,6 +8,8 @@
     python -m tests.faults cuts --kills 200                        power cuts of a loop-mounted ext4
     python -m tests.faults simulation --seed 7                     simulated worlds, seed after seed
     python -m tests.faults redis --replies 10000                   lost replies, servers in trouble
+    python -m tests.faults cancels --cancels 100000                calls of Redis that are given up
+    python -m tests.faults damages --damages 10000000              several wrong bytes in a log
     python -m tests.faults fuzz                                    hostile bytes for every decoder
     python -m tests.faults mutants                                 the engine with one guard removed
 
@@ -32,11 +34,12 @@ from random import Random
 
 from tests.crashes import Nursery
 from tests.faults import fuzzing, mutants, nthcall, sequences
+from tests.faults.damages import Damages
 from tests.faults.kernel import NotHere, ext4
 from tests.faults.killpoints import POINTS
 from tests.faults.kills import Kills
 from tests.faults.powercuts import PowerCuts
-from tests.faults.redisfaults import Trouble, lose_replies
+from tests.faults.redisfaults import Trouble, cancel_calls, lose_replies
 from tests.faults.simulation import stepped
 from tests.faults.simworld import simulate
 from tests.faults.soak import Soak
@@ -52,6 +55,8 @@ class Run:
         self.kills: int = arguments.kills
         self.replies: int = arguments.replies
         self.worlds: int = arguments.worlds
+        self.cancels: int = arguments.cancels
+        self.damages: int = arguments.damages
         part, parts = map(int, arguments.part.split("/"))
         self.part = slice(part - 1, None, parts)
         self.only: str = arguments.only
@@ -235,6 +240,30 @@ def redis(run: Run) -> None:
     )
 
 
+def cancels(run: Run) -> None:
+    """Cancel calls of Redis at any of their suspensions."""
+    try:
+        done = asyncio.run(cancel_calls(run.cancels, run.seed, run.goes_on))
+        run.say(f"cancels: {done} calls cancelled, no reply reached another one")
+    except AssertionError as error:
+        run.failed(f"seed {run.seed}", error)
+
+
+def damage(run: Run) -> None:
+    """Put several wrong bytes into a log, again and again."""
+    damaged = Damages(run.seed)
+    try:
+        while damaged.done.total() < run.damages and run.goes_on():
+            damaged.run(min(10_000, run.damages - damaged.done.total()))
+            run.say(f"damages: {damaged.done.total()}", at_once=False)
+    except AssertionError as error:
+        run.failed(f"seed {run.seed}", error)
+    run.say(
+        f"damages: {damaged.done.total()}, {run.failures} not noticed; "
+        f"{dict(damaged.done.most_common())}"
+    )
+
+
 def fuzz(run: Run) -> None:
     """Feed hostile bytes to every decoder, for an equal part of the time each."""
     names = [name for name in fuzzing.TARGETS if run.only in name][run.part]
@@ -264,6 +293,8 @@ SUITES: dict[str, Callable[[Run], None]] = {
     "soak": soak,
     "cuts": cuts,
     "redis": redis,
+    "cancels": cancels,
+    "damages": damage,
     "fuzz": fuzz,
     "mutants": mutated,
 }
@@ -282,6 +313,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10_000, help="SIGKILLs, or power cuts")
     parser.add_argument("--replies", type=int, default=10_000, help="replies of Redis to lose")
     parser.add_argument("--worlds", type=int, default=1_000_000, help="simulated worlds")
+    parser.add_argument("--cancels", type=int, default=100_000, help="calls of Redis to cancel")
+    parser.add_argument("--damages", type=int, default=10_000_000, help="damages of a log")
     parser.add_argument("--part", default="1/1", help="2/3: the second of every three")
     parser.add_argument("--only", default="", help="mutants or decoders whose name contains this")
     parser.add_argument("--directory", help="where the kills write; default: a temporary one")

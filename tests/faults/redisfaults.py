@@ -1,8 +1,8 @@
 """Real servers that lose replies, hang, restart, forget, go back in time and hold damaged values.
 
-Two parts. `lose_replies` is about the shared tier alone: each update is applied once, however often
-its reply is lost. `Trouble` is about whole workers that share sessions; the model is that of the
-simulation (`simmodel`).
+Three parts. Two are about the shared tier alone. `lose_replies`: each update is applied once,
+however often its reply is lost. `cancel_calls`: no reply reaches another caller. `Trouble` is about
+whole workers that share sessions; the model is that of the simulation (`simmodel`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _WORKERS: Final = 3
 _SESSIONS: Final = 12
 _TIMEOUT_SECONDS: Final = 0.5
 _REST_SECONDS: Final = 60.0
+_CONNECTIONS: Final = 4
 
 _NOT_DONE: Final = (errors.SessionNotFound, errors.ConflictError, errors.RemoteUnavailable)
 
@@ -80,6 +81,64 @@ async def lose_replies(replies: int, seed: int, goes_on: Callable[[], bool]) -> 
         for tier in tiers:
             await tier.close()
         await proxy.close()
+        server.close()
+
+
+async def cancel_calls(count: int, seed: int, goes_on: Callable[[], bool]) -> int:
+    """Cancel reads and updates at any of their suspensions; return how many were cancelled.
+
+    Raises:
+        AssertionError: a call got what another one had asked for, or an update was lost.
+    """
+    server = RedisServer(need_binary()).start()
+    chance = Random(seed)
+    config = RedisConfig(url=server.url, max_connections=_CONNECTIONS, timeout_seconds=30)
+    tier = RedisTier(config, SystemClock())
+    records = {f"s{n}": new_record({"name": f"s{n}"}) for n in range(50)}
+    cancelled = 0
+
+    async def read(name: str) -> None:
+        found = await tier.load(name)
+        assert isinstance(found, RemoteSession)
+        assert found.record == records[name], "another caller's reply"
+
+    async def write(name: str) -> None:
+        """Commit the next version until it is known to be there, as a worker does."""
+        after = next_record(records[name], {"name": name, "n": chance.random()})
+        request = update(name, records[name], after)
+        call = asyncio.create_task(tier.commit([request]))
+        for _ in range(chance.randrange(12)):
+            await asyncio.sleep(0)
+        nonlocal cancelled
+        cancelled += call.cancel()
+        with suppress(asyncio.CancelledError):
+            await call
+        [result] = await tier.commit([request])
+        assert result.is_stored, result
+        records[name] = after
+
+    try:
+        await tier.open()
+        await tier.commit([create(name, record) for name, record in records.items()])
+        while cancelled < count and goes_on():
+            read_names = chance.choices(list(records)[:40], k=12)
+            reads = [asyncio.create_task(read(name)) for name in read_names]
+            writes = [
+                asyncio.create_task(write(name)) for name in chance.sample(list(records)[40:], 4)
+            ]
+            for _ in range(chance.randrange(12)):
+                await asyncio.sleep(0)
+            for call in reads[::2]:
+                cancelled += call.cancel()
+            ended = await asyncio.gather(*reads, *writes, return_exceptions=True)
+            problems = [error for error in ended if isinstance(error, Exception)]
+            assert not problems, problems
+        await asyncio.gather(*map(read, records))
+        clients = server.told("CLIENT LIST").splitlines()
+        assert len([line for line in clients if " cmd=client" not in line]) <= _CONNECTIONS
+        return cancelled
+    finally:
+        await tier.close()
         server.close()
 
 
