@@ -628,6 +628,7 @@ class Request:
     __slots__ = (
         "_entry",
         "_error",
+        "_get_session",
         "_name",
         "_requests",
         "_session_id",
@@ -638,8 +639,23 @@ class Request:
 
     session: Session
 
-    def __init__(self, requests: Requests, session_id: str, name: str) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        session_id: str,
+        name: str,
+        get_session: Callable[[str], Awaitable[Session | None]] | None = None,
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            requests: where it is counted.
+            session_id: whose it is.
+            name: what it is.
+            get_session: accesses the session; None: as everybody does.
+        """
         self._requests = requests
+        self._get_session = get_session or requests.get_session
         self._session_id = session_id
         self._name = name
         self._error: object = None
@@ -647,7 +663,7 @@ class Request:
 
     async def __aenter__(self) -> Self:
         requests, session_id = self._requests, self._session_id
-        session = await requests.get_session(session_id)
+        session = await self._get_session(session_id)
         if session is None:
             raise SessionNotFound(session_id)
         record = session._record
