@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import payloads
 from benchmarks.contender import Contender, Metrics, Stopwatch, check
 from benchmarks.optional import UnavailableError
+from benchmarks.redis_server import RedisServer
 
 
 class Member(ABC):
@@ -83,6 +84,26 @@ class FleetUpdate(Contender):
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
+
+
+class RedisFleetUpdate(FleetUpdate):
+    """The same of processes with a Redis of their own between them."""
+
+    @abstractmethod
+    def take_url(self, url: str) -> None:
+        """The Redis is there: tell the member where, before it is pickled."""
+
+    async def open(self, directory: Path) -> None:
+        self._server = RedisServer(durable=directory)
+        self._server.start()
+        self.take_url(self._server.url)
+        await super().open(directory)
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:
+            self._server.close()
 
 
 class _Remote:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
+from random import Random
 from typing import Any
 
 from benchmarks import data
@@ -66,6 +67,21 @@ _WORDS = (
     "insurance",
     "help",
 )
+
+
+LARGE_SESSION_MESSAGES = 40
+_LARGE_SESSIONS = 16  # different ones
+
+
+@cache
+def _messages(index: int) -> list[str]:
+    chosen = Random(index).choices
+    return [" ".join(chosen(_WORDS, k=125)) for _ in range(LARGE_SESSION_MESSAGES)]
+
+
+def large_session(index: int) -> Data:
+    """Build a session of about 40 KB: a conversation, and a small field that changes."""
+    return {"messages": _messages(index % _LARGE_SESSIONS), "step": 0}
 
 
 def session_id(index: int) -> str:

@@ -11,9 +11,10 @@ or builds on: nothing can come between the check and what it is for.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from persistence import record as rec
 from persistence.arguments import check_text_or_none, refused
@@ -30,8 +31,11 @@ from persistence.updates import (
     ttl_change,
     whole_change,
 )
+from persistence.watching.stream import Watch
+from persistence.watching.watching import MAX_PENDING
 
 if TYPE_CHECKING:
+    from persistence.requests import Request
     from persistence.residency import Residency
     from persistence.sealer import Sealer
     from persistence.security.tokens import Claims
@@ -50,23 +54,39 @@ def check_client(client: object) -> ClientInfo:
     return client
 
 
-class Sessions(Protocol):
-    """What access needs of the manager."""
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """What access needs of the manager.
 
-    async def current(self) -> tuple[Updates, Residency]:
-        """Return the tiers, when the manager is open and no checkpoint is being put in place."""
+    Attributes:
+        current: returns the tiers, when the manager is open and no checkpoint is being put in
+            place.
+        bring_here: lets what is here of a session be what the shared tier has.
+        get_session: returns a view of a live session, and renews it.
+        request: handles a request of the session that a function returns.
+        resource: returns a live resource of a session if it is that incarnation.
+        scratch_dir: returns the scratch directory of a session if it is that incarnation.
+        watch: listens to a session if its record passes a check, and as long as a guard lets it.
+        plain_data: returns the fields of an object of the manager's schema, or of a mapping.
+        plain_value: returns what is stored of a value, which may be an object of that schema.
+    """
 
-    async def bring_here(self, session_id: str) -> None:
-        """Let what is here of a session be what the shared tier has."""
-
-    async def get_session(self, session_id: str) -> Session | None:
-        """Return a view of a live session, and renew it."""
-
-    def plain_data(self, data: object) -> Mapping[Any, Any]:
-        """Return the fields of an object of the manager's schema, or of a mapping."""
-
-    def plain_value(self, value: Any) -> Any:
-        """Return what is stored of a value, which may be an object of the manager's schema."""
+    current: Callable[[], Awaitable[tuple[Updates, Residency]]]
+    bring_here: Callable[[str], Awaitable[None]]
+    get_session: Callable[[str], Awaitable[Session | None]]
+    request: Callable[
+        [str, str, Callable[[str], Awaitable[Session | None]]],
+        AbstractAsyncContextManager[Request, Any],
+    ]
+    resource: Callable[
+        [str, str, Callable[[], Any], Callable[[Any], Any] | None, bytes], Awaitable[Any]
+    ]
+    scratch_dir: Callable[[str, bytes], Awaitable[Path]]
+    watch: Callable[
+        [str, int | None, int, Callable[[bytes | None], None], Callable[[], None]], Watch
+    ]
+    plain_data: Callable[[object], Mapping[Any, Any]]
+    plain_value: Callable[[Any], Any]
 
 
 class Access:
@@ -141,7 +161,11 @@ class Access:
 
     def opens(self, claims: Claims, record: bytes) -> bool:
         """Whether a token, unless it has expired, is for the session that has this record."""
-        return rec.incarnation_of(record) == claims.incarnation and self._wall() < claims.expires
+        return rec.incarnation_of(record) == claims.incarnation and not self.is_over(claims)
+
+    def is_over(self, claims: Claims) -> bool:
+        """Whether a token has expired."""
+        return self._wall() >= claims.expires
 
     async def open_session(
         self, session_id: str, token: object, client: ClientInfo
@@ -220,6 +244,53 @@ class SessionHandle:
         except SessionNotFound as error:
             raise self._ended(error) from None
 
+    @asynccontextmanager
+    async def request(self, name: str = "") -> AsyncIterator[Request]:
+        """Handle one request of it: ``async with handle.request("GET /page") as r``.
+
+        See `StateManager.request`.
+        """
+
+        async def get(_: str) -> Session:
+            return await self.get()
+
+        try:
+            async with self._sessions.request(self.id, name, get) as request:
+                yield request
+        except SessionNotFound as error:
+            raise self._ended(error) from None
+
+    async def resources(
+        self,
+        name: str,
+        factory: Callable[[], Any],
+        close: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Return a live resource of it; see `StateManager.resources`."""
+        await self._access.check(self._claims)
+        try:
+            return await self._sessions.resource(
+                self.id, name, factory, close, self._claims.incarnation
+            )
+        except SessionNotFound as error:
+            raise self._ended(error) from None
+
+    async def scratch_dir(self) -> Path:
+        """Return the path of its private directory; see `StateManager.scratch_dir`."""
+        await self._access.check(self._claims)
+        try:
+            return await self._sessions.scratch_dir(self.id, self._claims.incarnation)
+        except SessionNotFound as error:
+            raise self._ended(error) from None
+
+    def watch(self, *, after: int | None = None, max_pending: int = MAX_PENDING) -> Watch:
+        """Listen to its changes: ``async for change in handle.watch()``; see `StateManager.watch`.
+
+        Asking for a change raises `TokenInvalid` once the token has expired. The end of the session
+        is a change like others, and ends the stream.
+        """
+        return self._sessions.watch(self.id, after, max_pending, self._check_read, self._check_time)
+
     async def terminate(self) -> None:
         """End it; every token for it ends with it."""
         key = check_session_id(self.id)
@@ -242,6 +313,15 @@ class SessionHandle:
 
     def _check(self, record: bytes) -> None:
         if not self._access.opens(self._claims, record):
+            raise self._access.refuse()
+
+    def _check_read(self, record: bytes | None) -> None:
+        if record is None:
+            raise self._access.refuse()
+        self._check(record)
+
+    def _check_time(self) -> None:
+        if self._access.is_over(self._claims):
             raise self._access.refuse()
 
     async def _apply(self, change: Change) -> Session:

@@ -56,6 +56,7 @@ _THREAD_ENCODE_BYTES: Final = 128 * 1024
 _PIECE_COMMITS: Final = 32
 _JOINED_BYTES: Final = 2**20
 _LATENCIES_KEPT: Final = 1024
+_SYNCED_EARLY: Final = 1 / 8  # of a segment: with `interval`, so much is synced before its time
 _FRAME_BYTES: Final = FRAME_OVERHEAD_BYTES - 2 * ID_BYTES  # beside key and record: its ids move
 _FLAGS_AND_USER: Final = Struct("<II")
 _unpack_flags_and_user = _FLAGS_AND_USER.unpack_from
@@ -223,6 +224,10 @@ class CommitQueue:
         self._sync_later_seconds = (
             config.flush_interval_seconds if config.fsync == "interval" else None
         )
+        # So that little is left to be synced when a segment is full, which updates wait for.
+        self._sync_early_bytes = (
+            config.segment_bytes * _SYNCED_EARLY if config.fsync == "interval" else math.inf
+        )
         self._max_pending_bytes = config.queue_bytes
         self._max_batch_bytes = min(_MAX_BATCH_BYTES, config.segment_bytes // 2)
         self._monotonic = clock.monotonic
@@ -246,6 +251,9 @@ class CommitQueue:
         self._flushes: list[tuple[int, asyncio.Future[None]]] = []
         self._sync_timer: asyncio.TimerHandle | None = None
         self._sync_due = False
+        self._syncing: asyncio.Future[None] | None = None
+        self._bytes_before_sync = 0  # that had been written when the last sync was started
+        self._sync_failure: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
 
     # --- what callers do ----------------------------------------------------------------------
@@ -394,6 +402,7 @@ class CommitQueue:
         if self._task is not None:
             await self._task
             self._task = None
+        await self._sync_ended()  # if it is still there, the task has failed
 
     # --- the committing task ------------------------------------------------------------------
 
@@ -438,27 +447,35 @@ class CommitQueue:
         """Write batch n + 1 in the thread while batch n is being acknowledged on the loop."""
         written: list[Commit] = []
         while True:
-            if not (written or self._queue or self._sync_due or self._flushes_due()):
+            if not (written or self._queue or self._wants_sync()):
                 if self._ending:
                     break
                 await self._work.wait()
             self._work.clear()
             batch = self._take(self._queue)
             self._inflight = [written, batch]
-            if written and self._disk.holds_back:
+            if written and (self._disk.holds_back or self._is_behind):
                 # What is durable must not wait for what has to wait.
                 await self._acknowledge(written)
                 written = []
+            if self._is_behind:
+                await self._sync_ended()
+            if self._sync_failure is not None:
+                raise self._sync_failure
             writing = await self._start(batch) if batch else None
             if written:
                 await self._acknowledge(written)
                 written = []
             if writing is not None:
                 written = await self._finish(*writing)
-            if self._sync_due or self._flushes_due():
-                await self._sync()
-        if self._disk.writer.poisoned is None:
-            await self._sync()
+            if self._wants_sync():
+                self._start_sync()
+        await self._sync_ended()
+        if self._disk.writer.poisoned is None and self._sync_failure is None:
+            self._start_sync()
+            await self._sync_ended()
+        if self._sync_failure is not None:
+            raise self._sync_failure
 
     def _take(self, queue: deque[Commit]) -> list[Commit]:
         """Take the next batch: as much as fits, at least one."""
@@ -658,15 +675,51 @@ class CommitQueue:
         self._sync_due = True
         self._work.set()
 
-    async def _sync(self) -> None:
-        """Sync what was written, then resolve the flushes that waited for it."""
+    def _wants_sync(self) -> bool:
+        """Whether a sync is to be started: one at a time."""
+        return self._syncing is None and (
+            self._sync_due
+            or self._flushes_due()
+            or self._disk.writer.bytes_written - self._bytes_before_sync > self._sync_early_bytes
+        )
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether a sync has come to take longer than the interval.
+
+        Then updates wait for it: what is acknowledged and not synced must not grow with the time
+        that the disk takes. It is never more than the updates of two intervals, nor, as a segment
+        is synced when it is full, more than a segment.
+        """
+        return self._sync_due and self._syncing is not None
+
+    def _start_sync(self) -> None:
+        """Have synced what is in the log now, while the next batches are written."""
         self._sync_due = False
-        try:
-            await self._disk.threads.write(self._disk.writer.sync)
-        except PersistenceError as error:
-            self._resolve_flushes(error)
+        self._bytes_before_sync = self._disk.writer.bytes_written
+        # Not what is decided meanwhile, nor what is submitted meanwhile.
+        covered = min(self._oldest_undecided(), self._submitted + 1)
+        writer = self._disk.writer
+        if writer.is_synced and writer.poisoned is None:
+            self._resolve_flushes(None, covered)
+            return
+        self._syncing = self._disk.threads.sync(writer.sync)
+        self._syncing.add_done_callback(partial(self._synced, covered))
+
+    def _synced(self, covered: float, syncing: asyncio.Future[None]) -> None:
+        """Resolve the flushes that waited for a sync; those that came later wait for another."""
+        self._syncing = None
+        error = syncing.exception()
+        if error is None or isinstance(error, PersistenceError):
+            self._resolve_flushes(error, covered)
         else:
-            self._resolve_flushes(None)
+            self._sync_failure = error
+        self._work.set()
+
+    async def _sync_ended(self) -> None:
+        """Wait for the sync that is under way, whatever it ends with."""
+        if self._syncing is not None:
+            await asyncio.wait([self._syncing])
 
     def _oldest_undecided(self) -> float:
         """Return the number of the first commit that has not been decided."""
@@ -679,10 +732,11 @@ class CommitQueue:
     def _flushes_due(self) -> bool:
         return bool(self._flushes) and self._oldest_undecided() > self._flushes[0][0]
 
-    def _resolve_flushes(self, error: PersistenceError | None) -> None:
+    def _resolve_flushes(self, error: PersistenceError | None, covered: float = math.inf) -> None:
+        """Resolve those who wait for commits before number `covered`; on an error, everybody."""
         waiting = []
         for target, flushed in self._flushes:
-            if error is None and self._oldest_undecided() <= target:
+            if error is None and covered <= target:
                 waiting.append((target, flushed))
             elif not flushed.done():
                 if error is None:

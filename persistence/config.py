@@ -769,6 +769,10 @@ def _with_origins(
         if isinstance(table, dict)
         for key in table
     }
+    # What is no table is the fault of the whole section's variable.
+    variables |= {
+        name: _variable(name) for name, table in overrides.items() if not isinstance(table, dict)
+    }
     file = "" if path is None else os.fspath(path)
     faults = []
     for line in message.splitlines():

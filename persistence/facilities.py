@@ -24,6 +24,7 @@ from persistence.errors import (
     InvalidArgument,
     SessionNotFound,
 )
+from persistence.lifecycle import Lifecycle
 from persistence.memory.tier import MemoryTier
 from persistence.observe.health import SessionHealth
 from persistence.observe.metrics import RequestMetrics
@@ -43,7 +44,7 @@ _STORE_SHARE: Final = 0.5  # of what is left of a shutdown's time
 _RESOURCES_SHARE: Final = 0.5
 
 
-class Facilities:
+class Facilities(Lifecycle):
     """The part of `StateManager` that is not about storing.
 
     Args:
@@ -58,8 +59,6 @@ class Facilities:
     has_session: Callable[[str], Awaitable[bool]]
     update_session: Callable[..., Awaitable[Session]]
     edit: Callable[[str], Edit]
-    _ready: Callable[[], Awaitable[None]]
-    _check_open: Callable[[], None]
     _residency: Residency
     _memory: MemoryTier
     _disk: DiskTier
@@ -73,7 +72,13 @@ class Facilities:
         self._schema = None if schema is None else _schema_of(schema)
         self._facility_clock = clock
         self._facility_files = files or Files()
-        self._requests = Requests(config.session, clock, self.get_session, self._is_here)
+        self._requests = Requests(
+            config.session,
+            clock,
+            self.get_session,
+            self._is_here,
+            gathers=config.disk.fsync == "always" or config.redis.url is not None,
+        )
         self._resources = Resources(
             self._incarnation_of, self._has_running, self._is_resident, self._watch_leaving
         )
@@ -175,6 +180,12 @@ class Facilities:
             check_text("name", name)
         return Request(self._requests, session_id, name)
 
+    def _request(
+        self, session_id: str, name: str, get: Callable[[str], Awaitable[Session | None]]
+    ) -> Request:
+        """Do what `request` says, of the session that `get` returns."""
+        return Request(self._requests, session_id, check_text("name", name), get)
+
     async def record_request(
         self,
         session_id: str,
@@ -261,12 +272,23 @@ class Facilities:
             ManagerClosed: the manager closes.
             Exception: whatever `factory` raises.
         """
+        return await self._resource(session_id, name, factory, close)
+
+    async def _resource(
+        self,
+        session_id: str,
+        name: str,
+        factory: Callable[[], Any],
+        close: Callable[[Any], Any] | None,
+        only: bytes | None = None,
+    ) -> Any:
+        """Do what `resources` says, if the session is incarnation `only`, or that is None."""
         check_text("name", name)
         if not callable(factory):
             raise refused("factory", factory, "a function that makes the resource")
         if close is not None and not callable(close):
             raise refused("close", close, "a function that closes the resource, or None")
-        return await self._resources.get(session_id, name, factory, close)
+        return await self._resources.get(session_id, name, factory, close, only)
 
     async def scratch_dir(self, session_id: str) -> Path:
         """Return the path of a private directory of a session, which exists.
@@ -279,7 +301,13 @@ class Facilities:
             SessionNotFound: missing, expired or terminated.
             DiskFull, WriteOutcomeUnknown: it cannot be made.
         """
+        return await self._scratch_dir(session_id)
+
+    async def _scratch_dir(self, session_id: str, only: bytes | None = None) -> Path:
+        """Do what `scratch_dir` says, if the session is incarnation `only`, or that is None."""
         incarnation = await self._incarnation_of(session_id)
+        if only is not None and incarnation != only:
+            raise SessionNotFound(session_id)
         await self._ready()
         assert self._scratch is not None, "open"
         return Path(await self._scratch.get(session_id, incarnation))

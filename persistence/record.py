@@ -41,7 +41,7 @@ Never pickle: unpacking stored bytes builds values and runs nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import IntEnum
@@ -49,6 +49,8 @@ from functools import partial
 from itertools import accumulate
 from struct import Struct
 from struct import error as struct_error
+from struct import pack as struct_pack
+from struct import unpack_from as struct_unpack
 from typing import Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -721,6 +723,54 @@ def patched(record: bytes, commit: bytes, changed: Mapping[str, bytes], layout: 
         return successor(record, commit, {**packed_fields(record), **changed})
     version = _pack_version(_unpack_version(record, _VERSION_AT)[0] + 1)
     return b"".join((record[:ID_BYTES], commit, version, front, value, record[end:]))
+
+
+def changes_of(record: bytes, names: Sequence[str]) -> bytes:
+    """Return what `with_changes` makes `record` of, if only the values of `names` have changed."""
+    shape, ends, at = layout_of(record)
+    values = []
+    for name in names:
+        place = shape.places[name]
+        values.append(record[at + ends[place - 1] if place else at : at + ends[place]])
+    chosen = tuple(names)
+    # The wide form, which any values fit into; the names of narrow shapes are kept ready.
+    narrow = _shapes_by_names.get(chosen) or _shape_of_names(chosen, is_wide=False)
+    packed = narrow.header[_WORD.size if narrow.is_wide else _SHORT.size :]
+    new_ends = struct_pack(f"<{len(values)}I", *accumulate(map(len, values)))
+    tail = record[_TAIL_AT:PREFIX_BYTES]
+    return b"".join((tail, _WORD.pack(len(packed)), packed, new_ends, *values))
+
+
+def with_changes(record: bytes, ids: bytes, changes: bytes) -> bytes:
+    """Return the later version of `record` of which `changes_of` has made `changes`.
+
+    Args:
+        record: an earlier version, with the same fields and the same metadata.
+        ids: incarnation and commit id of the later one.
+        changes: what has changed since then.
+
+    Raises:
+        MalformedValue: they do not fit together.
+    """
+    try:
+        word = _unpack_word(changes, FLAGS_AT - _TAIL_AT)[0]
+        names_at = _TAIL.size + _WORD.size
+        names_end = names_at + _unpack_word(changes, _TAIL.size)[0]
+        packed = changes[names_at:names_end]
+        is_wide = len(packed) > _NARROW_MAX
+        shape = _shapes_by_packed.get(packed) or _decoded_shape(packed, is_wide=is_wide)
+        ends = struct_unpack(f"<{len(shape.names)}I", changes, names_end)
+    except struct_error as error:
+        raise MalformedValue("what has changed ends too early") from error
+    fields = packed_fields(record)
+    if not fields.keys() >= shape.places.keys():
+        raise MalformedValue("a field has changed that was not there")
+    start = at = names_end + _WORD.size * len(ends)
+    for name, end in zip(shape.names, ends, strict=True):
+        fields[name] = changes[start : at + end]
+        start = at + end
+    _, pieces = _field_pieces(fields, is_wide=bool(word & WIDE))
+    return b"".join((ids, changes[: _TAIL.size], packed_meta(record), *pieces))
 
 
 def validate(record: bytes) -> None:

@@ -60,6 +60,7 @@ _GIVEN_BACK_AFTER_SECONDS: Final = 5.0
 _MAX_ENTRIES: Final = 8192
 _MOST_ENTRIES: Final = 2 * _MAX_ENTRIES
 _STORED_AT_ONCE: Final = 256
+_STORED_BESIDE: Final = 2
 _FOLD_AT: Final = 64
 _FOLD_ALL_AT: Final = 256
 _NO_META: Final = bytes(3)
@@ -158,6 +159,9 @@ class Requests:
         clock: time.
         get_session: the manager's: an access.
         has_session: the manager's: brings here what the shared tier has.
+        gathers: whether commits have to wait for a sync or for a shared tier, and cost less
+            together. Where they do not, the background stores a few at a time: each has its whole
+            session written, and the updates of that moment would wait behind hundreds of them.
 
     Attributes:
         tracks: ``session.track_metrics``.
@@ -172,7 +176,10 @@ class Requests:
         clock: Clock,
         get_session: Callable[[str], Awaitable[Session | None]],
         has_session: Callable[[str], Awaitable[bool]],
+        *,
+        gathers: bool,
     ) -> None:
+        self._beside = _STORED_AT_ONCE if gathers else _STORED_BESIDE
         self.tracks = config.track_metrics
         self.entries: dict[str, _Entry] = {}
         self.on_idle: Callable[[str], None] | None = None
@@ -448,9 +455,9 @@ class Requests:
                 await self._too_many.wait()
         except TimeoutError:
             pass
-        await self.look()
+        await self.look(at_once=self._beside)
 
-    async def look(self) -> None:
+    async def look(self, at_once: int = _STORED_AT_ONCE) -> None:
         """Store what is due by the clock; everything, if it is too much."""
         everything = len(self.entries) > _MAX_ENTRIES
         self._too_many.clear()
@@ -463,7 +470,7 @@ class Requests:
             elif everything or self._is_due(entry, now):
                 due.append((session_id, entry))
             await slices.give_way_if_due()
-        await self._store(due, gives_back=everything)
+        await self._store(due, gives_back=everything, at_once=at_once)
         for session_id, entry in due:
             if not entry.is_needed:
                 self._drop(session_id, entry)
@@ -526,17 +533,23 @@ class Requests:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _store(self, entries: list[tuple[str, _Entry]], *, gives_back: bool = False) -> None:
+    async def _store(
+        self,
+        entries: list[tuple[str, _Entry]],
+        *,
+        gives_back: bool = False,
+        at_once: int = _STORED_AT_ONCE,
+    ) -> None:
         """Store entries, many with one sync; those that are idle give back what they reserved."""
         now = self.monotonic()
-        for start in range(0, len(entries), _STORED_AT_ONCE):
+        for start in range(0, len(entries), at_once):
             storing = [
                 self._start(
                     self._store_one(
                         session_id, entry, gives_back=gives_back or self._is_idle(entry, now)
                     )
                 )
-                for session_id, entry in entries[start : start + _STORED_AT_ONCE]
+                for session_id, entry in entries[start : start + at_once]
                 if entry.has_news or entry.left
             ]
             if storing:
@@ -615,6 +628,7 @@ class Request:
     __slots__ = (
         "_entry",
         "_error",
+        "_get_session",
         "_name",
         "_requests",
         "_session_id",
@@ -625,8 +639,23 @@ class Request:
 
     session: Session
 
-    def __init__(self, requests: Requests, session_id: str, name: str) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        session_id: str,
+        name: str,
+        get_session: Callable[[str], Awaitable[Session | None]] | None = None,
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            requests: where it is counted.
+            session_id: whose it is.
+            name: what it is.
+            get_session: accesses the session; None: as everybody does.
+        """
         self._requests = requests
+        self._get_session = get_session or requests.get_session
         self._session_id = session_id
         self._name = name
         self._error: object = None
@@ -634,7 +663,7 @@ class Request:
 
     async def __aenter__(self) -> Self:
         requests, session_id = self._requests, self._session_id
-        session = await requests.get_session(session_id)
+        session = await self._get_session(session_id)
         if session is None:
             raise SessionNotFound(session_id)
         record = session._record

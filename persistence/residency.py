@@ -1,14 +1,13 @@
-"""Moves sessions between memory and log: restore, spill, renewals, expiry.
+"""Where sessions are: brings them into memory, finds them, and ends those whose time is over.
 
-A session that is in the log already leaves memory for free; one that is not is committed first.
-Restoring copies the same bytes back. Concurrent reads of one cold session do one read.
+Restoring copies the bytes that the log has back into memory. Concurrent reads of one cold session
+do one read. How sessions leave memory is in `spilling`, how accesses are recorded in `renewals`.
 
 Invariants:
 - what memory holds is the newest acknowledged version;
 - a session is in the index, or in `unlogged` (and then resident or leaving), or it does not exist;
   in both when memory has a newer version, which came from elsewhere, than the log. `unlisted` are
-  those that the log has no version of. *Leaving* means that it has left memory and is on its way
-  into the log; until it is there, it is found in the commit that carries it.
+  those that the log has no version of. What *leaving* means is said in `spilling`.
 """
 
 from __future__ import annotations
@@ -17,27 +16,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from persistence.clock import Clock, EngineTime
-from persistence.commit import Commit, CommitQueue, ExactEnd, committed, row_user
+from persistence.commit import Commit, ExactEnd, committed
 from persistence.config import MemoryConfig
-from persistence.disk.format import (
-    DELETE,
-    NO_IDS,
-    PUT,
-    TOUCH,
-)
+from persistence.disk.format import DELETE, NO_IDS, TOUCH
 from persistence.disk.index import TIMES, TIMES_AT, Row
 from persistence.disk.tier import DiskTier
-from persistence.errors import (
-    CorruptionError,
-    DiskFull,
-    PersistenceError,
-    SessionNotFound,
-    printable,
-)
-from persistence.expiry import life_of, must_record, sweep_seconds
+from persistence.errors import CorruptionError, PersistenceError, SessionNotFound
+from persistence.expiry import life_of, must_record
 from persistence.ids import CommitIds
 from persistence.memory.tier import MemoryTier, charge, deadline_of
 from persistence.record import (
@@ -50,24 +38,25 @@ from persistence.record import (
     ttl_and_flags_of,
 )
 from persistence.remote.contract import RemoteSession
+from persistence.renewals import IDS_BYTES
 from persistence.session import Session
-from persistence.slices import Slices
+from persistence.spilling import Spilling
 
 _log = logging.getLogger("persistence.residency")
 
-_IDS_BYTES: Final = 2 * ID_BYTES
 _pack_times = TIMES.pack_into
 _unpack_ttl_and_flags = TTL_AND_FLAGS.unpack_from
-_VICTIMS_PER_WRITE: Final = 32
-_VICTIMS_PER_STEP: Final = 512
 
 
 Base: TypeAlias = tuple[bytes, float, float]
 """The version that an update builds on: its record, its life (see `memory.tier`) and its cap."""
 
 
-class Residency:
+class Residency(Spilling):
     """Decides nothing about sessions' contents; keeps memory, index and log in step.
+
+    Built in layers: what records accesses, above that what lets sessions leave memory, above that
+    what brings them back. Neither of the lower ones knows of this one.
 
     Args:
         config: thresholds of the budget.
@@ -75,6 +64,13 @@ class Residency:
         disk: the disk tier.
         clock: time.
         time: the engine's time base.
+
+    Attributes:
+        confirm_end: asks the shared tier whether a session is really over; None: there is none.
+        adopting: told of a session that is taken over before memory has it.
+        on_end: gets the id of a session that has ended.
+        restored: how many sessions came back into memory.
+        expired: how many were ended because their time was over.
     """
 
     def __init__(
@@ -85,44 +81,19 @@ class Residency:
         clock: Clock,
         time: EngineTime,
     ) -> None:
-        self.memory = memory
-        self.disk = disk
-        self.unlogged: dict[str, float] = {}  # last access that the shared tier has been told of
-        self.unlisted: set[str] = set()
+        super().__init__(config, memory, disk, clock, time)
         self.confirm_end: Callable[[str, bytes, float], Awaitable[bool]] | None = None
         self.adopting: Callable[[str, bytes, float], None] | None = None
-        self.renewing: Callable[[Commit], None] | None = None
         self.on_end: Callable[[str], None] | None = None
-        self.on_leave: Callable[[Sequence[str]], None] | None = None
-        self._leaving: dict[str, Commit] = {}
         self.restored = 0
-        self.spilled = 0
-        self.spill_failures = 0
         self.expired = 0
-        self.touches = 0
         self._commit_ids = CommitIds()
         self._read_at = disk.read_at
         self._find = disk.index.find
         self._renew = memory.renew
-        self._fingerprint = disk.fingerprint
-        self._commits: CommitQueue
-        self._tails: dict[str, Commit]
-        self._config = config
-        self._clock = clock
-        self._time = time
         self._monotonic = time.monotonic
         self._time_base = time.base
         self._reading: dict[str, asyncio.Task[tuple[bytes, Row] | None]] = {}
-        self._spilling: asyncio.Task[None] | None = None
-        self._swept_until = time.now()
-        self._shortest_ttl = NEVER
-        self._shorter_ttl = asyncio.Event()
-        self.set_budget(memory.budget_bytes)
-
-    def attach(self, commits: CommitQueue) -> None:
-        """Tell which queue to commit to; it in turn calls `acknowledged` and `failed`."""
-        self._commits = commits
-        self._tails = commits.tails
 
     # --- the queue's calls --------------------------------------------------------------------
 
@@ -155,34 +126,6 @@ class Residency:
             if memory.used_bytes > threshold_bytes:
                 self.spill_down()
 
-    def _spill_logged(self, commit: Commit) -> None:
-        """A version that left memory is in the log, unless a newer one was adopted meanwhile."""
-        session_id = commit.session_id
-        if self._leaving.get(session_id) is commit:
-            del self._leaving[session_id]
-            self.spilled += 1
-            self._logged(session_id)
-        elif self.memory.peek(session_id) == commit.record:  # it came back
-            self._logged(session_id)
-
-    def _logged(self, session_id: str) -> None:
-        self.unlogged.pop(session_id, None)
-        self.unlisted.discard(session_id)
-
-    def failed(self, commit: Commit) -> None:
-        """A commit failed: a session that was leaving, with it or behind it, comes back."""
-        leaving = self._leaving.get(commit.session_id)
-        if commit.spills:
-            self.spill_failures += 1
-        if leaving is not None and (leaving is commit or not commit.spills):
-            self._come_back(leaving)
-
-    def _come_back(self, commit: Commit) -> None:
-        """Make a leaving session resident again."""
-        assert commit.record is not None, "a spill carries its record"
-        del self._leaving[commit.session_id]
-        self.memory.put(commit.session_id, commit.record, commit.accessed, commit.life, commit.cap)
-
     # --- reading ------------------------------------------------------------------------------
 
     def _keep(
@@ -196,11 +139,6 @@ class Residency:
         memory.put(session_id, record, accessed, life, cap)
         if 0 < life < self._shortest_ttl:
             self._note_ttl(life)
-
-    def _note_ttl(self, life: float) -> None:
-        if 0 < life < self._shortest_ttl:
-            self._shortest_ttl = life
-            self._shorter_ttl.set()
 
     def _restore(self, session_id: str, record: bytes, row: Row, *, access: bool) -> Base:
         """Take in a record that was read from the log."""
@@ -477,11 +415,11 @@ class Residency:
         """
         tail = self._commits.tails.get(session_id)
         if tail is not None:
-            return tail.ids[ID_BYTES:_IDS_BYTES]
+            return tail.ids[ID_BYTES:IDS_BYTES]
         key = session_id.encode()
         record = self.readable(session_id, key)
         if record is not None:
-            return record[ID_BYTES:_IDS_BYTES]
+            return record[ID_BYTES:IDS_BYTES]
         return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
 
     def wall_times(self, session_id: str) -> tuple[float, float, float]:
@@ -577,7 +515,7 @@ class Residency:
             record = self.readable(session_id, key)  # so that no other incarnation is ended
         ids = NO_IDS[:ID_BYTES] + self._commit_ids.next() + NO_ID
         if record is not None:
-            ids = record[:ID_BYTES] + ids[ID_BYTES:_IDS_BYTES] + record[ID_BYTES:_IDS_BYTES]
+            ids = record[:ID_BYTES] + ids[ID_BYTES:IDS_BYTES] + record[ID_BYTES:IDS_BYTES]
         commit = (ExactEnd if exact else Commit)(
             DELETE,
             session_id,
@@ -596,149 +534,7 @@ class Residency:
         self._commits.submit(commit, wait=wait)
         return commit
 
-    # --- the budget and spilling --------------------------------------------------------------
-
-    def set_budget(self, budget_bytes: int) -> None:
-        """Set the effective budget, and spill if it is exceeded now."""
-        self.memory.budget_bytes = budget_bytes
-        self._large_bytes = budget_bytes // 2  # only records this large may exceed the budget
-        self._threshold_bytes = budget_bytes * self._config.spill_threshold
-        self._target_bytes = budget_bytes * self._config.spill_target
-        if self.memory.used_bytes > self._threshold_bytes:
-            self._spill_in_background()
-
-    def spill_down(self, spare: str | None = None) -> None:
-        """Called after everything that adds to memory: act on a crossed threshold at once.
-
-        A few sessions leave right here, and as many as it takes to be within the budget again;
-        the rest of the way down to ``memory.spill_target`` is gone in slices in the background.
-        """
-        memory = self.memory
-        if memory.used_bytes <= self._threshold_bytes:
-            return
-        while True:
-            victims = memory.victims(self._target_bytes, _VICTIMS_PER_WRITE)
-            if spare in victims:
-                victims.remove(spare)
-            self._evict(victims)
-            if memory.used_bytes <= memory.budget_bytes or not victims:
-                break
-        if memory.used_bytes > self._target_bytes:
-            self._spill_in_background()
-
-    def _spill_in_background(self) -> None:
-        if self._spilling is None:
-            self._spilling = asyncio.create_task(self._spill_to_target(), name="persistence-spill")
-            self._spilling.add_done_callback(self._spilling_ended)
-
-    def _spilling_ended(self, task: asyncio.Task[None]) -> None:
-        self._spilling = None
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("spilling stopped", exc_info=task.exception())
-
-    async def _spill_to_target(self) -> None:
-        await self.spill_to(self._target_bytes)
-
-    async def spill_to(self, target_bytes: float) -> None:
-        """Spill in policy order until memory uses at most `target_bytes`, in slices.
-
-        Gives up when the disk takes nothing; the sessions stay in memory.
-        """
-        slices = Slices(self._clock.monotonic)
-        failures = self.spill_failures
-        while self.memory.used_bytes > target_bytes:
-            victims = self.memory.victims(target_bytes, _VICTIMS_PER_STEP)
-            for start in range(0, len(victims), _VICTIMS_PER_WRITE):
-                self._evict(victims[start : start + _VICTIMS_PER_WRITE])
-                await slices.give_way_if_due()
-                if self._commits.is_full:
-                    await self._commits.admission()
-            if not victims or self.spill_failures > failures:
-                return
-
-    def _evict(self, session_ids: Sequence[str]) -> None:
-        """Let sessions leave memory; those that are not in the log yet are on their way then."""
-        if self.on_leave is not None:
-            self.on_leave(session_ids)
-        memory = self.memory
-        rest = memory.shed(session_ids)
-        self.spilled += len(session_ids) - len(rest)
-        for session_id in rest:
-            taken = memory.take(session_id)
-            if taken is None:
-                continue
-            key = session_id.encode()
-            if self.unlogged and session_id in self.unlogged:
-                self._submit_spill(session_id, key, *taken)
-                continue
-            record, accessed, life, cap = taken
-            deadline = accessed + life if life > 0 else -life
-            deadline = min(deadline, cap)
-            fingerprint = self._fingerprint(key)
-            self.note_access(session_id, key, fingerprint, record, accessed, life, deadline)
-            self.spilled += 1
-
-    def _submit_spill(
-        self, session_id: str, key: bytes, record: bytes, accessed: float, life: float, cap: float
-    ) -> None:
-        commit = self.put_commit(session_id, key, record, accessed, life, cap)
-        commit.spills = True
-        self._leaving[session_id] = commit
-        if session_id in self._commits.tails:
-            # The next version, or the end, is on its way to the log. Behind that, this one would
-            # be the newest. So it is not sent: it stays here until that is decided.
-            return
-        try:
-            self._commits.submit(commit, wait=False)
-        except PersistenceError:  # closing, or broken
-            self.failed(commit)
-
-    async def spill(self, session_id: str, key: bytes) -> None:
-        """Let one session leave memory, committing it first where it has to be.
-
-        Raises:
-            DiskFull, WriteOutcomeUnknown: it could not be committed and stays in memory.
-        """
-        await self._commits.decided(session_id)
-        failures = self.spill_failures
-        unlogged = session_id in self.unlogged
-        self._evict([session_id])
-        if unlogged:
-            await self._commits.flush()
-            if session_id in self.unlogged and self.spill_failures > failures:
-                raise DiskFull(
-                    f"session {printable(session_id)} could not be logged and stays in memory; "
-                    "free some space"
-                )
-
-    def _put_of_resident(self, session_id: str, key: bytes, record: bytes) -> Commit:
-        accessed, life = self.memory.times(session_id)
-        return self.put_commit(session_id, key, record, accessed, life, self.memory.cap(session_id))
-
-    def put_commit(
-        self,
-        session_id: str,
-        key: bytes,
-        record: bytes,
-        accessed: float,
-        life: float,
-        cap: float,
-        base: bytes = NO_ID,
-    ) -> Commit:
-        """Return the commit that logs `record`, built on commit `base`; times: engine seconds."""
-        return Commit(
-            PUT,
-            session_id,
-            key,
-            self.disk.fingerprint(key),
-            record,
-            record[:_IDS_BYTES] + base,
-            accessed,
-            min(deadline_of(accessed, life), cap),
-            cap,
-            life,
-            row_user(record),
-        )
+    # --- taking over --------------------------------------------------------------------------
 
     async def adopt(
         self, session_id: str, record: bytes, accessed: float, life: float, cap: float = NEVER
@@ -783,118 +579,9 @@ class Residency:
         life = life_of(ttl_seconds, flags & RENEWS, found.deadline - skew)
         return found.record, found.accessed - skew, life, found.cap - skew
 
-    async def log_unlogged(self) -> None:
-        """Commit every session that is not in the log yet; they stay resident."""
-        for session_id in list(self.unlogged):
-            record = self.memory.peek(session_id)
-            if record is None or session_id in self._commits.tails:
-                continue
-            if self._commits.is_full:
-                await self._commits.admission()
-            commit = self._put_of_resident(session_id, session_id.encode(), record)
-            commit.local = True
-            self._commits.submit(commit, wait=False)
-
-    # --- renewals -----------------------------------------------------------------------------
-
-    def _note_resident(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
-        accessed, life = self.memory.times(session_id)
-        deadline = self.memory.deadline(session_id)
-        record = self.memory.peek(session_id)
-        assert record is not None, "resident"
-        self.note_access(session_id, key, fingerprint, record, accessed, life, deadline)
-
-    def _renew_unlogged(self, session_id: str, key: bytes, fingerprint: bytes) -> None:
-        """Let the shared tier know of an access to what has been taken over from it, if due.
-
-        It is not in the log, so nothing is recorded there; elsewhere it would be over too early.
-        """
-        accessed, life = self.memory.times(session_id)
-        if self.renewing is None or not must_record(self.unlogged[session_id], accessed, life):
-            return
-        record = self.memory.peek(session_id)
-        assert record is not None, "resident"
-        self.unlogged[session_id] = accessed
-        deadline = self.memory.deadline(session_id)
-        self.renewing(_touch(session_id, key, fingerprint, record, accessed, life, deadline))
-
-    def note_access(
-        self,
-        session_id: str,
-        key: bytes,
-        fingerprint: bytes,
-        record: bytes,
-        accessed: float,
-        life: float,
-        deadline: float,
-    ) -> None:
-        """Bring a last access into the index, and into the log if that is due."""
-        before = self.disk.index.touch(fingerprint, accessed, deadline)
-        if before is not None and accessed != before and must_record(before, accessed, life):
-            self._submit_touch(session_id, key, fingerprint, record, accessed, life, deadline)
-
-    def _submit_touch(
-        self,
-        session_id: str,
-        key: bytes,
-        fingerprint: bytes,
-        record: bytes,
-        accessed: float,
-        life: float,
-        deadline: float,
-    ) -> None:
-        if session_id in self._commits.tails:
-            return  # the put that is on its way carries a time of its own
-        commit = _touch(session_id, key, fingerprint, record, accessed, life, deadline)
-        try:
-            self._commits.submit(commit, wait=False)
-        except PersistenceError:
-            return  # closing: the index snapshot carries it
-        self.touches += 1
-
-    async def record_renewals(self) -> None:
-        """Record the renewals since the last call that are due, in slices."""
-        since, self._swept_until = self._swept_until, self._time.now()
-        slices = Slices(self._clock.monotonic)
-        for shard in range(self.memory.shards):
-            for session_id in self.memory.accessed_since(shard, since):
-                if session_id in self.memory:
-                    key = session_id.encode()
-                    fingerprint = self.disk.fingerprint(key)
-                    if session_id in self.unlogged:
-                        self._renew_unlogged(session_id, key, fingerprint)
-                    else:
-                        self._note_resident(session_id, key, fingerprint)
-                await slices.give_way_if_due()
-
-    async def next_sweep(self) -> None:
-        """Wait until renewals should be looked at: more often when TTLs are short."""
-        self._shorter_ttl.clear()
-        try:
-            async with asyncio.timeout(sweep_seconds(self._shortest_ttl)):
-                await self._shorter_ttl.wait()
-        except TimeoutError:
-            return
-
     async def close(self) -> None:
         """Wait for reads and spills under way."""
         if self._spilling is not None:
             await asyncio.wait([self._spilling])
         if self._reading:
             await asyncio.wait(list(self._reading.values()))
-
-
-def _touch(
-    session_id: str,
-    key: bytes,
-    fingerprint: bytes,
-    record: bytes,
-    accessed: float,
-    life: float,
-    deadline: float,
-) -> Commit:
-    """Return the commit that records an access."""
-    ids = record[:_IDS_BYTES] + NO_ID
-    return Commit(
-        TOUCH, session_id, key, fingerprint, None, ids, accessed, deadline, NEVER, life, 0
-    )

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from persistence.errors import ManagerClosed, PersistenceError, again, printable
+from persistence.errors import ManagerClosed, PersistenceError, SessionNotFound, again, printable
 
 _log = logging.getLogger("persistence.resources")
 
@@ -88,8 +88,22 @@ class Resources:
         """Whether there are any, or some are still being closed."""
         return bool(self._of or self._tasks)
 
-    async def get(self, session_id: str, name: str, factory: Factory, close: Close | None) -> Any:
+    async def get(
+        self,
+        session_id: str,
+        name: str,
+        factory: Factory,
+        close: Close | None,
+        only: bytes | None = None,
+    ) -> Any:
         """Return the resource `name` of a session, making it if there is none.
+
+        Args:
+            session_id: whose.
+            name: which one.
+            factory: makes it.
+            close: closes it.
+            only: the incarnation that the session must be; None: any.
 
         Raises:
             SessionNotFound: missing, expired or terminated, also while it was being made.
@@ -98,6 +112,8 @@ class Resources:
         """
         while True:
             incarnation = await self._incarnation_of(session_id)
+            if only is not None and incarnation != only:
+                raise SessionNotFound(session_id)
             if self._is_closed:
                 raise ManagerClosed("the manager is closed: no more resources")
             mine = self._of.get(session_id)

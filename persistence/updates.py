@@ -77,6 +77,35 @@ def ttl_change(ttl_seconds: float) -> Change:
     return Change(lambda _: Changes({}), ttl_seconds=ttl, same_version=True)
 
 
+def field_change(field: str, value: Any) -> Change:
+    """Return the change that sets one field.
+
+    Raises:
+        InvalidArgument, ValueNotSerializable: it cannot be stored.
+    """
+    packed = rec.pack_value(value, rec.check_field_name(field))
+
+    def change(record: bytes) -> Changes:
+        if field in rec.field_names(record):
+            return Changes({field: packed})
+        return Changes({}, {**rec.packed_fields(record), field: packed})
+
+    return Change(change)
+
+
+def metadata_change(changes: Mapping[str, Any]) -> Change:
+    """Return the change that sets some metadata, which have been checked."""
+
+    def change_meta(record: bytes) -> bytes:
+        return rec.pack_meta({**rec.meta_of(record), **changes})
+
+    def no_data(record: bytes) -> Changes | None:
+        is_same = change_meta(record) == rec.packed_meta(record)
+        return None if is_same else Changes({})
+
+    return Change(no_data, change_meta)
+
+
 def packed_data(data: Mapping[str, Any]) -> dict[str, bytes | memoryview]:
     """Return the fields of a session as they are stored.
 

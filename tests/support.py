@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
+from unittest.mock import patch
 
 from persistence import DiskConfig, MemoryConfig, SessionConfig, StateConfig, StateManager
 from persistence.clock import Clock, ManualClock
+from persistence.disk import patches
 from persistence.disk.files import Files
 from tests import encryption
 from tests.disk.memoryfiles import MemoryFiles
@@ -36,6 +38,16 @@ def config(path: str = PATH, *, ttl_seconds: float = 3600, **disk: Any) -> State
         disk=DiskConfig(**{"path": path, "compaction_bytes_per_second": 0, **disk}),
         **encryption.sections(),
     )
+
+
+@contextmanager
+def patching(min_record_bytes: int = 64, max_base_fraction: float = 4.0) -> Iterator[None]:
+    """Let logs that are opened meanwhile hold patches of small records, of any size by default."""
+    with (
+        patch.object(patches, "MIN_RECORD_BYTES", min_record_bytes),
+        patch.object(patches, "MAX_BASE_FRACTION", max_base_fraction),
+    ):
+        yield
 
 
 @asynccontextmanager

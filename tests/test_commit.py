@@ -21,6 +21,7 @@ from tests.engine import (
     commits_of,
     contents,
     data_of,
+    disk_of,
     eventually,
     loop_steps,
     outcomes,
@@ -142,6 +143,119 @@ async def test_with_fsync_interval_a_sync_follows_by_itself(
     await eventually(lambda: files.calls["sync_data"] == 2)
     await loop_steps(20)
     assert files.calls["sync_data"] == 2, "nothing was written since"
+
+
+LATER: dict[str, Any] = {"fsync": "interval", "flush_interval_seconds": 3600}
+
+
+async def test_a_segment_is_synced_in_parts_before_it_is_full(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, "a", disk={**LATER, "segment_bytes": 512 * KIB})
+    for number in range(4):
+        await state.update_session_data("a", "x", random.Random(number).randbytes(12 * KIB))
+    assert files.calls["sync_data"] == 0, "not an eighth of it yet"
+    await state.update_session_data("a", "x", random.Random(4).randbytes(20 * KIB))
+    await eventually(lambda: files.calls["sync_data"] == 1)
+    assert len(disk_of(state).segments) == 1, "it is still the first one"
+    await loop_steps(20)
+    assert files.calls["sync_data"] == 1
+
+
+async def test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, "a", disk=LATER)
+    files.syncs.hold()
+    flushing = asyncio.create_task(state.flush())
+    await files.syncs.reached()
+    for number in range(5):
+        await state.update_session_data("a", "x", number)
+    assert not flushing.done()
+    assert await contents(state) == {"a": {"x": 4}}
+    files.open_gates()
+    await flushing
+
+
+async def test_a_flush_during_a_sync_waits_for_the_next_one(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, "a", disk=LATER)
+    files.syncs.hold()
+    first = asyncio.create_task(state.flush())
+    await files.syncs.reached()
+    await state.update_session_data("a", "x", 1)
+    second = asyncio.create_task(state.flush())
+    await loop_steps(20)
+    files.syncs.let_pass(1)
+    await first
+    await files.syncs.reached()
+    await loop_steps(20)
+    assert not second.done()
+    files.open_gates()
+    await second
+    assert files.calls["sync_data"] == 2
+
+
+async def test_a_sync_that_takes_longer_than_the_interval_holds_updates_back(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, disk={"fsync": "interval", "flush_interval_seconds": 0.02})
+    files.syncs.hold()
+    await state.create_session(session_id="a", data={"x": 0})
+    await files.syncs.reached()
+    await state.update_session_data("a", "x", 1)
+    await eventually(lambda: commits_of(state)._sync_due)
+    late = update(state, "a", 2)
+    await loop_steps(20)
+    await disk_of(state).threads.write(lambda: None)  # behind its write, if there were one
+    await loop_steps(20)
+    assert not late.done()
+    assert await contents(state) == {"a": {"x": 1}}, "what is written is acknowledged"
+    writes = files.calls["write_at"]
+    files.syncs.let_pass(1)
+    await late
+    assert files.calls["write_at"] == writes + 1
+    files.open_gates()
+
+
+async def test_an_update_beside_a_sync_that_fails_fails_with_it(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, "a", disk=LATER)
+    files.syncs.hold()
+    flushing = asyncio.create_task(state.flush())
+    await files.syncs.reached()
+    files.writes.hold()
+    written = update(state, "a", 1)
+    await files.writes.reached()
+    files.sync_error = OSError(5, "Input/output error")
+    files.syncs.let_pass()
+    flushed = (await outcomes([flushing]))[0]
+    assert isinstance(flushed, WriteOutcomeUnknown)
+    files.open_gates()
+    files.sync_error = None
+    for error in await outcomes([written, update(state, "a", 2), state.flush()]):
+        assert isinstance(error, WriteOutcomeUnknown)
+    assert files.calls["sync_data"] == 1
+    assert await contents(state) == {"a": {"x": 0}}
+
+
+async def test_closing_waits_for_the_sync_that_is_under_way(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, "a", disk=LATER)
+    files.syncs.hold()
+    flushing = asyncio.create_task(state.flush())
+    await files.syncs.reached()
+    await state.update_session_data("a", "x", 1)
+    closing = asyncio.create_task(state.close())
+    files.syncs.let_pass(1)
+    await flushing
+    await files.syncs.reached()
+    assert not closing.done()
+    files.open_gates()
+    await closing
 
 
 async def test_syncs_and_flushes_come_under_a_load_that_never_pauses(

@@ -16,9 +16,9 @@ from persistence import ManualClock, SecurityConfig, SessionMetadata, StateManag
 from persistence.disk.format import Frame, decode_frame, encode_frame
 from persistence.disk.inspect import keys_of, scan_directory
 from persistence.disk.reader import scan_frames
-from persistence.disk.readonly import StoredRecord, newest_records
 from persistence.keys import seals_for
 from tests.disk.memoryfiles import Killed, MemoryFiles, kill_at
+from tests.disk.readonly import StoredRecord, newest_records
 from tests.engine import Crash, Start, config_for
 from tests.support import abandon, config, everything
 

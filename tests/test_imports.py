@@ -5,12 +5,17 @@ Imports point one way, from the bottom up::
     errors, clock, config, record, session, slices, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit | providers
-                residency | keys
+                renewals | keys
+                spilling
+                residency
                     sharing | watching
                         updates | listing | census
-                            access | rotation
+                            rotation
                                 tiers | requests
+                                    access | lookup | summary
+                                    lives
                                     facilities
+                                    assembly
                                     manager
                                         persistence/__init__.py     (the public names)
                                             sync, worker, cli, web, testing
@@ -37,27 +42,39 @@ PACKAGE = "persistence"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
-    **dict.fromkeys(("resources", "typed"), 0),
+    **dict.fromkeys(("resources", "typed", "background", "lifecycle"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
-    **dict.fromkeys(("residency", "stats"), 3),
-    "keys": 3,
-    **dict.fromkeys(("sharing", "scratch", "watching"), 4),
-    **dict.fromkeys(("updates", "listing", "census"), 5),
-    **dict.fromkeys(("access", "rotation"), 6),
-    **dict.fromkeys(("tiers", "requests"), 7),
-    "facilities": 8,
-    "manager": 9,
-    "": 10,
-    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 11),
+    **dict.fromkeys(("renewals", "keys", "stats"), 3),
+    "spilling": 4,
+    "residency": 5,
+    **dict.fromkeys(("sharing", "scratch", "watching"), 6),
+    **dict.fromkeys(("updates", "listing", "census"), 7),
+    "rotation": 8,
+    **dict.fromkeys(("tiers", "requests"), 9),
+    **dict.fromkeys(("access", "lookup", "summary"), 10),
+    "lives": 11,
+    "facilities": 12,
+    "assembly": 13,
+    "manager": 14,
+    "": 15,
+    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 16),
 }
 """Floor of each room: the first part of a module's name below the package."""
-OPEN_FLOORS = (0, 11)
+OPEN_FLOORS = (0, 16)
 """On these, rooms may import each other, as long as there is no cycle."""
 
-FILE_USERS = ("disk.files", "memory.budget", "config", "cli", "facilities")
+FILE_USERS = (
+    "disk.files",
+    "memory.budget",
+    "config",
+    "cli",
+    "facilities",
+    "access",
+    "sync.handle",
+)
 """The only modules that open files or name paths: the seam of the disk tier; /proc; TOML; the
-user's files; and his scratch directories."""
+user's files; and his scratch directories, which handles name too."""
 CLOCK_USERS = ("clock",)
 PURE = ("record", "disk.format", "memory.policies", "security.tokens")
 """Bytes in, bytes out: no event loop, no files, no time."""

@@ -19,7 +19,15 @@ from persistence.errors import (
     ValueTooLarge,
 )
 from persistence.requests import Requests, _Noted
-from tests.engine import Crash, ScriptedFiles, Start, commits_of, eventually, residency_of
+from tests.engine import (
+    Crash,
+    ScriptedFiles,
+    Start,
+    commits_of,
+    eventually,
+    loop_steps,
+    residency_of,
+)
 
 
 def requests_of(state: StateManager) -> Requests:
@@ -569,6 +577,26 @@ async def test_an_idle_worker_does_nothing_for_requests(state: StateManager) -> 
     await requests_of(state).store_all()
     await state.flush()
     assert (await state.stats()).commits == before
+
+
+@pytest.mark.parametrize(("fsync", "at_once"), [("interval", 2), ("never", 2), ("always", 30)])
+async def test_updates_wait_for_few_of_the_requests_that_the_background_stores(
+    start: Start, files: ScriptedFiles, monkeypatch: pytest.MonkeyPatch, fsync: str, at_once: int
+) -> None:
+    monkeypatch.setattr("persistence.requests._STORED_AFTER_SECONDS", 0)
+    state = await start(disk={"fsync": fsync, "flush_interval_seconds": 3600})
+    sids = [await state.create_session() for _ in range(30)]
+    for sid in sids:
+        assert await outcome(state, sid)
+    requests = requests_of(state)
+    files.writes.hold()
+    storing = asyncio.create_task(requests.look(at_once=requests._beside))
+    await files.writes.reached()
+    await loop_steps(50)
+    assert len(commits_of(state).tails) == at_once
+    files.open_gates()
+    await storing
+    assert not any(entry.has_news for entry in requests.entries.values())
 
 
 async def test_requests_are_stored_in_one_batch(state: StateManager, files: ScriptedFiles) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 from benchmarks import payloads
 from benchmarks.contender import ASYNCIO, SYNCED
 from benchmarks.engine.opened import fill, opened
-from benchmarks.fleet import FleetUpdate, Member
-from benchmarks.redis_server import RedisServer
+from benchmarks.fleet import Member, RedisFleetUpdate
 from benchmarks.tasks import in_tasks
 
 SHARED = "persistence, redis.write=through, AOF always"
@@ -47,7 +46,7 @@ class Worker(Member):
         await self._opened.__aexit__(None, None, None)
 
 
-class Workers(FleetUpdate):
+class Workers(RedisFleetUpdate):
     """The processes, and the Redis between them."""
 
     name = SHARED
@@ -59,14 +58,5 @@ class Workers(FleetUpdate):
         self._worker = Worker()
         super().__init__(self._worker, session_count, update_count, process_count)
 
-    async def open(self, directory: Path) -> None:
-        self._server = RedisServer(durable=directory)
-        self._server.start()
-        self._worker.url = self._server.url
-        await super().open(directory)
-
-    async def close(self) -> None:
-        try:
-            await super().close()
-        finally:
-            self._server.close()
+    def take_url(self, url: str) -> None:
+        self._worker.url = url

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import payloads
-from benchmarks.amplification import WRITTEN, amplification, occupied_bytes, written_bytes
+from benchmarks.amplification import WRITTEN, occupied_bytes, written_bytes
 from benchmarks.contender import ENGINE, Metric, Metrics, Stopwatch, check
 from benchmarks.engine.opened import DURABILITY, Engine, every, fill, wrong_sessions
+from benchmarks.grown import Taken, growth_metrics
 from benchmarks.resident import rss_bytes
 from benchmarks.tasks import in_tasks
 
@@ -26,15 +28,11 @@ _SESSION_RSS_BYTES = 1000
 
 
 @dataclass
-class Growth(Engine):
-    """Create sessions, update and read random ones, list them, close, and open again.
-
-    Not synced, so that the disk does not set the pace; memory holds a tenth of the sessions, so
-    that nearly every access goes to the log.
-    """
+class _AtOneSize(Engine):
+    """A measurement at one number of sessions, in a process of its own."""
 
     session_count: int
-    operation_count: int
+    operation_count: int = 0
     fresh_process: bool = True
     series: str = ENGINE
     durability: str = DURABILITY["never"]
@@ -47,9 +45,26 @@ class Growth(Engine):
         self._directory = directory
         await self._open()
 
+    @property
+    @abstractmethod
+    def _memory_bytes(self) -> int:
+        """The budget."""
+
     async def _open(self) -> None:
-        memory_bytes = self.session_count * _SESSION_RSS_BYTES // _MEMORY_SHARE
-        await self.open_state(self._directory, memory_bytes=memory_bytes, fsync="never")
+        await self.open_state(self._directory, memory_bytes=self._memory_bytes, fsync="never")
+
+
+@dataclass
+class Growth(_AtOneSize):
+    """Create sessions, update and read random ones, list them, close, and open again.
+
+    Not synced, so that the disk does not set the pace; memory holds a tenth of the sessions, so
+    that nearly every access goes to the log.
+    """
+
+    @property
+    def _memory_bytes(self) -> int:
+        return self.session_count * _SESSION_RSS_BYTES // _MEMORY_SHARE
 
     async def measure(self) -> Metrics:
         before_bytes, chance = rss_bytes(), random.Random(2)
@@ -72,19 +87,19 @@ class Growth(Engine):
         touched = set(drawn)
         sampled = [each for each in every(self.session_count, 100) if each not in touched]
         check(not await wrong_sessions(self.state, sampled), "sessions are not as created")
-        stored = self.session_count * payloads.SESSION_BYTES
-        return {
-            "create": self.session_count / creating.seconds,
-            "update": len(ids) / updating.seconds,
-            "restore": len(ids) / restoring.seconds,
-            "scan": self.session_count / scanning.seconds,
-            "open": opening.seconds,
-            "rss": grown,
-        } | amplification(
-            written,
-            stored + len(ids) * payloads.SESSION_BYTES,
-            occupied_bytes(self._directory),
-            stored,
+        return growth_metrics(
+            self.session_count,
+            len(ids),
+            Taken(
+                creating.seconds,
+                updating.seconds,
+                restoring.seconds,
+                scanning.seconds,
+                opening.seconds,
+            ),
+            rss_bytes=grown,
+            written_bytes=written,
+            occupied_bytes=occupied_bytes(self._directory),
         )
 
     async def _read(self, ids: list[str]) -> None:
@@ -97,24 +112,12 @@ class Growth(Engine):
 
 
 @dataclass
-class IndexGrowth(Engine):
+class IndexGrowth(_AtOneSize):
     """Only the index: many sessions of a few bytes, on disk, what they cost, and opening them."""
 
-    session_count: int
-    fresh_process: bool = True
-    series: str = ENGINE
-    durability: str = DURABILITY["never"]
-
-    def __post_init__(self) -> None:
-        self.name = f"{self.series}, {self.session_count:,}"
-        self.size = float(self.session_count)
-
-    async def open(self, directory: Path) -> None:
-        self._directory = directory
-        await self._open()
-
-    async def _open(self) -> None:
-        await self.open_state(self._directory, memory_bytes=1, fsync="never")
+    @property
+    def _memory_bytes(self) -> int:
+        return 1
 
     async def measure(self) -> Metrics:
         before_bytes = rss_bytes()

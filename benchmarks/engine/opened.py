@@ -16,7 +16,7 @@ from benchmarks.contender import ASYNCIO, PROCESS_CRASH, SYNCED, Contender
 from benchmarks.tasks import TASK_COUNT, in_tasks
 
 MIB = 2**20
-DURABILITY = {"always": SYNCED, "never": PROCESS_CRASH}
+DURABILITY = {"always": SYNCED, "interval": PROCESS_CRASH, "never": PROCESS_CRASH}
 
 
 class Engine(Contender):

@@ -81,3 +81,47 @@ class LoneUpdate(Engine):
         start = time.perf_counter()
         await self.state.update_session(session_id, payloads.count_visit)
         return time.perf_counter() - start
+
+
+@dataclass
+class LargeUpdate(Engine):
+    """`update_session_data(id, "step", n)` of sessions of 40 KB; or all of them anew."""
+
+    session_count: int
+    update_count: int
+    is_whole: bool = False
+    task_count: int = 100
+
+    def __post_init__(self) -> None:
+        self.request_tasks = self.task_count
+        if self.is_whole:
+            self.name = f"{self.name} (replace_session)"
+
+    async def open(self, directory: Path) -> None:
+        await self.open_state(directory, memory_bytes=1024 * MIB)
+        for index in range(self.session_count):
+            await self.state.create_session(
+                session_id=payloads.session_id(index), data=payloads.large_session(index)
+            )
+        self._random = random.Random(2)
+        self._step = 0
+
+    async def measure(self) -> Metrics:
+        indexes = self._random.choices(range(self.session_count), k=self.update_count)
+        with Stopwatch() as watch:
+            await in_tasks(indexes, self._update, self.task_count)
+        session = await self.state.get_session(payloads.session_id(indexes[-1]))
+        check(session is not None and session["step"] > 0, "an update was lost")
+        return watch.rate(len(indexes))
+
+    async def request(self) -> None:
+        await self._update(self._random.randrange(self.session_count))
+
+    async def _update(self, index: int) -> None:
+        self._step += 1
+        session_id = payloads.session_id(index)
+        if self.is_whole:
+            data = {**payloads.large_session(index), "step": self._step}
+            await self.state.replace_session(session_id, data)
+        else:
+            await self.state.update_session_data(session_id, "step", self._step)

@@ -7,10 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import payloads
-from benchmarks.fleet import FleetUpdate, Member
+from benchmarks.fleet import FleetUpdate, Member, RedisFleetUpdate
 from benchmarks.peers.redis import Redis
 from benchmarks.peers.store import Store
-from benchmarks.redis_server import RedisServer
 
 
 class StoreMember(Member):
@@ -47,7 +46,7 @@ class StoreFleet(FleetUpdate):
         self.called = store.called
 
 
-class RedisFleet(FleetUpdate):
+class RedisFleet(RedisFleetUpdate):
     """Processes that share a Redis; an update that another one overtook begins again."""
 
     def __init__(self, session_count: int, update_count: int, process_count: int) -> None:
@@ -58,14 +57,5 @@ class RedisFleet(FleetUpdate):
         self.durability = store.durability
         self.called = store.called
 
-    async def open(self, directory: Path) -> None:
-        self._server = RedisServer(durable=directory)
-        self._server.start()
-        self._store.url = self._server.url
-        await super().open(directory)
-
-    async def close(self) -> None:
-        try:
-            await super().close()
-        finally:
-            self._server.close()
+    def take_url(self, url: str) -> None:
+        self._store.url = url

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import payloads
-from benchmarks.amplification import amplification
 from benchmarks.contender import Metrics, Stopwatch
+from benchmarks.grown import Taken, growth_metrics
 from benchmarks.peers.driven import Driven
 from benchmarks.resident import rss_bytes
 
@@ -50,17 +50,17 @@ class Growth(Driven):
         await store.close()
         with Stopwatch() as opening:
             await store.open(self._directory)
-        stored = self.session_count * payloads.SESSION_BYTES
-        return {
-            "create": self.session_count / creating.seconds,
-            "update": len(keys) / updating.seconds,
-            "restore": len(keys) / restoring.seconds,
-            "scan": self.session_count / scanning.seconds,
-            "open": opening.seconds,
-            "rss": grown,
-        } | amplification(
-            written,
-            stored + len(keys) * payloads.SESSION_BYTES,
-            store.occupied_bytes(self._directory),
-            stored,
+        return growth_metrics(
+            self.session_count,
+            len(keys),
+            Taken(
+                creating.seconds,
+                updating.seconds,
+                restoring.seconds,
+                scanning.seconds,
+                opening.seconds,
+            ),
+            rss_bytes=grown,
+            written_bytes=written,
+            occupied_bytes=store.occupied_bytes(self._directory),
         )

@@ -4,7 +4,9 @@
 update          read a session, change one field, commit; random sessions, 1,000 tasks, synced
 update-100      the same by 100 tasks; a peer's request has a transaction of its own
 lone-update     the same by one task that waits for each commit
+large-update    change one small field of a session of 40 KB, commit; 100 tasks, synced
 relaxed-update  the same as update; nothing is synced before it is acknowledged
+creation        create sessions of 20 KB, 200 a second, beside 100 requests in flight
 =============== ===============================================================================
 
 In `update` and `relaxed-update` the peers get their updates in batches of 256 per transaction,
@@ -17,7 +19,8 @@ from functools import partial
 
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import RATE, THREAD, Contender
-from benchmarks.engine.update import ConcurrentUpdate, LoneUpdate
+from benchmarks.engine.creation import SteadyCreation
+from benchmarks.engine.update import ConcurrentUpdate, LargeUpdate, LoneUpdate
 from benchmarks.peers import bare, lmdb, zict
 from benchmarks.peers.bare import LATENCY
 from benchmarks.peers.cashews import Cashews
@@ -77,6 +80,14 @@ def _lone_update(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def _large_update(sizes: Sizes) -> list[Contender]:
+    count = min(256, sizes.update_sessions)
+    return [
+        LargeUpdate(count, sizes.slow_updates),
+        LargeUpdate(count, sizes.slow_updates, is_whole=True),
+    ]
+
+
 def _relaxed(sizes: Sizes) -> list[Contender]:
     count = sizes.update_sessions
     return [
@@ -86,6 +97,11 @@ def _relaxed(sizes: Sizes) -> list[Contender]:
         *_updates(sizes, [zict.Buffer(count // 10)], 10),
         *_updates(sizes, [Redis(synced=False), Cashews(synced=False)], 10),
     ]
+
+
+def _creation(sizes: Sizes) -> list[Contender]:
+    count, creations = sizes.creation_sessions, sizes.creations
+    return [SteadyCreation(count, creations), SteadyCreation(count, creations, fsync="always")]
 
 
 WORKLOADS = (
@@ -103,5 +119,7 @@ WORKLOADS = (
         (Bar("median", Kind.EXCESS_AT_MOST, 150, bare.LONE_APPEND),),
         repetitions=lambda sizes: 2 * sizes.repetitions,  # short ones: syncs vary with the hour
     ),
+    _defined("large-update", (RATE,), _large_update),
     _defined("relaxed-update", (RATE,), _relaxed),
+    _defined("creation", LATENCY, _creation),
 )

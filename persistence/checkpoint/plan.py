@@ -13,6 +13,10 @@ that are superseded for certain:
   what it superseded may be the session's state at the cut.
 
 So a session's newest tombstone always goes along: what it hides may be shipped as well.
+
+Of a patch (see `disk.patches`) the whole record is shipped, in its place: what it is built on may
+have been shipped long ago, or never. So a chunk holds no patches, but for those of which no record
+can be made: they say whose newest version is damaged.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from persistence.disk.cut import Cut, Part, is_log, rows_of
 from persistence.disk.format import (
     INDEX_ROW,
     INDEX_ROW_BYTES,
+    ROW_IS_PATCH,
     ROW_IS_TOUCH,
     SEGMENT_HEADER_BYTES,
     Corrupt,
@@ -36,6 +41,7 @@ from persistence.disk.format import (
     encode_frame,
 )
 from persistence.disk.index import Index
+from persistence.disk.patches import as_put
 from persistence.disk.reader import scan_frames
 from persistence.disk.threads import undisturbed
 from persistence.disk.tier import DiskTier
@@ -49,6 +55,7 @@ _ROWS_PER_STEP: Final = 128
 _FRAMES_PER_STEP: Final = 64
 _SEQUENCES: Final = slice(2, None, INDEX_ROW_BYTES // 8)  # a column of rows as 64-bit numbers
 _OFFSETS: Final = slice(13, None, INDEX_ROW_BYTES // 4)  # a column of rows as 32-bit numbers
+_LENGTHS: Final = slice(14, None, INDEX_ROW_BYTES // 4)
 
 
 class Run(NamedTuple):
@@ -83,27 +90,61 @@ async def runs_of(
                 yield run
         return
     wide = rows.cast("I")[_OFFSETS]
-    for first, last in await _wanted(tier.index, cut, part, rows, slices):
+    patches = await _patches(rows, slices) if tier.has_patches else frozenset[int]()
+    for first, last in await _wanted(tier.index, cut, part, rows, patches, slices):
+        if first in patches:
+            [run] = _split(wide, part.end, first, last)
+            yield await _whole(tier, part, run)
+            continue
         for run in _split(wide, part.end, first, last):
             yield run
 
 
+async def _patches(rows: memoryview, slices: Slices) -> frozenset[int]:
+    """Return which rows are those of patches."""
+    lengths = rows.cast("I")[_LENGTHS]
+    found: list[int] = []
+    for start in range(0, len(lengths), _ROWS_PER_STEP):
+        some = lengths[start : start + _ROWS_PER_STEP]
+        found += [at for at, length in enumerate(some, start) if length >= ROW_IS_PATCH]
+        await slices.give_way_if_due()
+    return frozenset(found)
+
+
+async def _whole(tier: DiskTier, part: Part, patch: Run) -> Run:
+    """Return the whole record of a patch; the patch itself, if there is none to be had."""
+    segment = part.segment
+    patched = await undisturbed(
+        tier.reader.patched(segment.number, patch.start, segment.salt_checksum, tier.records)
+    )
+    if isinstance(patched, str):
+        return patch
+    seal = None if tier.codec is None else tier.codec.seal
+    put = await undisturbed(tier.threads.read(as_put, patched, segment.salt_checksum, seal))
+    return Run(0, 0, 1, put)
+
+
 async def _wanted(
-    index: Index, cut: Cut, part: Part, rows: memoryview, slices: Slices
+    index: Index,
+    cut: Cut,
+    part: Part,
+    rows: memoryview,
+    patches: frozenset[int],
+    slices: Slices,
 ) -> Iterable[tuple[int, int]]:
-    """Return what to ship, as ranges of rows."""
+    """Return what to ship, as ranges of rows; each of the `patches` is a range of its own."""
     sequences = rows.cast("Q")[_SEQUENCES]
     if is_log(part.segment):
         behind = bisect_right(sequences, cut.since)
         before = bisect_right(sequences, cut.sequence)
-        if not cut.since and _is_mostly_alive(part):
+        if not cut.since and not patches and _is_mostly_alive(part):
             return [(behind, before)] if behind < before else []
         chosen: Sequence[int] = range(behind, before)
-    elif not cut.since and _is_mostly_alive(part):
+    elif not cut.since and not patches and _is_mostly_alive(part):
         return [(0, len(sequences))] if len(sequences) else []
     else:
         chosen = await _between(sequences, cut, slices)
-    return _ranges(await _not_superseded(index, cut, rows, chosen, slices))
+    return _ranges(await _not_superseded(index, cut, rows, chosen, slices), patches)
 
 
 def _is_mostly_alive(part: Part) -> bool:
@@ -155,11 +196,11 @@ def _steps(chosen: Sequence[int]) -> Iterator[Sequence[int]]:
         yield chosen[start : start + _ROWS_PER_STEP]
 
 
-def _ranges(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Join rows, in ascending order, to ranges of neighbours."""
+def _ranges(rows: Iterable[int], alone: frozenset[int]) -> Iterator[tuple[int, int]]:
+    """Join rows, in ascending order, to ranges of neighbours; those in `alone` stay alone."""
     first = last = -1
     for at in rows:
-        if at != last:
+        if at != last or at in alone or first in alone:
             if first >= 0:
                 yield first, last
             first = at
@@ -198,6 +239,10 @@ async def _scanned(
         while some := await undisturbed(tier.threads.read(_some, frames)):
             for offset, found in some:
                 run = _run_of(offset, found, cut, segment.salt_checksum)
+                if run is not None and isinstance(found, Frame) and found.type == FrameType.PATCH:
+                    newest = tier.index.sequence(tier.fingerprint(found.key))
+                    is_dead = newest is not None and found.sequence < newest <= cut.sequence
+                    run = None if is_dead else await _whole(tier, part, run)
                 if run is None:
                     continue
                 if run.literal or run.start != open_run.end or open_run.nbytes > CHUNK_BYTES:
@@ -238,4 +283,4 @@ def _run_of(offset: int, found: Frame | Corrupt | Torn, cut: Cut, salt_checksum:
     return Run(0, 0, 1, tombstone)
 
 
-_SHIPPED: Final = frozenset({FrameType.PUT, FrameType.DELETE, FrameType.TOUCH})
+_SHIPPED: Final = frozenset({FrameType.PUT, FrameType.PATCH, FrameType.DELETE, FrameType.TOUCH})

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any, Final
 
 from redis.asyncio.sentinel import MasterNotFoundError
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
@@ -47,9 +47,9 @@ class RedisStore:
 
     def __init__(self, client: Any, namespace: str) -> None:
         self._client = client
-        prefix = self._prefix = Keys(namespace).prefix.decode()
-        self._manifests = f"{prefix}:checkpoints"
-        self._started = f"{prefix}:checkpoints:started"
+        keys = Keys(namespace)
+        self._prefix = keys.prefix.decode()
+        self._manifests, self._started = (key.decode() for key in keys.checkpoints())
         # One checkpoint at a time is made through this.
         self._making = ""
         self._announced = 0  # how many chunk keys it may have, as Redis knows it
@@ -169,7 +169,22 @@ class RedisStore:
             # Its message describes the clients, in some versions with their passwords.
             raise self._unavailable("no sentinel answers and knows a primary") from None
         except (RedisError, RedisClusterException, OSError) as error:
+            if isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE"):
+                raise await self._foreign(error) from error
             raise self._unavailable(f"{type(error).__name__}: {error}") from error
+
+    async def _foreign(self, error: ResponseError) -> RemoteUnavailable:
+        """Return what to raise for a key in our place that somebody else wrote."""
+        for key in (self._manifests, self._started):
+            with suppress(RedisError, RedisClusterException, OSError):
+                kind = _text(await self._client.type(key))
+                if kind not in ("hash", "none"):
+                    return RemoteUnavailable(
+                        f"checkpoints in Redis (WRONGTYPE): key {key!a} is a {kind} that was not "
+                        "written by this library; use another redis.namespace or another database, "
+                        "or delete that key if nobody needs it"
+                    )
+        return self._unavailable(f"{type(error).__name__}: {error}")
 
     def _unavailable(self, reason: str) -> RemoteUnavailable:
         return RemoteUnavailable(

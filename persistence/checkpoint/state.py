@@ -115,18 +115,24 @@ class State:
                 if found.sequence > self._touches.get(fingerprint, (0,))[0]:
                     times = (found.sequence, found.accessed, found.deadline)
                     self._touches[fingerprint] = times
+            elif found.type == FrameType.PATCH:
+                # It was shipped because no record could be made of it.
+                self._note_damaged(found.key, found.sequence)
             elif found.type != FrameType.FOOTER:
                 is_put = found.type == FrameType.PUT
                 self._load(fingerprint, found.sequence, _IS_PUT if is_put else ROW_IS_DELETE)
         elif found.key and found.sequence is not None:
             if found.type == FrameType.TOUCH:
                 return
-            fingerprint = self.fingerprints.of(found.key)
-            self._load(fingerprint, found.sequence, ROW_IS_DELETE)
-            name = printable(found.key.decode("utf-8", "backslashreplace"))
-            self._damaged[fingerprint] = (found.sequence, name)
+            self._note_damaged(found.key, found.sequence)
         else:
             self.unnamed += 1
+
+    def _note_damaged(self, key: bytes, sequence: int) -> None:
+        fingerprint = self.fingerprints.of(key)
+        self._load(fingerprint, sequence, ROW_IS_DELETE)
+        name = printable(key.decode("utf-8", "backslashreplace"))
+        self._damaged[fingerprint] = (sequence, name)
 
     def _load(self, fingerprint: bytes, sequence: int, length: int) -> None:
         row = INDEX_ROW.pack(fingerprint, sequence, 0.0, 0.0, 0.0, 0, 0, length, 0)

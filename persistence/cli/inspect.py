@@ -19,7 +19,7 @@ from persistence.cli.failure import EXIT_OK
 from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
 from persistence.disk.format import FORMAT_VERSION
-from persistence.disk.inspect import inspect_directory, keys_of
+from persistence.disk.inspect import inspect_directory, manifest_of
 
 
 @dataclass(slots=True)
@@ -48,6 +48,7 @@ class Summary:
     bytes: int = 0
     frames: int = 0
     puts: int = 0
+    patches: int = 0
     touches: int = 0
     deletes: int = 0
     live_sessions: int = 0
@@ -82,15 +83,17 @@ def summarize(directory: Path) -> Summary:
     """
     require_directory(directory)
     pieces = quarantine_bytes(directory)
+    manifest = manifest_of(str(directory))
     summary = Summary(
         str(directory),
+        manifest.format_version,
         quarantined=len(pieces),
         quarantined_bytes=sum(pieces),
         conflicts=conflict_records(directory),
         free_bytes=shutil.disk_usage(directory).free,
         is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
-        keys=[each.hex() for each in keys_of(str(directory))],
+        keys=[each.hex() for each in manifest.keys_in_use],
     )
     for report in inspect_directory(str(directory)):
         summary.segments += report.number > 0  # 0: the manifest
@@ -98,6 +101,7 @@ def summarize(directory: Path) -> Summary:
         summary.bytes += report.bytes
         summary.frames += report.frames
         summary.puts += report.puts
+        summary.patches += report.patches
         summary.touches += report.touches
         summary.deletes += report.deletes
         summary.live_sessions += report.live_sessions
@@ -119,6 +123,7 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "live sessions", f"{summary.live_sessions:,}"
     yield "frames", f"{summary.frames:,}"
     yield "… sessions", f"{summary.puts:,}"
+    yield "… patches", f"{summary.patches:,}"
     yield "… renewals", f"{summary.touches:,}"
     yield "… tombstones", f"{summary.deletes:,}"
     yield "quarantine", f"{summary.quarantined:,} ({format_bytes(summary.quarantined_bytes)})"

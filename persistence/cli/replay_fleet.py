@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from persistence.cli.failure import CommandError
-from persistence.cli.replay_model import (
-    ReplayOptions,
-    ReplayProgress,
-    ReplayReport,
-    Stage,
-    Watch,
-)
+from persistence.cli.replay_model import Numbers, ReplayOptions, ReplayReport, Watch
 from persistence.cli.replay_parent import Fleet, WorkerProcess, fleet_of
-from persistence.cli.replay_run import LogReader, Run, watched
 from persistence.cli.replay_sessions import (
     CURSOR_ID,
-    Cursor,
     Sections,
     config_of,
     cursor_of,
@@ -36,8 +28,8 @@ from persistence.cli.replay_shared import (
     verify_in_redis,
     with_redis,
 )
-from persistence.cli.replay_verify import Expected, Wrong, compare_patiently, conclude
-from persistence.clock import SystemClock
+from persistence.cli.replay_stages import Stages
+from persistence.cli.replay_verify import Expected, Wrong, compare_patiently
 
 
 async def replay_with_workers(options: ReplayOptions, watch: Watch | None) -> ReplayReport:
@@ -53,9 +45,9 @@ async def replay_with_workers(options: ReplayOptions, watch: Watch | None) -> Re
     async with fleet_of(all_sections) as fleet:
         where = f"{options.directory} or its namespace"
         report.resumed_at = await fleet.begin(cursor, where, resume=options.resume)
-        stages = _Stages(fleet, options, report, watch)
+        stages = _Several(fleet, options, report, watch)
         await stages.run()
-        await stages.verify(cursor, namespace)
+        await stages.verify(cursor)
     return report
 
 
@@ -80,66 +72,33 @@ async def _checked_namespace(options: ReplayOptions, first: Path) -> str:
     return namespace
 
 
-class _Stages:
-    """The stages of a replay with several workers, as they are watched and reported."""
+class _Several(Stages[Fleet]):
+    """A replay with several workers."""
 
-    def __init__(
-        self, fleet: Fleet, options: ReplayOptions, report: ReplayReport, watch: Watch | None
-    ) -> None:
-        self._fleet = fleet
-        self._options = options
-        self._report = report
-        self._watch = watch
-        self._clock = SystemClock()
+    async def _numbers(self) -> Numbers:
+        return await self._applier.numbers()
 
-    async def run(self) -> None:
-        """Replay."""
-        options, report = self._options, self._report
-        reader = LogReader(options.logs, options.limit)
-        run = Run(self._fleet, options.concurrency, report.resumed_at)
-        started = self._clock.monotonic()
+    async def _retried(self) -> int:
+        return await self._applier.retried()
 
-        async def replaying() -> ReplayProgress:
-            return await self._progress("replay", reader.requests, run.applied, started)
+    async def _take_numbers(self) -> None:
+        (await self._numbers()).report(self._report)
 
-        async with watched(replaying, self._watch):
-            await run.run(reader)
-        report.seconds = self._clock.monotonic() - started
-        report.requests = reader.requests
-        report.skipped_lines = reader.skipped_lines
-        report.applied = run.applied
-        report.requests_per_second = run.applied / report.seconds
-        report.conflicts_retried = await self._fleet.retried()
-        (await self._fleet.numbers()).report(report)
-
-    async def verify(self, cursor: Cursor, namespace: str) -> None:
+    async def _compare(self, expected: Expected, step: Callable[[], None]) -> dict[str, Wrong]:
         """Compare every session, in Redis and as each worker sees it."""
-        options, report = self._options, self._report
-        started = self._clock.monotonic()
-        checked = 0
-
-        def step() -> None:
-            nonlocal checked
-            checked += 1
-
-        async def verifying() -> ReplayProgress:
-            return await self._progress("verify", checked, checked, started)
-
+        report = self._report
+        assert report.namespace is not None, "several workers share one"
         wrong: dict[str, Wrong] = {}
-        async with watched(verifying, self._watch):
-            expected = await Expected.of(LogReader(options.logs, options.limit), cursor)
-            wrong[" in Redis"], report.redis_sessions = await verify_in_redis(
-                options, namespace, expected, step
-            )
-            for worker in self._fleet.workers:
-                place = f" in worker {worker.number}"
-                wrong[place] = await self._compare(worker, expected, step)
+        wrong[" in Redis"], report.redis_sessions = await verify_in_redis(
+            self._options, report.namespace, expected, step
+        )
+        for worker in self._applier.workers:
+            place = f" in worker {worker.number}"
+            wrong[place] = await self._compare_with(worker, expected, step)
         report.sessions = report.redis_sessions
-        report.verify_seconds = self._clock.monotonic() - started
-        report.memory_peak_bytes = (await self._fleet.numbers()).memory_peak_bytes
-        conclude(report, wrong)
+        return wrong
 
-    async def _compare(
+    async def _compare_with(
         self, worker: WorkerProcess, expected: Expected, step: Callable[[], None]
     ) -> Wrong:
         """Compare what one worker sees: a message's delay after the others at the latest."""
@@ -150,9 +109,3 @@ class _Stages:
 
         ids = expected.ids() | {CURSOR_ID}
         return await compare_patiently(expected, ids, read, step, self._options.patience_seconds)
-
-    async def _progress(
-        self, stage: Stage, done: int, counted: int, started: float
-    ) -> ReplayProgress:
-        seconds = self._clock.monotonic() - started or 1.0
-        return (await self._fleet.numbers()).progress(stage, done, counted / seconds)

@@ -46,6 +46,8 @@ def check_options(options: ReplayOptions) -> None:
             raise CommandError("--workers needs --redis, through which they share the sessions")
         if options.namespace is not None:
             raise CommandError("--namespace needs --redis")
+        if options.redis_write != "through":
+            raise CommandError("--redis-write needs --redis")
         return
     if options.redis_write not in _WRITES:
         raise CommandError(f"--redis-write {options.redis_write}: must be through or behind")

@@ -5,6 +5,8 @@ See `replay_sessions` for what exactly once rests on, and `replay_fleet` for sev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from persistence import StateManager
 from persistence.cli.replay_fleet import replay_with_workers
 from persistence.cli.replay_model import (
@@ -12,13 +14,11 @@ from persistence.cli.replay_model import (
     ReplayOptions,
     ReplayProgress,
     ReplayReport,
-    Stage,
     Watch,
 )
-from persistence.cli.replay_run import LogReader, Run, Watermark, watched
+from persistence.cli.replay_run import LogReader, Watermark
 from persistence.cli.replay_sessions import (
     CURSOR_ID,
-    Cursor,
     ManagerApplier,
     begin,
     config_of,
@@ -32,8 +32,8 @@ from persistence.cli.replay_shared import (
     verify_in_redis,
     with_redis,
 )
-from persistence.cli.replay_verify import Expected, Wrong, conclude, verify_here
-from persistence.clock import SystemClock
+from persistence.cli.replay_stages import Stages
+from persistence.cli.replay_verify import Expected, Wrong, verify_here
 from persistence.config import StateConfig
 
 __all__ = [
@@ -93,8 +93,8 @@ async def _config(options: ReplayOptions) -> tuple[StateConfig, str | None]:
     return config, namespace
 
 
-class _Single:
-    """The stages of a replay in this process, as they are watched and reported."""
+class _Single(Stages[ManagerApplier]):
+    """A replay in this process."""
 
     def __init__(
         self,
@@ -103,72 +103,32 @@ class _Single:
         report: ReplayReport,
         watch: Watch | None,
     ) -> None:
+        super().__init__(ManagerApplier(state), options, report, watch)
         self._state = state
-        self._options = options
-        self._report = report
-        self._watch = watch
-        self._clock = SystemClock()
 
-    async def run(self) -> None:
-        """Replay."""
-        options, report = self._options, self._report
-        reader = LogReader(options.logs, options.limit)
-        applier = ManagerApplier(self._state)
-        run = Run(applier, options.concurrency, report.resumed_at)
-        started = self._clock.monotonic()
+    async def _numbers(self) -> Numbers:
+        return Numbers.of(await self._state.stats())
 
-        async def replaying() -> ReplayProgress:
-            return await self._progress("replay", reader.requests, run.applied, started)
-
-        async with watched(replaying, self._watch):
-            await run.run(reader)
-        report.seconds = self._clock.monotonic() - started
-        report.requests = reader.requests
-        report.skipped_lines = reader.skipped_lines
-        report.applied = run.applied
-        report.requests_per_second = run.applied / report.seconds
-        report.conflicts_retried = applier.retried
-        await self._take_numbers()
+    async def _retried(self) -> int:
+        return self._applier.retried
 
     async def _take_numbers(self) -> None:
         """Fill in the engine's numbers, without the cursor, which no client knows of."""
         report = self._report
-        numbers = Numbers.of(await self._state.stats())
+        numbers = await self._numbers()
         numbers.report(report)
         report.sessions = numbers.sessions - 1
         # The cursor was written last, so it is in memory unless the budget holds not even that.
         report.in_memory = max(0, numbers.in_memory - 1)
         report.on_disk = report.sessions - report.in_memory
 
-    async def verify(self, cursor: Cursor) -> None:
+    async def _compare(self, expected: Expected, step: Callable[[], None]) -> dict[str, Wrong]:
         """Compare every session, here and in Redis."""
-        options, report = self._options, self._report
-        started = self._clock.monotonic()
-        checked = 0
-
-        def step() -> None:
-            nonlocal checked
-            checked += 1
-
-        async def verifying() -> ReplayProgress:
-            return await self._progress("verify", checked, checked, started)
-
-        wrong: dict[str, Wrong] = {}
-        async with watched(verifying, self._watch):
-            expected = await Expected.of(LogReader(options.logs, options.limit), cursor)
-            wrong[""] = await verify_here(self._state, expected, step)
-            if report.namespace is not None:
-                await self._take_numbers()  # those that were in Redis only have come here
-                wrong[" in Redis"], report.redis_sessions = await verify_in_redis(
-                    options, report.namespace, expected, step
-                )
-        report.verify_seconds = self._clock.monotonic() - started
-        report.memory_peak_bytes = (await self._state.stats()).memory_peak_bytes
-        conclude(report, wrong)
-
-    async def _progress(
-        self, stage: Stage, done: int, counted: int, started: float
-    ) -> ReplayProgress:
-        seconds = self._clock.monotonic() - started or 1.0
-        numbers = Numbers.of(await self._state.stats())
-        return numbers.progress(stage, done, counted / seconds)
+        report = self._report
+        wrong = {"": await verify_here(self._state, expected, step)}
+        if report.namespace is not None:
+            await self._take_numbers()  # those that were in Redis only have come here
+            wrong[" in Redis"], report.redis_sessions = await verify_in_redis(
+                self._options, report.namespace, expected, step
+            )
+        return wrong

@@ -1,7 +1,8 @@
 """Compaction: copies the live frames of some segments into new ones and drops the old ones.
 
 What is live:
-- a put that the index points to, at exactly this place;
+- a put or a patch that the index points to, at exactly this place; of a patch the whole record is
+  written, which its base in the same segment gives, so that no output holds patches;
 - a touch that is newer than its session's put (only the newest one);
 - a tombstone, unless every segment that may hold an older frame of the session is part of this
   merge: then there is nothing left that it has to hide. A tombstone that the next incremental
@@ -32,6 +33,7 @@ from persistence.disk.format import (
     FOOTER_BYTES,
     INDEX_ROW,
     ROW_IS_DELETE,
+    ROW_IS_PATCH,
     ROW_IS_TOUCH,
     SALT_BYTES,
     SEGMENT_HEADER_BYTES,
@@ -195,7 +197,7 @@ class Output:
 class Source(NamedTuple):
     """A frame that a merge copies: where it is, and what its row says.
 
-    `length` is 0 where the row does not tell (touches and tombstones): their headers do.
+    `length` is 0 where the row does not tell (touches, tombstones, patches): their headers do.
     """
 
     fingerprint: bytes
@@ -207,6 +209,11 @@ class Source(NamedTuple):
     length: int
     mark: int
     user: int
+
+    @property
+    def is_patch(self) -> bool:
+        """Whether it is a patch: its base goes with it."""
+        return self.mark >= ROW_IS_PATCH
 
 
 class Merge:
@@ -247,7 +254,7 @@ class Merge:
                 return None
         elif self._place(fingerprint) != (segment, offset):
             return None
-        else:
+        elif length < ROW_IS_PATCH:
             return Source(
                 fingerprint, sequence, accessed, deadline, cap, offset, length, length, user
             )
@@ -266,6 +273,7 @@ def add_frame(output: Output, source: Source, stamped: bytes, segment: int) -> N
     offset = output.end
     length = source.mark
     if length > ROW_IS_TOUCH:
+        length = len(stamped)  # of what was a patch, the whole record
         place = (segment, source.offset)
         output.moved.append((source.fingerprint, place, (number, offset), len(stamped)))
     elif length == ROW_IS_DELETE:

@@ -30,11 +30,14 @@ from persistence.disk.format import (
     INDEX_ROW,
     INDEX_ROW_BYTES,
     MAX_KEY_BYTES,
+    ROW_LENGTH_BITS,
     frame_length,
     restamp,
 )
 from persistence.disk.index import Fingerprints, Index
+from persistence.disk.patches import PlainRecords, Records, as_put
 from persistence.disk.pressure import Pressure
+from persistence.disk.reader import FrameReader
 from persistence.disk.reserve import Reserve
 from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import OpenSegments, Pins, Segment
@@ -100,6 +103,7 @@ class Surroundings:
     fingerprints: Fingerprints
     segments: dict[int, Segment]
     open_segments: OpenSegments
+    reader: FrameReader
     pins: Pins
     next_number: Callable[[], int]
     publish: Callable[[list[Segment], list[Segment]], Awaitable[None]]
@@ -349,7 +353,8 @@ class Compactor:
     ) -> None:
         """Copy frames of one input, reading neighbours together."""
         away = skew - self._around.skew()  # from the hint's time base to this run's
-        for start, end, group in _groups(wanted):
+        await self._copy_patched(source, wanted, away, merge, outputs, lowest, slices)
+        for start, end, group in _groups([item for item in wanted if not item.is_patch]):
             data = await self._read(source, start, end - start)
             await self._pace(len(data))
             self.stats.bytes_read += len(data)
@@ -371,6 +376,40 @@ class Compactor:
                     item = _shifted(item, away)  # noqa: PLW2901 - the same frame
                 add_frame(output, item, stamped, source.number)
                 await slices.give_way_if_due()
+
+    async def _copy_patched(
+        self,
+        source: Segment,
+        wanted: list[Source],
+        away: float,
+        merge: Merge,
+        outputs: list[Output],
+        lowest: int,
+        slices: Slices,
+    ) -> None:
+        """Write the whole records of patched sessions, one at a time."""
+        around = self._around
+        records: Records = around.codec or PlainRecords()
+        seal = None if around.codec is None else around.codec.seal
+        for item in wanted:
+            if not item.is_patch:
+                continue
+            nbytes = item.mark & ROW_LENGTH_BITS
+            await self._pace(nbytes)
+            self.stats.bytes_read += nbytes
+            patched = await around.reader.patched(
+                source.number, item.offset, source.salt_checksum, records
+            )
+            if isinstance(patched, str):
+                raise _Defect(source, item.offset)
+            output = await self._output_for(outputs, lowest, nbytes)
+            salt_checksum = output.segment.salt_checksum
+            # In a thread, because it is compressed, and sealed, anew.
+            stamped = await around.threads.read(as_put, patched, salt_checksum, seal)
+            if merge.is_current(item, source.number):
+                whole = item._replace(mark=len(stamped))
+                add_frame(output, _shifted(whole, away) if away else whole, stamped, source.number)
+            await slices.give_way_if_due()
 
     async def _resealed(self, raw: bytes, source: Segment, output: Output) -> bytes | None:
         """Return a frame sealed with the newest key; None: it is damaged."""
@@ -447,9 +486,10 @@ class Compactor:
         slices = Slices(around.monotonic)
         for output in outputs:
             for fingerprint, source, target, length in output.moved:
-                if around.index.move(fingerprint, source, target):
+                needed = around.index.move(fingerprint, source, target, length)
+                if needed is not None:
                     output.segment.live_bytes += length
-                    around.segments[source[0]].live_bytes -= length
+                    around.segments[source[0]].live_bytes -= needed
                 if slices.due():
                     await slices.give_way()
             output.moved.clear()

@@ -24,6 +24,9 @@ import lz4.block
 from crc32c import crc32c
 
 FORMAT_VERSION: Final = 2
+PATCHES_VERSION: Final = 3
+"""Of the manifest, once there may be patches: who does not know them must not open the directory,
+or it would take them for damage. Segments and caches stay `FORMAT_VERSION`."""
 
 # --- segment header ---------------------------------------------------------------------------
 
@@ -70,20 +73,21 @@ class OtherFormat(ValueError):
     """The bytes are of a format version that this code does not read."""
 
 
-def check_version(version: int, known: int) -> None:
-    """Refuse a format version other than `known`.
+def check_version(version: int, known: int, newest: int = 0) -> None:
+    """Refuse a format version other than `known`, and `newest` if there is such a one.
 
     Raises:
         OtherFormat: it says what to do.
     """
-    if version > known:
+    reads = f"{known} and {newest}" if newest else str(known)
+    if version > max(known, newest):
         raise OtherFormat(
-            f"format version {version}; this library reads {known}: use a newer version of the "
+            f"format version {version}; this library reads {reads}: use a newer version of the "
             "library"
         )
     if version < known:
         raise OtherFormat(
-            f"format version {version}; this library reads {known}: export with the version of "
+            f"format version {version}; this library reads {reads}: export with the version of "
             "the library that wrote it, and import here"
         )
 
@@ -163,7 +167,7 @@ class FrameType(IntEnum):
     PUT = 1  # a whole record without its two leading ids, which are in the header
     DELETE = 2  # a tombstone; no payload, `accessed` in the header says when
     TOUCH = 3  # a renewal; no payload, its times are in the header
-    PATCH = 4  # reserved: changed fields only
+    PATCH = 4  # what has changed since a put of the same segment; see `patches`
     FOOTER = 5  # the last frame of a sealed segment; payload: FOOTER_PAYLOAD
 
 
@@ -171,12 +175,21 @@ class FrameType(IntEnum):
 PUT: Final = int(FrameType.PUT)
 DELETE: Final = int(FrameType.DELETE)
 TOUCH: Final = int(FrameType.TOUCH)
+PATCH: Final = int(FrameType.PATCH)
 
 COMPRESSED: Final = 1
 SEALED: Final = 2
 _KNOWN_FLAGS: Final = COMPRESSED | SEALED
 COMPRESSION_MIN_BYTES: Final = 1024
 RECORD_IDS_BYTES: Final = 32
+
+PATCH_BASE_FIELDS: Final = (
+    ("offset", "I", "where the put starts on which it is built, in the same segment"),
+    ("length", "I", "bytes of that put"),
+    ("sequence", "Q", "sequence number of that put"),
+)
+PATCH_BASE: Final = Struct("<IIQ")  # how the payload of a patch starts, never sealed
+PATCH_BASE_BYTES: Final = PATCH_BASE.size
 
 FOOTER_PAYLOAD: Final = Struct("<QQQ")  # frames, lowest sequence, highest sequence
 FOOTER_BYTES: Final = FRAME_OVERHEAD_BYTES + FOOTER_PAYLOAD.size
@@ -363,7 +376,7 @@ def decode_frame(
 
 
 _KNOWN_TYPES: Final = frozenset(
-    {FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.FOOTER}
+    {FrameType.PUT, FrameType.DELETE, FrameType.TOUCH, FrameType.PATCH, FrameType.FOOTER}
 )
 
 
@@ -484,6 +497,14 @@ def read_put(data: bytes, key: bytes, salt_checksum: int) -> bytes | None:
     return None if raw is None else data[_IDS_AT:_IDS_END] + raw
 
 
+def patch_row_length(frame: Frame) -> int:
+    """Return the length in the index row of a patch: what has to stay for it, its base included."""
+    base_bytes = 0
+    if len(frame.payload) >= PATCH_BASE_BYTES:
+        base_bytes = PATCH_BASE.unpack_from(frame.payload)[1]
+    return ROW_IS_PATCH | (frame.length + base_bytes & ROW_LENGTH_BITS)
+
+
 # --- index rows: entries of the in-memory index, of hints and of index snapshots --------------
 
 INDEX_ROW_FIELDS: Final = (
@@ -494,7 +515,12 @@ INDEX_ROW_FIELDS: Final = (
     ("cap", "d", "deadline that no renewal moves, seconds; infinity: none"),
     ("segment", "I", "number of the segment"),
     ("offset", "I", "where the frame starts in it"),
-    ("length", "I", "bytes of the frame; in hints 0 marks a tombstone, 1 a touch"),
+    (
+        "length",
+        "I",
+        "bits 0-30: bytes of the frame, with its base if it is a patch; bit 31: it is one; in "
+        "hints 0 marks a tombstone, 1 a touch",
+    ),
     ("user", "I", "bits 0-30: CRC-32C of the user id, 0: none; bit 31: an access renews"),
 )
 INDEX_ROW: Final = Struct("<16sQdddIIII")
@@ -503,6 +529,16 @@ USER_BITS: Final = (1 << 31) - 1
 ROW_RENEWS: Final = 1 << 31
 ROW_IS_DELETE: Final = 0
 ROW_IS_TOUCH: Final = 1
+ROW_IS_PATCH: Final = 1 << 31
+ROW_LENGTH_BITS: Final = (1 << 31) - 1  # no frame is that long: a session has 1 GiB at most
+
+
+_ROW_LENGTH_AT: Final = INDEX_ROW_BYTES - 8
+
+
+def with_length(row: bytes, length: int) -> bytes:
+    """Return an index row with another length."""
+    return row[:_ROW_LENGTH_AT] + _pack_checksum(length) + row[_ROW_LENGTH_AT + 4 :]
 
 
 def user_tag(user_id: str | None) -> int:

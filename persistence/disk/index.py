@@ -22,7 +22,13 @@ from collections.abc import Iterable, Iterator
 from struct import Struct
 from typing import Final, NamedTuple
 
-from persistence.disk.format import INDEX_ROW, INDEX_ROW_BYTES, ROW_RENEWS, USER_BITS
+from persistence.disk.format import (
+    INDEX_ROW,
+    INDEX_ROW_BYTES,
+    ROW_LENGTH_BITS,
+    ROW_RENEWS,
+    USER_BITS,
+)
 
 SHARDS: Final = 1024
 _SHARD_BITS: Final = 10
@@ -64,6 +70,11 @@ class Row(NamedTuple):
     offset: int
     length: int
     user: int
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes in the segment that this session needs: its frame, and what that is built on."""
+        return self.length & ROW_LENGTH_BITS
 
 
 class Fingerprints:
@@ -161,7 +172,7 @@ class Index:
             else:
                 segment, _, length = _unpack_place(bucket, at + _PLACE_AT)
                 bucket[at : at + INDEX_ROW_BYTES] = row
-                replaced[segment] = replaced.get(segment, 0) + length
+                replaced[segment] = replaced.get(segment, 0) + (length & ROW_LENGTH_BITS)
         return replaced
 
     def reserve(self, count: int) -> None:
@@ -214,17 +225,23 @@ class Index:
         TIMES.pack_into(bucket, at + TIMES_AT, accessed, deadline)
         return before
 
-    def move(self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int]) -> bool:
-        """Let a row that points to `source` (segment, offset) point to `target`."""
+    def move(
+        self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int], length: int
+    ) -> int | None:
+        """Let a row that points to `source` (segment, offset) point to a frame at `target`.
+
+        Returns:
+            How many bytes were needed at `source`; None: the row points elsewhere, and stays.
+        """
         bucket = self._bucket(fingerprint)
         at = _find(bucket, fingerprint)
         if at < 0:
-            return False
-        segment, offset, length = _PLACE.unpack_from(bucket, at + _PLACE_AT)
+            return None
+        segment, offset, needed = _unpack_place(bucket, at + _PLACE_AT)
         if (segment, offset) != source:
-            return False
+            return None
         _PLACE.pack_into(bucket, at + _PLACE_AT, *target, length)
-        return True
+        return int(needed) & ROW_LENGTH_BITS
 
     def remove(self, fingerprint: bytes) -> Row | None:
         """Remove the row of `fingerprint` and return it."""
@@ -300,7 +317,7 @@ class Index:
         for bucket in shard:
             for at in range(TIMES_AT, len(bucket), INDEX_ROW_BYTES):
                 accessed, deadline, cap, segment, _, length, user = unpack(bucket, at)
-                live_bytes[segment] = live_bytes.get(segment, 0) + length
+                live_bytes[segment] = live_bytes.get(segment, 0) + (length & ROW_LENGTH_BITS)
                 if user >= ROW_RENEWS and deadline < cap:
                     granted = deadline + (deadline - accessed) / divisor
                     TIMES.pack_into(bucket, at, accessed, min(cap, granted))

@@ -7,7 +7,7 @@ while they are being looked at are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -21,17 +21,19 @@ from persistence.disk.filenames import (
     hint_name,
     segment_name,
 )
-from persistence.disk.files import Files, read_all
+from persistence.disk.files import Files, read_all, read_exactly
 from persistence.disk.format import (
     FOOTER_PAYLOAD,
+    ROW_LENGTH_BITS,
     Corrupt,
     Frame,
     FrameType,
     Torn,
-    record_of,
+    patch_row_length,
 )
 from persistence.disk.lastlog import Tail, scan_last
-from persistence.disk.manifest import encode_manifest
+from persistence.disk.manifest import Manifest, encode_manifest
+from persistence.disk.patches import Patched, PlainRecords, Records, with_base
 from persistence.disk.reader import scan_frames
 from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage, Segment
@@ -56,6 +58,7 @@ class SegmentReport:
     bytes: int
     frames: int = 0
     puts: int = 0
+    patches: int = 0
     touches: int = 0
     deletes: int = 0
     sealed: bool = False
@@ -123,21 +126,29 @@ def scan_directory(
         yield SegmentReport(segment_name(number), number, len(data), torn_bytes=len(data)), {}
 
 
+def manifest_of(path: str) -> Manifest:
+    """Return the manifest of the directory at `path`.
+
+    Raises:
+        DirectoryNotUsable: not a directory of this library, or of another format.
+    """
+    try:
+        return read_manifest(Files(), path)[0]
+    except OSError as error:
+        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
+
+
 def keys_of(path: str) -> list[bytes]:
     """Return the ids of the keys that the directory at `path` is encrypted with; none: it is not.
 
     Raises:
         DirectoryNotUsable: not a directory of this library, or of another format.
     """
-    try:
-        manifest, _ = read_manifest(Files(), path)
-    except OSError as error:
-        raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
-    return manifest.keys_in_use
+    return manifest_of(path).keys_in_use
 
 
-_Checked: TypeAlias = Callable[[Frame], bytes | None] | None
-"""Returns the record of a put, None if it has none; None: that cannot be found out."""
+_Checked: TypeAlias = Records | None
+"""How payloads are read; None: they cannot be."""
 
 
 def _look(
@@ -149,21 +160,21 @@ def _look(
     seem to be missing, and all is looked at again.
     """
     found, defect = Survey(), None
-    decode: _Checked = record_of
+    records: _Checked = PlainRecords()
     try:
         for _ in range(_LOOKS):
             with suppress(FileNotFoundError):
                 manifest, defect = read_manifest(files, path)
                 if sealer is not None:
                     check_keys(path, manifest, sealer)
-                    decode = RecordCodec(sealer, manifest.directory_id).record_of
+                    records = RecordCodec(sealer, manifest.directory_id)
                 elif manifest.keys:
-                    decode = None
+                    records = None
                 names = files.list_directory(path)
                 found = survey(files, path, manifest, names)
                 if MISSING not in found.damages.values():
                     break
-        return found, defect, decode
+        return found, defect, records
     except OSError as error:
         raise DirectoryNotUsable(f"{path} cannot be read: {error.strerror}") from error
 
@@ -203,7 +214,7 @@ def cache_warnings(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _scan_segment(
-    files: Files, path: str, segment: Segment, damages: list[Damage], decode: _Checked
+    files: Files, path: str, segment: Segment, damages: list[Damage], records: _Checked
 ) -> tuple[SegmentReport, dict[bytes, _Tally]]:
     name = segment_name(segment.number)
     where = f"{path}/{name}"
@@ -211,13 +222,14 @@ def _scan_segment(
     tail = Tail(segment.lowest_sequence - 1)
     fd = files.open_read(where)
     try:
-        scan = _Scan(segment.number, where, damages, decode)
+        scan = _Scan(segment.number, where, damages, records)
         if segment.sealed:
             frames = scan_frames(files, fd, size, segment.salt_checksum)
         else:
             frames = scan_last(files, fd, segment, tail)
         for offset, found in frames:
             scan.take(offset, found)
+        scan.check_patches(files, fd, segment.salt_checksum)
     finally:
         files.close(fd)
     if segment.sealed:
@@ -228,10 +240,9 @@ def _scan_segment(
 class _Scan:
     """Counts what is in a segment."""
 
-    def __init__(
-        self, number: int, where: str, damages: list[Damage], decode: _Checked = record_of
-    ) -> None:
-        self._decode = decode
+    def __init__(self, number: int, where: str, damages: list[Damage], records: _Checked) -> None:
+        self._records = records
+        self._patched: dict[bytes, tuple[int, Frame]] = {}
         self._number = number
         self._where = where
         self._counts = dict.fromkeys(FrameType, 0)
@@ -258,24 +269,50 @@ class _Scan:
                 self._damage(offset, None, "the footer counts more frames than there are")
         elif frame.type == FrameType.PUT:
             self._check_record(offset, frame)
-        if frame.type in (FrameType.PUT, FrameType.DELETE):
+        if frame.type in (FrameType.PUT, FrameType.PATCH, FrameType.DELETE):
+            self._patched.pop(frame.key, None)
+            if frame.type == FrameType.PATCH:
+                self._patched[frame.key] = offset, frame
             known = self.newest.get(frame.key)
             if known is None or known.sequence < frame.sequence:
-                length = frame.length if frame.type == FrameType.PUT else 0
+                length = 0
+                if frame.type == FrameType.PUT:
+                    length = frame.length
+                elif frame.type == FrameType.PATCH:
+                    length = patch_row_length(frame) & ROW_LENGTH_BITS
                 self.newest[frame.key] = _Tally(self._number, frame.sequence, length)
 
     def _check_record(self, offset: int, frame: Frame) -> None:
-        if self._decode is None:
+        if self._records is None:
             return
-        record = self._decode(frame)
+        record = self._records.record_of(frame)
         try:
             if record is None:
-                is_plain = self._decode is record_of
+                is_plain = isinstance(self._records, PlainRecords)
                 what = "the payload does not decompress" if is_plain else NOT_SEALED_HERE
                 raise MalformedValue(what)  # noqa: TRY301 - one handler for both
             validate(record)
         except MalformedValue as error:
             self._damage(offset, frame.key, str(error))
+
+    def check_patches(self, files: Files, fd: int, salt_checksum: int) -> None:
+        """Check that the newest patch of each session makes a record of its base."""
+        if self._records is None:
+            return
+        for offset, frame in self._patched.values():
+            found = with_base(
+                lambda at, size: read_exactly(files, fd, size, at),
+                offset,
+                frame,
+                salt_checksum,
+                self._records,
+            )
+            try:
+                if not isinstance(found, Patched):
+                    raise MalformedValue(found or "")  # noqa: TRY301 - one handler for both
+                validate(found.record)
+            except MalformedValue as error:
+                self._damage(offset, frame.key, str(error))
 
     def _damage(self, offset: int, key: bytes | None, reason: str) -> None:
         whose = key.decode("utf-8", "backslashreplace") if key else None
@@ -293,6 +330,7 @@ class _Scan:
             size,
             frames=sum(self._counts.values()),
             puts=self._counts[FrameType.PUT],
+            patches=self._counts[FrameType.PATCH],
             touches=self._counts[FrameType.TOUCH],
             deletes=self._counts[FrameType.DELETE],
             sealed=self._sealed,

@@ -18,7 +18,7 @@ from typing import Final
 from crc32c import crc32c
 
 from persistence.disk.filenames import MAX_SEGMENT_NUMBER
-from persistence.disk.format import FORMAT_VERSION, check_version
+from persistence.disk.format import FORMAT_VERSION, PATCHES_VERSION, check_version
 from persistence.sealer import KEY_ID_BYTES
 
 _ID_BYTES: Final = 16
@@ -45,6 +45,7 @@ class Manifest:
         next_number: the lowest segment number that this manifest knows nothing of.
         keys: of an encrypted directory: (number, key id), in order: segments from that number on
             are sealed with that key. A directory is encrypted from its first day, or never.
+        has_patches: there may be patches, so who does not know them must not open it.
     """
 
     directory_id: bytes
@@ -53,6 +54,12 @@ class Manifest:
     dropped: frozenset[int] = field(default_factory=frozenset)
     next_number: int = 1
     keys: tuple[tuple[int, bytes], ...] = ()
+    has_patches: bool = False
+
+    @property
+    def format_version(self) -> int:
+        """The format version of the directory."""
+        return PATCHES_VERSION if self.has_patches else FORMAT_VERSION
 
     @staticmethod
     def fresh(key_id: bytes | None = None) -> Manifest:
@@ -74,7 +81,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """Encode `manifest`."""
     entries = {
         "what": MAGIC,
-        "format_version": FORMAT_VERSION,
+        "format_version": manifest.format_version,
         "directory_id": manifest.directory_id.hex(),
         "fingerprint_key": manifest.fingerprint_key.hex(),
         "sealed": sorted(manifest.sealed),
@@ -104,7 +111,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise MalformedManifest(f"its content is wrong ({error})") from error
     if what != MAGIC:
         raise MalformedManifest("it is not one of this library")
-    check_version(version, FORMAT_VERSION)
+    check_version(version, FORMAT_VERSION, PATCHES_VERSION)
     try:
         manifest = Manifest(
             directory_id=bytes.fromhex(entries["directory_id"]),
@@ -115,6 +122,7 @@ def decode_manifest(data: bytes) -> Manifest:
             keys=tuple(
                 (int(first), bytes.fromhex(key_id)) for first, key_id in entries.get("keys", ())
             ),
+            has_patches=version == PATCHES_VERSION,
         )
     except _NONSENSE as error:
         raise MalformedManifest(f"its content is wrong ({error})") from error

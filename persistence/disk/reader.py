@@ -8,6 +8,7 @@ file system cannot tell (tmpfs), every read goes to a thread.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from persistence.disk.files import Files, read_exactly
@@ -21,6 +22,7 @@ from persistence.disk.format import (
     decode_frame,
 )
 from persistence.disk.mending import MENDABLE_BYTES, mend_frame_header
+from persistence.disk.patches import Patched, Records, read_patched
 from persistence.disk.segments import OpenSegments
 from persistence.disk.threads import Threads
 
@@ -61,11 +63,70 @@ class FrameReader:
         self.cached_reads += 1
         return buffer.tobytes()  # slicing bytes takes half the time of slicing a view
 
+    def cached_at_most(self, segment: int, offset: int, size: int) -> bytes | None:
+        """Return up to `size` bytes, fewer at the end of what is cached, if there is no waiting."""
+        if not self._can_ask or size > _INLINE_BYTES:
+            return None
+        if size > len(self._buffer):
+            self._buffer = memoryview(bytearray(size))
+        try:
+            got = self._read_cached(self._fd(segment), self._buffer[:size], offset)
+        except NotImplementedError:
+            self._can_ask = False
+            return None
+        except OSError:  # as above
+            return None
+        return self._buffer[:got].tobytes()
+
+    def patched_now(
+        self, segment: int, offset: int, salt_checksum: int, records: Records, key: bytes
+    ) -> bytes | None:
+        """Return the record that a patch makes of its base if that needs no waiting, else None."""
+        read = partial(self.cached_at_most, segment)
+        found = read_patched(read, offset, salt_checksum, records, key)
+        if not isinstance(found, Patched):
+            return None
+        self.cached_reads += 1
+        return found.record
+
+    async def patched(
+        self,
+        segment: int,
+        offset: int,
+        salt_checksum: int,
+        records: Records,
+        key: bytes | None = None,
+    ) -> Patched | str:
+        """Read a patch and its base in a thread; return why that is not to be had, if it is not."""
+        self.thread_reads += 1
+        with self._segments.pinned(segment) as fd:
+            return await self._threads.read(
+                read_patched_at, self._files, fd, offset, salt_checksum, records, key
+            )
+
     async def waiting(self, segment: int, offset: int, length: int) -> bytes:
         """Read a frame's bytes in a thread; fewer when the file ends before."""
         self.thread_reads += 1
         with self._segments.pinned(segment) as fd:
             return await self._threads.read(read_exactly, self._files, fd, length, offset)
+
+
+def read_patched_at(
+    files: Files,
+    fd: int,
+    offset: int,
+    salt_checksum: int,
+    records: Records,
+    key: bytes | None = None,
+) -> Patched | str:
+    """Read a patch and its base from an open segment; see `patches.read_patched`."""
+
+    def read(offset: int, size: int) -> bytes:
+        return read_exactly(files, fd, size, offset)
+
+    found = read_patched(read, offset, salt_checksum, records, key)
+    assert found is not None, "nothing that may not wait"
+    return found
 
 
 def scan_frames(

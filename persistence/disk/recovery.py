@@ -48,6 +48,7 @@ from persistence.disk.format import (
     FrameType,
     SegmentKind,
     Torn,
+    patch_row_length,
 )
 from persistence.disk.index import SHARDS, Fingerprints, Index
 from persistence.disk.lastlog import Tail, cut, quarantine, scan_last, seal_if_room, write_again
@@ -335,6 +336,8 @@ class Recovery:
             length = ROW_IS_TOUCH
         elif frame.type == FrameType.DELETE:
             length = ROW_IS_DELETE
+        elif frame.type == FrameType.PATCH:
+            length = patch_row_length(frame)
         rows += INDEX_ROW.pack(
             self._fingerprints.of(frame.key),
             frame.sequence,
@@ -459,7 +462,7 @@ class Recovery:
             row = index.get(fingerprint)
             if row is not None and row.sequence < deleted:
                 index.remove(fingerprint)
-                live[row.segment] -= row.length
+                live[row.segment] -= row.live_bytes
             if count % _ROWS_PER_STEP == 0:
                 yield
         for number, segment in self.result.segments.items():
@@ -495,7 +498,7 @@ def _row_of_damage(
     times = (0.0, NEVER, NEVER)
     if found.type == FrameType.DELETE:
         length = ROW_IS_DELETE
-    elif found.type == FrameType.PUT:
+    elif found.type in (FrameType.PUT, FrameType.PATCH):
         length = FRAME_OVERHEAD_BYTES  # at least
         if isinstance(found, Corrupt) and found.length is not None:
             length = found.length

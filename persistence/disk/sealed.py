@@ -17,6 +17,7 @@ from typing import Final
 from persistence.disk.format import (
     COMPRESSED,
     FRAME_HEADER_BYTES,
+    PATCH_BASE_BYTES,
     PUT,
     RECORD_IDS_BYTES,
     SEALED,
@@ -33,6 +34,7 @@ from persistence.sealer import Sealer
 NOT_SEALED_HERE: Final = "the stored bytes are not what this directory's keys have sealed"
 
 _ABOUT: Final = Struct("<16sQBI48s")  # with the key behind it
+_OF_PATCH: Final = 1 << 7  # among the flags that a payload is bound to
 _GROUP: Final = slice(1)  # of the incarnation
 _FRONT: Final = Struct("<4sBBHIIQQ48s")  # of a frame, see `format.FRAME_HEADER_FIELDS`
 _pack_about = _ABOUT.pack
@@ -76,6 +78,33 @@ class RecordCodec:
         """
         about = self._about(sequence, flags, raw_bytes, ids, key)
         return self.sealer.seal(payload, about, ids[_GROUP])
+
+    def seal_patch(
+        self,
+        payload: bytes,
+        key: bytes,
+        sequence: int,
+        ids: bytes,
+        flags: int,
+        raw_bytes: int,
+        base: bytes,
+    ) -> bytes:
+        """Return a patch's payload as it is stored behind `base`, to which it is bound as well."""
+        about = self._about(sequence, flags | _OF_PATCH, raw_bytes, ids, base + key)
+        return self.sealer.seal(payload, about, ids[_GROUP])
+
+    def patch_of(self, frame: Frame) -> bytes | None:
+        """Return the payload of a patch behind where its base is; None: it does not open."""
+        if not frame.flags & SEALED:
+            return None
+        ids = frame.incarnation + frame.commit + frame.base
+        flags = frame.flags & ~SEALED
+        base, payload = frame.payload[:PATCH_BASE_BYTES], frame.payload[PATCH_BASE_BYTES:]
+        about = self._about(
+            frame.sequence, flags | _OF_PATCH, frame.raw_bytes, ids, base + frame.key
+        )
+        opened = self.sealer.open(payload, about, ids[_GROUP])
+        return None if opened is None else decompress(flags, opened, frame.raw_bytes)
 
     def open(self, frame: Frame) -> bytes | None:
         """Return the payload of a put, still compressed if it is; None: it does not open."""

@@ -1,10 +1,12 @@
 """The disk tier's own threads. They run only calls which release the interpreter lock.
 
 Never the loop's default executor, which an application may have filled with slow work. One thread
-is the *writer*: appends and syncs happen in order. It takes its calls from a plain queue and
-resolves loop futures itself, because that is on the way of every durable update and an executor
-costs a third more: its own future, a second one for the loop, and one more turn of the loop to
-copy the result. The *readers*, which read what is not cached and compact, are an executor.
+is the *writer*: appends, and the syncs that acknowledge them, happen in order. Another one is the
+*syncer*, for syncs that nobody's update waits for: appends go on beside it. Both take their calls
+from a plain queue and resolve loop futures themselves, because that is on the way of every update
+and an executor costs a third more: its own future, a second one for the loop, and one more turn of
+the loop to copy the result. The *readers*, which read what is not cached and compact, are an
+executor.
 """
 
 from __future__ import annotations
@@ -26,27 +28,23 @@ T = TypeVar("T")
 _READERS: Final = 4
 
 
-class Threads:
-    """Started on first use, joined by `close`. Used from one event loop."""
+class _Lane:
+    """One thread that runs its calls in order. Started on first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._calls: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
         self._calls = SimpleQueue()
-        self._writer: Thread | None = None
-        self._closed = False
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="persistence-reader")
+        self._thread: Thread | None = None
 
-    def write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        """Run `call` in the writer thread, after all earlier ones."""
-        self._check_open()
+    def put(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """Run `call` after all earlier ones."""
         loop = asyncio.get_running_loop()
-        if self._writer is None:
-            self._writer = Thread(
-                target=self._run, args=(loop,), name="persistence-writer", daemon=True
-            )
-            self._writer.start()
+        if self._thread is None:
+            self._thread = Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+            self._thread.start()
         done: asyncio.Future[T] = loop.create_future()
-        self._calls.put((partial(call, *args, **kwargs), done))
+        self._calls.put((call, done))
         return done
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -62,6 +60,33 @@ class Threads:
                 loop.call_soon_threadsafe(resolve)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
+
+    def end(self) -> None:
+        """Wait for what is running and end the thread."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class Threads:
+    """Started on first use, joined by `close`. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._writer = _Lane("persistence-writer")
+        self._syncer = _Lane("persistence-syncer")
+        self._closed = False
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="persistence-reader")
+
+    def write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Run `call` in the writer thread, after all earlier ones."""
+        self._check_open()
+        return self._writer.put(partial(call, *args, **kwargs))
+
+    def sync(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Run `call` in the syncing thread, beside what is being written."""
+        self._check_open()
+        return self._syncer.put(partial(call, *args, **kwargs))
 
     def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` in one of the other threads."""
@@ -92,10 +117,8 @@ class Threads:
     def close(self) -> None:
         """Wait for what is running and end the threads."""
         self._closed = True
-        if self._writer is not None:
-            self._calls.put(None)
-            self._writer.join()
-            self._writer = None
+        self._writer.end()
+        self._syncer.end()
         self._readers.shutdown(wait=True)
 
 

@@ -33,6 +33,7 @@ from persistence.disk.format import (
     FRAME_HEADER_BYTES,
     MAX_KEY_BYTES,
     PUT,
+    ROW_IS_PATCH,
     is_intact,
     read_put,
 )
@@ -40,8 +41,9 @@ from persistence.disk.index import SHARDS, Fingerprints, Index, Row
 from persistence.disk.journal import Journal
 from persistence.disk.lastlog import Tail, seal_if_room
 from persistence.disk.manifest import Manifest
+from persistence.disk.patches import Patched, PlainRecords, Records
 from persistence.disk.pressure import Pressure
-from persistence.disk.reader import FrameReader
+from persistence.disk.reader import FrameReader, read_patched_at
 from persistence.disk.recovery import Recovery
 from persistence.disk.reserve import RESERVE_BYTES, Reserve
 from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
@@ -154,6 +156,7 @@ class DiskTier:
         )
         if recovered.unsealed is not None:
             self.writer.full = f"{self.directory}: no space left for new writes"
+        self._has_patches = self.writer.may_patch = manifest.has_patches
         self.compactor = Compactor(
             Surroundings(
                 files=files,
@@ -164,6 +167,7 @@ class DiskTier:
                 fingerprints=fingerprints,
                 segments=self.segments,
                 open_segments=self._open_segments,
+                reader=self.reader,
                 pins=self.pins,
                 next_number=self.next_number,
                 publish=self._publish,
@@ -186,11 +190,13 @@ class DiskTier:
         """Seal with the newest key from the next segment on; mark those with an older one."""
         self._keys = self._manifest.keys
         self.codec: RecordCodec | None = None
+        self.records: Records = PlainRecords()
         self._read_put = read_put
         if sealer is None:
             return
         self.codec = RecordCodec(sealer, self._manifest.directory_id)
         self._read_put = self.codec.read_put
+        self.records = self.codec
         if self._keys[-1][1] != sealer.newest:
             self._keys = (*self._keys, (last_number + 1, sealer.newest))
         for number, segment in self.segments.items():
@@ -345,10 +351,16 @@ class DiskTier:
     def read_at(self, number: int, offset: int, length: int, key: bytes) -> bytes | None:
         """Return the record at a place in the log if that needs no waiting, else None."""
         frame = self._cached(number, offset, length)
-        if frame is None:
-            return None
+        if frame is None:  # as it is for a patch: its length is that of the largest frames
+            return self._patched_now(number, offset, key) if length >= ROW_IS_PATCH else None
         segment = self.segments.get(number)
         return None if segment is None else self._read_put(frame, key, segment.salt_checksum)
+
+    def _patched_now(self, number: int, offset: int, key: bytes) -> bytes | None:
+        segment = self.segments.get(number)
+        if segment is None:
+            return None
+        return self.reader.patched_now(number, offset, segment.salt_checksum, self.records, key)
 
     def read_waiting(self, row: Row, key: bytes) -> bytes:
         """Return the record that `row` points to; the event loop waits for the disk.
@@ -362,8 +374,17 @@ class DiskTier:
         if record is None:
             try:
                 fd = self._open_segments.fd(row.segment)
-                data = read_exactly(self._files, fd, row.length, row.offset)
-                record = self._read_put(data, key, self.segments[row.segment].salt_checksum)
+                salt_checksum = self.segments[row.segment].salt_checksum
+                if row.length >= ROW_IS_PATCH:
+                    found = read_patched_at(
+                        self._files, fd, row.offset, salt_checksum, self.records, key
+                    )
+                    if isinstance(found, Patched):
+                        return found.record
+                    reason = found
+                else:
+                    data = read_exactly(self._files, fd, row.length, row.offset)
+                    record = self._read_put(data, key, salt_checksum)
             except KeyError:
                 reason = "the segment is missing"
             except OSError as error:
@@ -378,7 +399,7 @@ class DiskTier:
         None: they are damaged, or that would have to wait for the disk.
         """
         size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
-        start = self._cached(row.segment, row.offset, size)
+        start = self.reader.cached_at_most(row.segment, row.offset, size)
         key = None if start is None else key_of(memoryview(start))
         record = None if key is None else self.read_now(row, key)
         return None if key is None or record is None else (key, record)
@@ -398,12 +419,7 @@ class DiskTier:
             reason = "the segment is missing"
             if segment is not None:
                 try:
-                    data = await self.reader.waiting(row.segment, row.offset, row.length)
-                    record = self._read_put(data, key, segment.salt_checksum)
-                    reason = "the stored bytes fail their checksum"
-                    is_sealed = self.codec is not None
-                    if is_sealed and is_intact(data, segment.salt_checksum):  # and no record
-                        reason = NOT_SEALED_HERE
+                    record, reason = await self._read_waiting(row, key, segment)
                 except OSError as error:
                     reason = _unreadable(error)
             now = self.index.get(fingerprint)
@@ -413,6 +429,21 @@ class DiskTier:
                 raise self._damaged(row, key.decode(), reason)
             return record, now
         return None
+
+    async def _read_waiting(
+        self, row: Row, key: bytes, segment: Segment
+    ) -> tuple[bytes | None, str]:
+        """Read a record in a thread; return also why there is none, if there is none."""
+        if row.length >= ROW_IS_PATCH:
+            found = await self.reader.patched(
+                row.segment, row.offset, segment.salt_checksum, self.records, key
+            )
+            return (None, found) if isinstance(found, str) else (found.record, "")
+        data = await self.reader.waiting(row.segment, row.offset, row.length)
+        record = self._read_put(data, key, segment.salt_checksum)
+        if record is None and self.codec is not None and is_intact(data, segment.salt_checksum):
+            return None, NOT_SEALED_HERE
+        return record, "the stored bytes fail their checksum"
 
     def _damaged(self, row: Row, session_id: str | None, reason: str) -> CorruptionError:
         """Return the error for a session that cannot be read; note its place, once."""
@@ -490,6 +521,8 @@ class DiskTier:
         self.writer.may_use_reserve = not grows
         if grows and (self.writer.full is not None or self._reserve.is_spent):
             await self._look_for_space(nbytes)
+        if self.writer.would_patch and not self.writer.may_patch:
+            await self._allow_patches()
         if self.holds_back:
             await self._wait_for_compaction()
         self._batch_started = self._time.now()
@@ -516,6 +549,22 @@ class DiskTier:
             await self._give_up_active()
             self.compactor.wake(urgent=True)
             raise
+
+    async def _allow_patches(self) -> None:
+        """Let the manifest say that there may be patches, before the first one is written.
+
+        Whoever does not know them refuses the directory from then on. Where the manifest cannot be
+        replaced, records are written whole.
+        """
+        self.writer.would_patch = False
+        self._has_patches = True
+        try:
+            await self._write_manifest()
+        except OSError as error:
+            self._has_patches = False
+            _log.warning("%s: no patches for now: %s", self.directory, error.strerror)
+        else:
+            self.writer.may_patch = True
 
     def _is_over_limit(self, nbytes: int) -> bool:
         limit = self._config.max_bytes
@@ -655,7 +704,7 @@ class DiskTier:
             segment.tombstone_bytes += write.length
             row = self.index.remove(write.fingerprint)
             if row is not None:
-                self._died(row.segment, row.length)
+                self._died(row.segment, row.live_bytes)
 
     def _died(self, number: int, length: int) -> None:
         """Count dead bytes; look for something to compact when enough have come together."""
@@ -698,6 +747,7 @@ class DiskTier:
                 dropped,
                 active.segment.number if active is not None else self._next_log_number,
                 self._needed_keys(),
+                self._has_patches,
             )
             if manifest == self._manifest:
                 return
@@ -815,6 +865,11 @@ class DiskTier:
     def directory_id(self) -> bytes:
         """The random id of the directory, 16 bytes."""
         return self._manifest.directory_id
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether there may be patches in the log."""
+        return self._has_patches
 
     @property
     def secret(self) -> bytes:

@@ -1,8 +1,16 @@
-"""The append side of the log: encode on the event loop, write and sync in the writer thread.
+"""The append side of the log: encode on the event loop, write and sync in threads.
 
 Order of an append: encode the frames of a batch for the active segment; write them all behind the
 last good frame, going on after short writes; on a full disk cut the file back to the last good
 frame; take the end *before* the sync; sync; only then advance the end, which is what acknowledges.
+
+A sync that acknowledges nothing (``disk.fsync = "interval"`` and ``"never"``) runs in a thread of
+its own, and appends go on meanwhile, into the same file. Hence one rule more: one sync of the log
+at a time, under a lock. The kernel tells each failure once per open file: of two syncs at the same
+time one may hear of it and the other be told that all is well. Whoever has waited for the lock asks
+first whether the sync before it failed. What a sync covers is read before it starts; what is
+appended meanwhile is left to the next one. A file is closed under the lock, so that no sync meets a
+descriptor that is somebody else's by then.
 
 Order of a rotation: footer and fdatasync the old segment; create the new one (O_EXCL), write its
 header, fsync it, fsync the directory; only then encode a frame for it.
@@ -24,8 +32,10 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Final, Protocol, TypeVar
 
+from persistence.disk import patches
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import NO_SPACE, Files, write_exactly
 from persistence.disk.format import (
@@ -34,9 +44,11 @@ from persistence.disk.format import (
     FOOTER_PAYLOAD,
     FRAME_OVERHEAD_BYTES,
     INDEX_ROW,
+    PATCH,
     PUT,
     RECORD_IDS_BYTES,
     ROW_IS_DELETE,
+    ROW_IS_PATCH,
     ROW_IS_TOUCH,
     SALT_BYTES,
     SEALED,
@@ -49,7 +61,9 @@ from persistence.disk.format import (
     encode_frame,
     encode_segment_header,
     frame_ends,
+    with_length,
 )
+from persistence.disk.patches import Base, Bases, patch_on
 from persistence.disk.reserve import Reserve
 from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import Segment
@@ -58,20 +72,26 @@ from persistence.errors import DirectoryNotUsable, DiskFull, WriteOutcomeUnknown
 _T = TypeVar("_T")
 _pack_row = INDEX_ROW.pack
 _log = logging.getLogger("persistence.disk")
-_ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH}
+_ROW_MARKS: Final = {DELETE: ROW_IS_DELETE, TOUCH: ROW_IS_TOUCH, PATCH: ROW_IS_PATCH}
+_COMMIT: Final = slice(16, 32)  # of the ids
+_BUILT_ON: Final = slice(32, 48)
 
 
 class Write(Protocol):
     """One frame to be written, as the commit queue hands it over.
 
     The frame stores `record` without its two leading ids, which are in its header; None: nothing.
-    The index row and what follows are filled in when it has been encoded.
+    `changed` are the new packed values, if only values of fields that were there before changed;
+    of a large record then only what has changed may be stored (see `patches`). `length` is what
+    the segment has to keep for it. The index row and what follows are filled in when it has been
+    encoded.
     """
 
     kind: int
     key: bytes
     fingerprint: bytes
     record: bytes | None
+    changed: dict[str, bytes] | None
     ids: bytes
     accessed: float
     deadline: float
@@ -94,10 +114,13 @@ class ActiveSegment:
     rows: bytearray = field(default_factory=bytearray)
     lowest_sequence: int = 0
     highest_sequence: int = 0
+    bases: Bases = field(default_factory=Bases)
 
 
 class LogWriter:
     """Appends frames to the log. Encoding is called on the loop, the rest in the writer thread.
+
+    Only `sync` may be called in another thread as well, at any time.
 
     Args:
         files: the system calls.
@@ -114,6 +137,8 @@ class LogWriter:
     Attributes:
         poisoned: why no more writes are taken until the directory is opened anew.
         full: why the last write or rotation found no space; None again after the next write.
+        may_patch: whether patches may be written: once the manifest says that there may be some.
+        would_patch: a patch would have been written, if it might.
         may_use_reserve: whether what is written now may use the space that is kept in reserve.
     """
 
@@ -139,7 +164,12 @@ class LogWriter:
         self._next_number = next_number
         self._skew = skew
         self._reserve = reserve
+        self._codec = codec
         self._seal = None if codec is None else codec.seal
+        self._patch_min_bytes = patches.MIN_RECORD_BYTES
+        self._large_bytes = min(self._patch_min_bytes, COMPRESSION_MIN_BYTES)
+        self.may_patch = False
+        self.would_patch = False
         self.may_use_reserve = False
         self.sequence = last_sequence
         self.durable_sequence = last_sequence
@@ -147,6 +177,7 @@ class LogWriter:
         self.poisoned: str | None = None
         self.full: str | None = None
         self._pending_end = 0
+        self._one_sync = Lock()  # held by whoever syncs or closes the active segment
         self._pending_rows = bytearray()  # for the hint; kept once the batch is in the log
         self.bytes_written = 0
         self.syncs = 0
@@ -169,6 +200,7 @@ class LogWriter:
         assert self.active is not None
         self._pending_end = self.active.end
         self._pending_rows.clear()
+        self.active.bases.begin()
 
     def encode(self, writes: Sequence[Write]) -> bytes:
         """Encode frames of the batch, one behind the other, and note in each where it will be."""
@@ -182,6 +214,7 @@ class LogWriter:
         end = self._pending_end
         rows = self._pending_rows
         seal = self._seal
+        large_bytes = self._large_bytes
         pieces: list[bytes] = []
         for write in writes:
             kind = write.kind
@@ -189,16 +222,15 @@ class LogWriter:
             payload = b"" if record is None else record[RECORD_IDS_BYTES:]
             raw_bytes = len(payload)
             flags = 0
-            if raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
-                flags, payload = compress(payload)
             sequence += 1
             key = write.key
+            base_bytes = -1  # of a patch or a put that may be its base
+            if raw_bytes >= large_bytes:
+                kind, base_bytes, flags, payload, raw_bytes = self._large(write, payload, sequence)
             if seal is not None and kind == PUT:
                 payload = seal(payload, key, sequence, write.ids, flags, raw_bytes)
                 flags |= SEALED
-            accessed = write.accessed
-            deadline = write.deadline
-            cap = write.cap
+            accessed, deadline, cap = write.accessed, write.deadline, write.cap
             user = write.user
             front, checksum = frame_ends(
                 salt_checksum,
@@ -218,7 +250,7 @@ class LogWriter:
             length = FRAME_OVERHEAD_BYTES + len(key) + len(payload)
             write.segment = number
             write.length = length
-            write.row = row = _pack_row(
+            write.row = _pack_row(
                 write.fingerprint,
                 sequence,
                 accessed,
@@ -229,12 +261,77 @@ class LogWriter:
                 length if kind == PUT else _ROW_MARKS[kind],
                 user,
             )
-            rows += row
+            if base_bytes >= 0:
+                self._keep_base(write, kind, sequence, end, base_bytes)
+            rows += write.row
             pieces += (front, payload, checksum)
             end += length
-        self.sequence = sequence
-        self._pending_end = end
+        self.sequence, self._pending_end = sequence, end
         return b"".join(pieces)
+
+    def _large(
+        self, write: Write, payload: bytes, sequence: int
+    ) -> tuple[int, int, int, bytes, int]:
+        """Return how a large record is stored: compressed, or as a patch.
+
+        As (kind, bytes of the base, flags, payload, `raw_bytes`). The bytes of the base are 0 for
+        a put that may be one, and -1 for one that may not.
+        """
+        raw_bytes = len(payload)
+        base_bytes = -1
+        if raw_bytes >= self._patch_min_bytes:
+            assert self.active is not None
+            patch = self._patch(self.active.bases, write, sequence)
+            if patch is not None:
+                return PATCH, *patch
+            base_bytes = 0
+        flags = 0
+        if raw_bytes >= COMPRESSION_MIN_BYTES and self._compression:
+            flags, payload = compress(payload)
+        return write.kind, base_bytes, flags, payload, raw_bytes
+
+    def _keep_base(
+        self, write: Write, kind: int, sequence: int, offset: int, base_bytes: int
+    ) -> None:
+        """Note a put as a base, and that of a patch in its row: the segment has to keep it."""
+        if kind == PUT:
+            assert self.active is not None
+            base = Base(offset, write.length, sequence, write.ids[_COMMIT])
+            self.active.bases.note(write.fingerprint, base)
+            return
+        write.length += base_bytes
+        write.row = with_length(write.row, ROW_IS_PATCH | write.length)
+
+    def _patch(
+        self, bases: Bases, write: Write, sequence: int
+    ) -> tuple[int, int, bytes, int] | None:
+        """Return what a large record is stored as, if a patch will do; None: as a whole.
+
+        As (bytes of the base, flags, payload as stored, `raw_bytes`). The patch is noted: the next
+        one is built on it.
+        """
+        changed = write.changed
+        if not changed or write.record is None:
+            return None
+        base = bases.of(write.fingerprint, write.ids[_BUILT_ON])
+        made = None if base is None else patch_on(base, write.record, write.ids[_COMMIT], changed)
+        if made is None:
+            return None
+        if not self.may_patch:
+            self.would_patch = True
+            return None
+        base, payload = made
+        raw_bytes = len(payload)
+        flags = 0
+        if self._compression:
+            flags, payload = compress(payload)
+        if self._codec is not None:
+            payload = self._codec.seal_patch(
+                payload, write.key, sequence, write.ids, flags, raw_bytes, base.packed
+            )
+            flags |= SEALED
+        bases.note(write.fingerprint, base)
+        return base.length, flags, base.packed + payload, raw_bytes
 
     # --- in the writer thread -----------------------------------------------------------------
 
@@ -297,14 +394,23 @@ class LogWriter:
         if not self._is_reserve_spent:
             self.full = None
         if sync:
-            self._sync(active.fd, active.path)
+            with self._one_sync:
+                self.check_usable()  # the sync that it waited for may have failed
+                self._sync(active.fd, active.path)
+                self._advance(active, end, frames, last_sequence)
+                self.durable_sequence = last_sequence
+        else:
+            self.check_usable()  # a sync beside it may have failed: this will never be durable
+            self._advance(active, end, frames, last_sequence)
+
+    def _advance(self, active: ActiveSegment, end: int, frames: int, last_sequence: int) -> None:
+        """Take what has been written into the log."""
         self.bytes_written += end - active.end
         active.end = active.segment.length = end
         active.rows += self._pending_rows
+        active.bases.written()
         active.frames += frames
-        active.highest_sequence = last_sequence
-        if sync:
-            self.durable_sequence = last_sequence
+        active.highest_sequence = last_sequence  # last: a sync beside it covers up to here
 
     def _cut_back(self, active: ActiveSegment, error: OSError) -> None:
         """Restore the segment to its last good frame after a failed write; always raises."""
@@ -335,15 +441,26 @@ class LogWriter:
             "taken, reads go on; check the disk, then open the directory again"
         ) from error
 
-    def sync(self) -> None:
-        """Sync what has been appended since the last sync."""
-        self.check_usable()
+    @property
+    def is_synced(self) -> bool:
+        """Whether no frame that has been appended lacks its sync. To be asked anywhere."""
         active = self.active
-        if active is None or self.durable_sequence >= active.highest_sequence:
-            return
-        highest = active.highest_sequence
-        self._sync(active.fd, active.path)
-        self.durable_sequence = highest
+        return active is None or self.durable_sequence >= active.highest_sequence
+
+    def sync(self) -> None:
+        """Sync what has been appended since the last sync. In any thread, beside an append.
+
+        Raises:
+            WriteOutcomeUnknown: it failed, or one before it did.
+        """
+        with self._one_sync:
+            self.check_usable()
+            active = self.active
+            if active is None or self.durable_sequence >= active.highest_sequence:
+                return
+            highest = active.highest_sequence  # not what comes meanwhile
+            self._sync(active.fd, active.path)
+            self.durable_sequence = highest
 
     def seal(self) -> ActiveSegment | None:
         """Write the footer of the active segment and sync it; return it, for its hint.
@@ -363,9 +480,8 @@ class LogWriter:
             durable_sequence=self.durable_sequence,
         )
         self.append([footer], 0, sync=True)
-        self._files.close(active.fd)
+        self.close()
         active.segment.sealed = True
-        self.active = None
         return active
 
     def create(self) -> Segment:
@@ -409,9 +525,10 @@ class LogWriter:
 
     def close(self) -> None:
         """Close the active segment's file."""
-        if self.active is not None:
-            self._files.close(self.active.fd)
-            self.active = None
+        with self._one_sync:
+            if self.active is not None:
+                self._files.close(self.active.fd)
+                self.active = None
 
 
 def encode_footer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from persistence.clock import Clock, SystemClock
 from persistence.config import RedisConfig
@@ -13,7 +13,36 @@ from persistence.remote.opening import tier_of
 from persistence.remote.postgres_urls import is_postgres
 
 
-class RedisProvider(TierProvider):
+class _ServerProvider(TierProvider):
+    """A provider in the server of a URL; a subclass says which kind of server it is for."""
+
+    _kind: ClassVar[str]
+    _is_postgres: ClassVar[bool]
+    _needs: ClassVar[str]
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        ttl_seconds: float = DEFAULT_TTL_SECONDS,
+        max_bytes: int = MAX_BYTES,
+        clock: Clock | None = None,
+        **settings: Any,
+    ) -> None:
+        config = RedisConfig(url=url, **settings)
+        if config.url is None or is_postgres(config.url) != self._is_postgres:
+            raise ConfigError(f"redis.url: a {type(self).__name__} needs the URL of {self._needs}")
+        clock = clock or SystemClock()
+        super().__init__(
+            tier_of(config, clock),
+            name=self._kind,
+            ttl_seconds=ttl_seconds,
+            max_bytes=max_bytes,
+            clock=clock,
+        )
+
+
+class RedisProvider(_ServerProvider):
     """A `SessionProvider` in Redis 6.2 or newer, or Valkey: one server, Sentinel or Cluster.
 
     Args:
@@ -29,29 +58,12 @@ class RedisProvider(TierProvider):
         InvalidArgument: `ttl_seconds` is no duration.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        ttl_seconds: float = DEFAULT_TTL_SECONDS,
-        max_bytes: int = MAX_BYTES,
-        clock: Clock | None = None,
-        **settings: Any,
-    ) -> None:
-        config = RedisConfig(url=url, **settings)
-        if config.url is None or is_postgres(config.url):
-            raise ConfigError("redis.url: a RedisProvider needs the URL of a Redis: redis://host")
-        clock = clock or SystemClock()
-        super().__init__(
-            tier_of(config, clock),
-            name="redis",
-            ttl_seconds=ttl_seconds,
-            max_bytes=max_bytes,
-            clock=clock,
-        )
+    _kind = "redis"
+    _is_postgres = False
+    _needs = "a Redis: redis://host"
 
 
-class PostgresProvider(TierProvider):
+class PostgresProvider(_ServerProvider):
     """A `SessionProvider` in PostgreSQL 14 or newer. Needs the extra ``postgres``.
 
     Args:
@@ -67,25 +79,6 @@ class PostgresProvider(TierProvider):
         InvalidArgument: `ttl_seconds` is no duration.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        ttl_seconds: float = DEFAULT_TTL_SECONDS,
-        max_bytes: int = MAX_BYTES,
-        clock: Clock | None = None,
-        **settings: Any,
-    ) -> None:
-        config = RedisConfig(url=url, **settings)
-        if config.url is None or not is_postgres(config.url):
-            raise ConfigError(
-                "redis.url: a PostgresProvider needs the URL of a database: postgresql://host/name"
-            )
-        clock = clock or SystemClock()
-        super().__init__(
-            tier_of(config, clock),
-            name="postgresql",
-            ttl_seconds=ttl_seconds,
-            max_bytes=max_bytes,
-            clock=clock,
-        )
+    _kind = "postgresql"
+    _is_postgres = True
+    _needs = "a database: postgresql://host/name"

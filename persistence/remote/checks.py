@@ -144,6 +144,8 @@ def _is_known(keys: Keys, key: bytes, kind: bytes) -> bool:
     """Whether a key that is no session's may be there: epochs, and what other parts keep."""
     if key.startswith(keys.prefix + b":epoch:"):
         return kind == b"string"
+    if key in keys.checkpoints():
+        return kind == b"hash"
     return key.startswith(keys.prefix + b":checkpoint")
 
 

@@ -5,6 +5,7 @@ key                                     what it is
 ======================================  ========================================================
 ``<namespace>:session:{<session id>}``  hash: one session or its tombstone (see `remote.layout`)
 ``<namespace>:epoch:{<tag>}``           string: random id of the content; one, or 16 on Cluster
+``<namespace>:checkpoint…``             see `checkpoint.redis_store`
 ======================================  ========================================================
 
 Channels: ``<namespace>:commits`` carries announcements, ``<namespace>:beat:<worker>`` the worker's
@@ -63,6 +64,10 @@ class Keys:
         """Return the epoch keys: on Cluster so many that every usual primary has one."""
         tags = _spread_tags() if cluster else [b"0"]
         return [b"%b:epoch:{%b}" % (self.prefix, tag) for tag in tags]
+
+    def checkpoints(self) -> tuple[bytes, bytes]:
+        """Return the keys of the hashes of checkpoints: their manifests, and those begun."""
+        return self.prefix + b":checkpoints", self.prefix + b":checkpoints:started"
 
     def beat(self, worker: bytes) -> bytes:
         """Return the channel of a worker's own heartbeat."""

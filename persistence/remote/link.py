@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
+from persistence.remote.connections import Connections
 from persistence.remote.exchanges import Fault, Lost, Unsent
 from persistence.remote.faults import Refused
 from persistence.remote.layout import pack_command
@@ -109,7 +110,7 @@ class Lease:
             return error
 
 
-class Link:
+class Link(Connections[AbstractConnection]):
     """The connections to one server.
 
     Args:
@@ -126,13 +127,9 @@ class Link:
         max_connections: int,
         timeout_seconds: float,
     ) -> None:
+        super().__init__(f"Redis at {where}", max_connections, timeout_seconds)
         self.where = where
         self._make = make
-        self._max_connections = max_connections
-        self._timeout_seconds = timeout_seconds
-        self._free = asyncio.Semaphore(max_connections)
-        self._idle: list[AbstractConnection] = []
-        self._closed = False
 
     async def connect(self) -> AbstractConnection:
         """Return a new connection that is the caller's own: to listen on, for example.
@@ -151,7 +148,7 @@ class Link:
             if isinstance(error, redis_errors.ResponseError) or _is_answer(error):
                 raise Refused(error, self.where) from error
             reason = _words(error, "no answer in time")
-            raise Unsent(f"Redis at {self.where} cannot be reached: {reason}") from error
+            raise Unsent(f"{self._server} cannot be reached: {reason}") from error
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -164,36 +161,27 @@ class Link:
             Unsent: there is none, or the server cannot be reached.
             Refused: it lets nobody in.
         """
-        await self._await_turn()
-        connection = None
+        connection: AbstractConnection | None = await self._take()
         try:
-            connection = self._take_idle() or await self.connect()
+            assert connection is not None, "taken"
             lease = Lease(connection, self._timeout_seconds, self.where)
             yield lease
-            if not lease.owed and not self._closed:
-                self._idle.append(connection)
+            if not lease.owed and self._keep(connection):
                 connection = None
         finally:
             self._free.release()
             if connection is not None:
                 await connection.disconnect(nowait=True)
 
-    async def _await_turn(self) -> None:
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                await self._free.acquire()
-        except TimeoutError:
-            raise Unsent(
-                f"Redis at {self.where}: all {self._max_connections} connections are busy"
-            ) from None
+    def _is_usable(self, connection: AbstractConnection) -> bool:
+        """Whether the other end has neither closed it nor said something nobody asked for."""
+        reader = connection._reader
+        if reader is None or reader.at_eof():
+            return False
+        return not reader._buffer  # type: ignore[attr-defined]
 
-    def _take_idle(self) -> AbstractConnection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            if not _is_stale(connection):
-                return connection
-            _close(connection)
-        return None
+    def _drop(self, connection: AbstractConnection) -> None:
+        connection._close()  # type: ignore[no-untyped-call]
 
     async def exchange(self, calls: Sequence[Call]) -> list[Any]:
         """Send `calls` in one pipeline; return for each its reply, or the `Fault` it met.
@@ -234,17 +222,10 @@ class Link:
             raise reply
         return reply
 
-    def drop_idle(self) -> None:
-        """Close what nobody uses: after a fault the others are suspect too."""
-        for connection in self._idle:
-            _close(connection)
-        self._idle.clear()
-
     async def close(self) -> None:
         """Close all connections; those in use when they are given back."""
         self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection in self._end_idle():
             await connection.disconnect(nowait=True)
 
 
@@ -262,17 +243,6 @@ def _slices(calls: Sequence[Call]) -> Iterator[tuple[list[bytes], int]]:
             pieces, count, size = [], 0, 0
     if pieces:
         yield pieces, count
-
-
-def _is_stale(connection: AbstractConnection) -> bool:
-    """Whether the other end has closed a connection, or said something nobody asked for."""
-    reader = connection._reader
-    return reader is None or reader.at_eof() or bool(reader._buffer)  # type: ignore[attr-defined]
-
-
-def _close(connection: AbstractConnection) -> None:
-    """Close a connection at once: there is nobody to say goodbye to."""
-    connection._close()  # type: ignore[no-untyped-call]
 
 
 def _is_answer(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ from persistence.remote.postgres_link import SMALL_BYTES, PostgresLink
 from persistence.remote.postgres_rows import RowCodec, decode_stored, id_bytes
 from persistence.remote.postgres_schema import SESSIONS, prepare
 from persistence.remote.postgres_urls import parse_postgres_url
+from persistence.remote.subscription import Subscriptions
 from persistence.sealer import Sealer
 from persistence.slices import Slices
 
@@ -122,7 +123,7 @@ class PostgresTier:
             config=config,
             where=self.where,
         )
-        self._subscription: PostgresSubscription | None = None
+        self._subscriptions = Subscriptions()
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -137,9 +138,7 @@ class PostgresTier:
 
     async def close(self) -> None:
         """Give all connections back; idempotent."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            await subscription.close()
+        await self._subscriptions.close()
         await self._link.close()
 
     # --- reading ----------------------------------------------------------------------------------
@@ -265,23 +264,23 @@ class PostgresTier:
 
     async def subscribe(self, listener: Listener) -> None:
         """Tell `listener` of other workers' commits, until `close`."""
-        if self._subscription is not None:
-            await self._subscription.close()
-        self._subscription = PostgresSubscription(
-            self._link,
-            self._channels,
-            self.worker,
-            listener,
-            epoch=self.epoch,
-            remove_expired=self._remove_expired,
-            heartbeat_seconds=self._config.heartbeat_seconds,
-            timeout_seconds=self._config.timeout_seconds,
+        await self._subscriptions.begin(
+            lambda: PostgresSubscription(
+                self._link,
+                self._channels,
+                self.worker,
+                listener,
+                epoch=self.epoch,
+                remove_expired=self._remove_expired,
+                heartbeat_seconds=self._config.heartbeat_seconds,
+                timeout_seconds=self._config.timeout_seconds,
+            )
         )
 
     @property
     def is_listening(self) -> bool:
         """Whether announcements of other workers arrive, as far as the last heartbeat tells."""
-        return self._subscription is not None and self._subscription.is_connected
+        return self._subscriptions.is_connected
 
     @property
     def repeated(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any, Final
 import asyncpg
 from asyncpg import InterfaceError, PostgresError
 
+from persistence.remote.connections import Connections
 from persistence.remote.exchanges import Lost, Unsent
 from persistence.remote.postgres_faults import Refused, ends_connection, first_line, is_broken
 from persistence.remote.postgres_urls import PostgresTarget
@@ -39,7 +40,7 @@ _SETTINGS: Final = {
 }
 
 
-class PostgresLink:
+class PostgresLink(Connections[Any]):
     """The connections to one database.
 
     Args:
@@ -51,14 +52,10 @@ class PostgresLink:
     def __init__(
         self, target: PostgresTarget, max_connections: int, timeout_seconds: float
     ) -> None:
+        super().__init__(f"PostgreSQL at {target.shown}", max_connections, timeout_seconds)
         self.where = target.shown
         self._arguments = target.arguments
         self._settings = {**_SETTINGS, "statement_timeout": f"{_milliseconds(timeout_seconds)}"}
-        self._max_connections = max_connections
-        self._timeout_seconds = timeout_seconds
-        self._free = asyncio.Semaphore(max_connections)
-        self._idle: list[Any] = []
-        self._closed = False
 
     async def connect(self) -> Any:
         """Return a new connection that is the caller's own: to listen on, for example.
@@ -78,7 +75,7 @@ class PostgresLink:
             raise self._unreached(_words(error, "no answer in time")) from error
 
     def _unreached(self, reason: str) -> Unsent:
-        return Unsent(f"PostgreSQL at {self.where} cannot be reached: {reason}")
+        return Unsent(f"{self._server} cannot be reached: {reason}")
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[Any]:
@@ -88,34 +85,21 @@ class PostgresLink:
             Unsent: there is none, or the server cannot be reached.
             Refused: it lets nobody in.
         """
-        await self._await_turn()
-        connection = None
+        connection = await self._take()
         try:
-            connection = self._take_idle() or await self.connect()
             yield connection
-            if not self._closed:
-                self._idle.append(connection)
+            if self._keep(connection):
                 connection = None
         finally:
             self._free.release()
             if connection is not None:
                 connection.terminate()
 
-    async def _await_turn(self) -> None:
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                await self._free.acquire()
-        except TimeoutError:
-            raise Unsent(
-                f"PostgreSQL at {self.where}: all {self._max_connections} connections are busy"
-            ) from None
+    def _is_usable(self, connection: Any) -> bool:
+        return not connection.is_closed()
 
-    def _take_idle(self) -> Any:
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.is_closed():
-                return connection
-        return None
+    def _drop(self, connection: Any) -> None:
+        connection.terminate()
 
     async def rows(
         self, statement: str, *arguments: Any, payload_bytes: int = 0
@@ -144,14 +128,14 @@ class PostgresLink:
             except PostgresError as error:
                 if ends_connection(error):
                     self.drop_idle()
-                    raise Lost(f"PostgreSQL at {self.where}: {first_line(error)}") from error
+                    raise Lost(f"{self._server}: {first_line(error)}") from error
                 answer = error
                 if more_seconds:
                     connection.terminate()  # it would go on giving statements so much time
             except (InterfaceError, OSError) as error:
                 self.drop_idle()
                 reason = _words(error, "does not answer")
-                raise Lost(f"PostgreSQL at {self.where}: {reason}") from error
+                raise Lost(f"{self._server}: {reason}") from error
         return answer
 
     async def _give_time(self, connection: Any, more_seconds: float) -> None:
@@ -159,17 +143,10 @@ class PostgresLink:
         milliseconds = _milliseconds(self._timeout_seconds + more_seconds)
         await connection.execute(f"SET statement_timeout = {milliseconds}")
 
-    def drop_idle(self) -> None:
-        """Close what nobody uses: after a fault the others are suspect too."""
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.terminate()
-
     async def close(self) -> None:
         """Close all connections; those in use when they are given back."""
         self._closed = True
-        idle, self._idle = self._idle, []
-        await asyncio.gather(*(close_politely(connection) for connection in idle))
+        await asyncio.gather(*(close_politely(connection) for connection in self._end_idle()))
 
 
 def seconds_for(payload_bytes: int) -> float:

@@ -3,9 +3,11 @@
 ::
 
     postgresql://[user[:password]@]host[:port][,host[:port]…]/database
-    postgresql://[user[:password]@]/database?host=/run/postgresql          over a unix socket
+    postgresql://[user[:password]@][:port]/database?host=/run/postgresql   over a unix socket
 
-``postgres://`` means the same. Options behind ``?``: ``host`` (the directory of the socket),
+The port of a unix socket is part of its name (``.s.PGSQL.5432``). It may stand behind ``?``, too.
+
+``postgres://`` means the same. Options behind ``?``: ``host`` and ``port`` (of the socket),
 ``sslmode`` (``disable``, ``prefer``, ``require``, ``verify-ca``, ``verify-full``), ``sslrootcert``,
 ``sslcert``, ``sslkey`` (paths), and ``target_session_attrs`` (``primary`` or ``read-write``: of
 several hosts the one that takes writes). Anything else is refused: a misspelt option must not pass
@@ -26,7 +28,7 @@ from persistence.errors import ConfigError
 POSTGRES_PORT: Final = 5432
 _SCHEMES: Final = ("postgresql", "postgres")
 _TLS: Final = frozenset({"sslmode", "sslrootcert", "sslcert", "sslkey"})
-_OPTIONS: Final = _TLS | {"host", "target_session_attrs"}
+_OPTIONS: Final = _TLS | {"host", "port", "target_session_attrs"}
 _ALLOWED: Final = {
     "sslmode": ("disable", "prefer", "require", "verify-ca", "verify-full"),
     "target_session_attrs": ("primary", "read-write"),
@@ -96,7 +98,7 @@ def parse_postgres_url(url: str) -> PostgresTarget:
     hosts, _, path = place.partition("/")
     user, _, password = userinfo.partition(":")
     return PostgresTarget(
-        _addresses(hosts, options.pop("host", "")),
+        _addresses(hosts, options.pop("host", ""), options.pop("port", "")),
         _database(path),
         unquote(user),
         unquote(password),
@@ -129,7 +131,11 @@ def _database(path: str) -> str:
     return database
 
 
-def _addresses(hosts: str, socket: str) -> tuple[tuple[str, int], ...]:
+def _addresses(hosts: str, socket: str, port: str) -> tuple[tuple[str, int], ...]:
+    if socket and hosts.startswith(":") and not port:
+        hosts, port = "", hosts[1:]
+    if port and not socket:
+        raise ConfigError("redis.url: option 'port' is for a unix socket; write host:port")
     if bool(hosts) == bool(socket):
         raise ConfigError(
             "redis.url: name a host, or the directory of a socket: postgresql://host/shop or "
@@ -138,7 +144,9 @@ def _addresses(hosts: str, socket: str) -> tuple[tuple[str, int], ...]:
     if socket:
         if not socket.startswith("/"):
             raise ConfigError(f"redis.url: host = {socket!a}: must be the directory of a socket")
-        return ((socket, POSTGRES_PORT),)
+        if port and not _is_port(port):
+            raise ConfigError(f"redis.url: port = {port!a}: must be a number from 1 to 65535")
+        return ((socket, int(port or POSTGRES_PORT)),)
     return tuple(_address(place) for place in hosts.split(","))
 
 
@@ -147,6 +155,10 @@ def _address(place: str) -> tuple[str, int]:
     if not colon or place.endswith("]"):
         host, port = place, str(POSTGRES_PORT)
     host = unquote(host.removeprefix("[").removesuffix("]"))
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65_536:
+    if not host or not _is_port(port):
         raise ConfigError(f"redis.url: {place!a} is no host, or no host and port")
     return host, int(port)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65_536

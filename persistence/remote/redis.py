@@ -30,6 +30,7 @@ from persistence.remote.keys import Keys
 from persistence.remote.layout import decode_session, decode_state, lacks_key
 from persistence.remote.link import Command
 from persistence.remote.router import Router, Script, ScriptCall
+from persistence.remote.subscription import Subscriptions
 from persistence.remote.topology import topology_of
 from persistence.remote.urls import parse_url
 from persistence.sealer import Sealer
@@ -79,7 +80,7 @@ class RedisTier:
         self._committer = Committer(
             self._router, self._keys, self.worker, config=config, where=self.where, sealer=sealer
         )
-        self._subscription: RedisSubscription | None = None
+        self._subscriptions = Subscriptions()
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -97,9 +98,7 @@ class RedisTier:
 
     async def close(self) -> None:
         """Give all connections back; idempotent."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            await subscription.close()
+        await self._subscriptions.close()
         await self._topology.close()
 
     # --- reading ----------------------------------------------------------------------------------
@@ -267,22 +266,22 @@ class RedisTier:
 
     async def subscribe(self, listener: Listener) -> None:
         """Tell `listener` of other workers' commits, until `close`."""
-        if self._subscription is not None:
-            await self._subscription.close()
-        self._subscription = RedisSubscription(
-            self._topology,
-            self._keys,
-            self.worker,
-            listener,
-            epoch=self.epoch,
-            heartbeat_seconds=self._config.heartbeat_seconds,
-            timeout_seconds=self._config.timeout_seconds,
+        await self._subscriptions.begin(
+            lambda: RedisSubscription(
+                self._topology,
+                self._keys,
+                self.worker,
+                listener,
+                epoch=self.epoch,
+                heartbeat_seconds=self._config.heartbeat_seconds,
+                timeout_seconds=self._config.timeout_seconds,
+            )
         )
 
     @property
     def is_listening(self) -> bool:
         """Whether announcements of other workers arrive, as far as the last heartbeat tells."""
-        return self._subscription is not None and self._subscription.is_connected
+        return self._subscriptions.is_connected
 
     @property
     def repeated(self) -> int:

@@ -117,3 +117,26 @@ class Subscription(ABC):
                 self.connects += 1
                 self._listener.connected(epoch=epoch)
             await asyncio.sleep(self._heartbeat_seconds)
+
+
+class Subscriptions:
+    """The subscription of one tier, if it has one: a new listener takes the place of the last."""
+
+    def __init__(self) -> None:
+        self._current: Subscription | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether announcements arrive, as far as the last beat tells."""
+        return self._current is not None and self._current.is_connected
+
+    async def begin(self, make: Callable[[], Subscription]) -> None:
+        """End the subscription that there is, and make another one."""
+        await self.close()
+        self._current = make()
+
+    async def close(self) -> None:
+        """Stop listening; idempotent."""
+        current, self._current = self._current, None
+        if current is not None:
+            await current.close()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from persistence.access import SessionHandle as AsyncHandle
 from persistence.errors import Overtaken
+from persistence.requests import Request
 from persistence.session import Session, SessionDraft
-from persistence.sync.blocks import Block
-from persistence.sync.loop import LoopThread
+from persistence.sync.blocks import Block, Stream
+from persistence.sync.loop import LoopThread, off_loop
 from persistence.updates import change_draft
+from persistence.watching.changes import SessionChange
+from persistence.watching.watching import MAX_PENDING
 
 
 class SessionHandle:
@@ -64,6 +68,31 @@ class SessionHandle:
     def edit(self) -> Block[SessionDraft]:
         """Edit it: ``with handle.edit() as draft``; all or nothing."""
         return Block(self._thread, self._handle.edit)
+
+    def request(self, name: str = "") -> Block[Request]:
+        """Handle one request of it: ``with handle.request("GET /page") as r``."""
+        return Block(self._thread, partial(self._handle.request, name))
+
+    def resources(
+        self,
+        name: str,
+        factory: Callable[[], Any],
+        close: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Return a live resource of it; see `StateManager.resources` of this module."""
+        make, end = off_loop(factory), off_loop(close)
+        return self._thread.run(partial(self._handle.resources, name, make, end))
+
+    def scratch_dir(self) -> Path:
+        """Return the path of its private directory."""
+        return self._thread.run(self._handle.scratch_dir)
+
+    def watch(
+        self, *, after: int | None = None, max_pending: int = MAX_PENDING
+    ) -> Stream[SessionChange]:
+        """Listen to its changes: ``for change in handle.watch()``."""
+        listen = partial(self._handle.watch, after=after, max_pending=max_pending)
+        return Stream(self._thread, self._thread.ask(listen))
 
     def terminate(self) -> None:
         """End it; every token for it ends with it."""

@@ -101,7 +101,17 @@ class Watch(AsyncIterator[SessionChange]):
         mailbox: Mailbox,
         begin: Callable[[], Awaitable[None]] | None,
         leave: Callable[[], None],
+        guard: Callable[[], None] | None = None,
     ) -> None:
+        """Listen.
+
+        Args:
+            mailbox: where changes arrive.
+            begin: what the first reading does before; None: nothing.
+            leave: ends it.
+            guard: raises if the reader may not read any more; None: he always may.
+        """
+        self._guard = guard
         self._mailbox = mailbox
         self._begin = begin
         self._leave: Callable[[], None] | None = leave
@@ -127,7 +137,10 @@ class Watch(AsyncIterator[SessionChange]):
             except BaseException:
                 await self.aclose()
                 raise
-        return await self._mailbox.take()
+        change = await self._mailbox.take()
+        if self._guard is not None:
+            self._guard()
+        return change
 
     def waiting(self) -> list[SessionChange]:
         """Return the changes that wait to be read, and take them; never waits itself."""

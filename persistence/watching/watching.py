@@ -114,8 +114,25 @@ class Watching:
 
     # --- coming and going ---------------------------------------------------------------------
 
-    def watch(self, session_id: str | None, after: int | None, max_pending: int) -> Watch:
-        """Begin to listen; see `StateManager.watch`."""
+    def watch(
+        self,
+        session_id: str | None,
+        after: int | None,
+        max_pending: int,
+        *,
+        check: Callable[[bytes | None], None] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> Watch:
+        """Begin to listen; see `StateManager.watch`.
+
+        Args:
+            session_id: as there.
+            after: as there.
+            max_pending: as there.
+            check: gets the record of the session, None if it is not there, when the first change is
+                asked for; raises if it may not be watched.
+            guard: raises, before a change is handed out, if it may not be watched any more.
+        """
         if type(max_pending) is not int or not 1 <= max_pending <= MAX_COUNT:
             raise refused("max_pending", max_pending, f"a whole number from 1 to {MAX_COUNT}")
         if after is not None and (type(after) is not int or not 0 <= after <= MAX_COUNT):
@@ -134,9 +151,9 @@ class Watching:
             self._everywhere.mailboxes.append(mailbox)
         else:
             self._join(session_id, mailbox)
-            begin = partial(self._begin, session_id, key, mailbox, after)
+            begin = partial(self._begin, session_id, key, mailbox, after, check)
         self.is_on = True
-        return Watch(mailbox, begin, partial(self._leave, session_id, mailbox))
+        return Watch(mailbox, begin, partial(self._leave, session_id, mailbox), guard)
 
     def _join(self, session_id: str, mailbox: Mailbox) -> None:
         topic = self.topics.get(session_id)
@@ -163,7 +180,12 @@ class Watching:
         self.is_on = bool(self.topics or self._everywhere.mailboxes)
 
     async def _begin(
-        self, session_id: str, key: bytes, mailbox: Mailbox, after: int | None
+        self,
+        session_id: str,
+        key: bytes,
+        mailbox: Mailbox,
+        after: int | None,
+        check: Callable[[bytes | None], None] | None,
     ) -> None:
         """See that the session is there, and catch up with what came after version `after`."""
         if mailbox.has_ended():
@@ -183,6 +205,9 @@ class Watching:
             return  # it has ended meanwhile, and that can be read
         if record is None:
             await residency.expire_if_over(session_id, key)
+        if check is not None:
+            check(record)
+        if record is None:
             raise SessionNotFound(session_id)
         if topic.commit == NO_ID:
             topic.follow(record)

@@ -35,7 +35,7 @@ from persistence.errors import CorruptionError, DiskFull
 from tests.disk.history import Placed, scan
 from tests.disk.memoryfiles import MUTATING, Call, MemoryFiles, fail, kill_at
 from tests.disk.workload import Data, Workload
-from tests.support import PATH, Points, abandon, config, everything, opened
+from tests.support import PATH, Points, abandon, config, everything, opened, patching
 
 SEGMENT_BYTES: Final = 64 * 1024
 NEVER: Final = float("inf")
@@ -46,6 +46,12 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.ERROR)
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def _patches_of_small_records() -> Iterator[None]:
+    with patching(1024):
+        yield
 
 
 class Switch:
@@ -827,8 +833,13 @@ async def directory_to_compact(switch: Switch) -> tuple[MemoryFiles, dict[str, D
             await state.terminate_session(f"s{number}")
         for number in range(1, 40, 4):
             await state.replace_session(f"s{number}", {"n": -number})
+        for number in range(3, 50, 6):
+            await state.replace_session(f"s{number}", payload(number, 2000))
+            await state.update_session_data(f"s{number}", "n", -1)  # a patch
+            await state.update_session_data(f"s{number}", "n", number)  # in its place
         await rotate(state)
         data = await everything(state)
+        assert FrameType.PATCH in {frame.type for frame in all_frames(files)}
         await abandon(state)
     return files.after_kill(), data
 

@@ -20,7 +20,12 @@ from crc32c import crc32c
 from persistence import ManualClock, StateManager, errors
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import Files
-from persistence.disk.format import FORMAT_VERSION, SEGMENT_HEADER_BYTES, OtherFormat
+from persistence.disk.format import (
+    FORMAT_VERSION,
+    PATCHES_VERSION,
+    SEGMENT_HEADER_BYTES,
+    OtherFormat,
+)
 from persistence.disk.manifest import (
     MalformedManifest,
     Manifest,
@@ -172,13 +177,14 @@ def manifest_with(files: MemoryFiles, **changes: Any) -> bytes:
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(FORMAT_VERSION + 1, "use a newer version"), (FORMAT_VERSION - 1, "export with")],
+    [(PATCHES_VERSION + 1, "use a newer version"), (FORMAT_VERSION - 1, "export with")],
 )
 async def test_a_manifest_of_another_version_is_refused(
     files: MemoryFiles, version: int, advice: str
 ) -> None:
     files.set_data(MANIFEST, manifest_with(files, format_version=version, new_things=[1]))
-    words = f"format version {version}; this library reads {FORMAT_VERSION}: {advice}"
+    known = f"{FORMAT_VERSION} and {PATCHES_VERSION}"
+    words = f"format version {version}; this library reads {known}: {advice}"
     await assert_refused(files, errors.DirectoryNotUsable, words)
 
 

@@ -146,20 +146,24 @@ class IndexBesideDict(RuleBasedStateMachine):
 
     @rule(fingerprint=FINGERPRINTS, source=ROWS, goal=ROWS)
     def move_from_elsewhere(self, fingerprint: bytes, source: Row, goal: Row) -> None:
-        self._move(fingerprint, (source.segment, source.offset), (goal.segment, goal.offset))
+        self._move(fingerprint, (source.segment, source.offset), goal)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), goal=ROWS)
     def move(self, data: st.DataObject, goal: Row) -> None:
         row = self.model[data.draw(st.sampled_from(sorted(self.model)))]
-        self._move(row.fingerprint, (row.segment, row.offset), (goal.segment, goal.offset))
+        self._move(row.fingerprint, (row.segment, row.offset), goal)
 
-    def _move(self, fingerprint: bytes, source: tuple[int, int], target: tuple[int, int]) -> None:
+    def _move(self, fingerprint: bytes, source: tuple[int, int], goal: Row) -> None:
         row = self.model.get(fingerprint)
         fits = row is not None and (row.segment, row.offset) == source
-        assert self.index.move(fingerprint, source, target) == fits
+        target = (goal.segment, goal.offset)
+        needed = row.live_bytes if row is not None and fits else None
+        assert self.index.move(fingerprint, source, target, goal.length) == needed
         if row is not None and fits:
-            self.model[fingerprint] = row._replace(segment=target[0], offset=target[1])
+            self.model[fingerprint] = row._replace(
+                segment=target[0], offset=target[1], length=goal.length
+            )
 
     @rule()
     def through_a_snapshot(self) -> None:
@@ -262,7 +266,7 @@ def test_bytes_that_lie_across_columns_are_not_taken_for_a_fingerprint(shift: in
     assert index.place(third) is None
     assert index.sequence(third) is None
     assert index.touch(third, 0.0, 0.0) is None
-    assert not index.move(third, (first.segment, first.offset), (1, 1))
+    assert index.move(third, (first.segment, first.offset), (1, 1), 1) is None
     assert index.remove(third) is None
     assert sorted(index.rows_of_shard(9)) == sorted([first, second])
     new = row_of(third)

@@ -7,8 +7,8 @@ import pytest
 
 from persistence import ManualClock
 from persistence.disk.files import Files
-from persistence.disk.readonly import ReadOnlyFiles, StoredRecord, newest_records
 from persistence.disk.segments import Damage
+from tests.disk.readonly import ReadOnlyFiles, StoredRecord, newest_records
 from tests.support import abandon, config, everything, opened
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -60,6 +60,7 @@ class OneWrite:
 
     record: bytes | None
     key: bytes = b"key"
+    changed: dict[str, bytes] | None = None
     kind: int = int(FrameType.PUT)
     fingerprint: bytes = bytes(16)
     ids: bytes = bytes(48)
@@ -305,6 +306,112 @@ def test_frames_carry_what_was_durable_when_they_were_written() -> None:
     log.append(b"f", sync=False)
     durable = [placed.frame.durable_sequence for placed in log.frames()]
     assert durable == [100, 100, 102, 103, 103, 105]
+
+
+def beside(log: Log, operation: str, act: Callable[[], None]) -> None:
+    """Let `act` happen while the next call of this kind is under way: before it does anything."""
+
+    def gate(call: Call) -> None:
+        if call.operation == operation:
+            log.files.gates.remove(gate)
+            act()
+
+    log.files.gates.append(gate)
+
+
+def test_a_sync_counts_only_for_what_was_appended_before_it_began() -> None:
+    log = Log()
+    log.append(b"before", sync=False)
+    beside(log, "sync_data", lambda: log.append(b"meanwhile", sync=False))
+    log.writer.sync()
+    assert log.payloads() == [b"before", b"meanwhile"]
+    assert log.writer.durable_sequence == 101
+    assert not log.writer.is_synced
+    log.append(b"behind it", sync=False)
+    assert [placed.frame.durable_sequence for placed in log.frames()] == [100, 100, 101]
+    log.writer.sync()
+    assert log.writer.durable_sequence == 103
+    assert log.writer.is_synced
+
+
+def test_what_is_written_beside_a_sync_that_fails_is_not_acknowledged() -> None:
+    log = Log()
+    log.append(b"before", sync=False)
+    assert log.writer.active is not None
+    end = log.writer.active.end
+    log.files.faults.append(fail(errno.EIO, "sync_data"))
+
+    def fail_the_sync() -> None:
+        with pytest.raises(WriteOutcomeUnknown):
+            log.writer.sync()
+
+    beside(log, "write_at", fail_the_sync)
+    with pytest.raises(WriteOutcomeUnknown, match="open the directory again"):
+        log.append(b"meanwhile", sync=False)
+    assert log.writer.active.end == end
+    assert log.writer.durable_sequence == 100
+    log.watch()
+    assert_poisoned(log)
+
+
+def test_the_log_has_one_sync_at_a_time_and_is_closed_in_none() -> None:
+    log = Log()
+    held = []
+
+    def note(_: MemoryFiles, call: Call) -> None:
+        if call.operation in {"sync_data", "close"} and call.path.endswith(segment_name(1)):
+            held.append((call.operation, log.writer._one_sync.locked()))
+
+    log.files.faults.append(note)
+    log.append(b"a")
+    log.append(b"b", sync=False)
+    log.writer.sync()
+    log.append(b"c", sync=False)
+    log.writer.seal()
+    assert held == [("sync_data", True)] * 3 + [("close", True)]
+
+
+class WaitsInVain:
+    """In the place of the lock: while somebody waits for it, the sync that holds it fails."""
+
+    def __init__(self, writer: LogWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None:
+        self._writer.poisoned = "the sync that was under way"
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("call", ["append", "sync", "seal"])
+def test_whoever_waits_for_a_sync_that_fails_does_not_sync(call: str) -> None:
+    """The kernel tells of a failure once: the next sync of the file would pass for a good one."""
+    log = Log()
+    log.append(b"in doubt", sync=False)
+    log.watch()
+    log.writer._one_sync = WaitsInVain(log.writer)  # type: ignore[assignment]
+    calls = {"append": lambda: log.append(b"new"), "sync": log.writer.sync, "seal": log.writer.seal}
+    with pytest.raises(WriteOutcomeUnknown, match="the sync that was under way"):
+        calls[call]()
+    assert log.count("sync_data") == 0
+    assert log.writer.durable_sequence == 100
+    assert log.writer.active is not None
+    assert not log.writer.active.segment.sealed
+
+
+def test_a_sync_that_comes_behind_the_sealing_leaves_the_file_alone() -> None:
+    log = Log()
+    log.append(b"a", sync=False)
+    beside(log, "write_at", log.writer.sync)  # the footer's
+    log.writer.seal()
+    log.watch()
+    log.writer.sync()
+    assert log.seen == []
+    log.writer.create()
+    log.watch()
+    log.writer.sync()
+    assert log.seen == []
 
 
 def test_a_sync_without_anything_new_asks_nothing_of_the_disk() -> None:

@@ -57,6 +57,8 @@ class Workload:
         kind = self._chance.random()
         if before is None:
             value: Value = self._value()
+        elif kind < 0.15:
+            value = {**before, "n": self._value()["n"]}  # little of what a large one holds
         elif kind < 0.5:
             value = {**before, "x": self._value()["x"]}
         elif kind < 0.7:
@@ -67,7 +69,8 @@ class Workload:
             assert await self.read(state, sid) == before
             return
         try:
-            await self._write(state, sid, before, value, is_partial=kind < 0.5)
+            field = "n" if kind < 0.15 else "x" if kind < 0.5 else ""
+            await self._write(state, sid, before, value, field)
         except (DiskFull, DirectoryNotUsable):
             self.refused += 1
             self.possible.setdefault(sid, []).append(value)  # a power loss may bring it back
@@ -84,14 +87,14 @@ class Workload:
         return {"n": self._count, "x": self._chance.randbytes(size)}
 
     async def _write(
-        self, state: StateManager, sid: str, before: Value, value: Value, *, is_partial: bool
+        self, state: StateManager, sid: str, before: Value, value: Value, field: str
     ) -> None:
         if value is None:
             assert await state.terminate_session(sid)
         elif before is None:
             await state.create_session(session_id=sid, data=value)
-        elif is_partial:
-            await state.update_session_data(sid, "x", value["x"])
+        elif field:
+            await state.update_session_data(sid, field, value[field])
         else:
             await state.replace_session(sid, value)
 

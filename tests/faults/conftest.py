@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support import patching
+
 
 @pytest.fixture
 def fault_seed(request: pytest.FixtureRequest) -> int:
@@ -27,3 +29,10 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def _patches_of_small_records() -> Iterator[None]:
+    """Records of these suites are small; most updates shall write a patch all the same."""
+    with patching(128, 0.7):
+        yield

@@ -38,6 +38,7 @@ from persistence.cli.jsonl import LineError
 from persistence.cli.jsonl import decode as decode_line
 from persistence.cli.jsonl import encode as encode_line
 from persistence.disk import format as fmt
+from persistence.disk import patches
 from persistence.disk.caches import _decode_snapshot
 from persistence.disk.index import SHARDS, Index
 from persistence.disk.journal import MAGIC as JOURNAL_MAGIC
@@ -126,6 +127,42 @@ def _decode_frame(data: bytes) -> None:
         if record is not None:
             assert len(record) <= 255 * len(data) + 128, "no bomb"
             _decode_record(record)
+
+
+def _patched() -> bytes:
+    record = _record()
+    changed = {"n": rec.pack_value(2, "n")}
+    now = rec.patched(record, b"d" * 16, changed, rec.layout_of(record))
+    put = _frame(record)
+    made = patches.patch_on(patches.Base(0, 10**6, 5, b"c" * 16), now, b"d" * 16, changed)
+    assert made is not None
+    where = patches.Base(0, len(put), 5, b"").packed
+    patch = fmt.encode_frame(
+        *(_SALT, fmt.PATCH, b"a", where + made[1], 6, 5, now[:32] + NO_ID),
+        raw_bytes=len(made[1]),
+    )
+    return put + patch
+
+
+def _seal_patched(data: bytes) -> bytes:
+    """Make the checksums of both frames right, and leave all else as it is."""
+    put_bytes = fmt.frame_length(data, 0) or 0
+    return _seal_frame(data[:put_bytes]) + _seal_frame(data[put_bytes:])
+
+
+def _decode_patched(data: bytes) -> None:
+    at = fmt.frame_length(data, 0) or 0
+    found = patches.read_patched(
+        lambda offset, size: data[offset : offset + size], at, _SALT, patches.PlainRecords(), b"a"
+    )
+    assert found is not None
+    if isinstance(found, patches.Patched):
+        assert len(found.record) <= 2 * (255 * len(data) + 128), "no bomb"
+        _decode_record(found.record)
+    for record in (_record(), _record({})):
+        made = patches.patched_record(record, record[:32], data)
+        if made is not None:
+            _decode_record(made)
 
 
 def _decode_record(data: bytes) -> None:
@@ -360,6 +397,7 @@ def _bomb_frame() -> bytes:
 TARGETS: Final[dict[str, Target]] = {
     "segment header": Target(_decode_header, [_header()], _behind),
     "frame": Target(_decode_frame, [_frame(_record()), _bomb_frame()], _seal_frame),
+    "patch": Target(_decode_patched, [_patched()], _seal_patched),
     "record": Target(_decode_record, [_record(), _record({}), _record({"a": {1, 2}})]),
     "value": Target(
         _decode_value,

@@ -39,6 +39,7 @@ COMPACTOR: Final = "persistence/disk/compactor.py"
 LASTLOG: Final = "persistence/disk/lastlog.py"
 RECOVERY: Final = "persistence/disk/recovery.py"
 DIRECTORY: Final = "persistence/disk/directory.py"
+PATCHES: Final = "persistence/disk/patches.py"
 CHECKPOINT: Final = "persistence/checkpoint/manifest.py"
 SCRIPT: Final = "persistence/remote/scripts/commit.lua"
 
@@ -69,6 +70,7 @@ WRITING: Final = "tests/disk/test_writer.py"
 RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
 ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
+PATCHING: Final = "tests/disk/test_patches.py"
 COMMITTING: Final = "tests/test_commit.py"
 REQUESTING: Final = "tests/test_requests.py"
 SHIPPING: Final = "tests/checkpoint/test_create.py"
@@ -110,8 +112,8 @@ MUTANTS: Final = (
     Mutant(
         "no sync of an append",
         WRITER,
-        "        if sync:\n            self._sync(active.fd, active.path)\n",
-        "",
+        "                self._sync(active.fd, active.path)\n                self._advance",
+        "                self._advance",
         (MONITORED,),
     ),
     Mutant(
@@ -320,6 +322,87 @@ MUTANTS: Final = (
         '        self.poisoned = f"{path}: {error.strerror}"\n        _log.error(',
         "        _log.error(",
         (f"{WRITING}::test_a_sync_that_failed_is_never_tried_again_on_that_file",),
+    ),
+    # --- syncs beside appends -----------------------------------------------------------------
+    Mutant(
+        "a sync counts for what is appended while it runs",
+        WRITER,
+        "            highest = active.highest_sequence  # not what comes meanwhile\n"
+        "            self._sync(active.fd, active.path)\n",
+        "            self._sync(active.fd, active.path)\n"
+        "            highest = active.highest_sequence\n",
+        (f"{WRITING}::test_a_sync_counts_only_for_what_was_appended_before_it_began",),
+    ),
+    Mutant(
+        "a batch is synced beside another sync",
+        WRITER,
+        "            with self._one_sync:\n                self.check_usable()",
+        "            with suppress():\n                self.check_usable()",
+        (f"{WRITING}::test_the_log_has_one_sync_at_a_time_and_is_closed_in_none",),
+    ),
+    Mutant(
+        "a sync runs beside the one of a batch",
+        WRITER,
+        "        with self._one_sync:\n            self.check_usable()\n",
+        "        with suppress():\n            self.check_usable()\n",
+        (f"{WRITING}::test_the_log_has_one_sync_at_a_time_and_is_closed_in_none",),
+    ),
+    Mutant(
+        "a segment is closed while it is synced",
+        WRITER,
+        "        with self._one_sync:\n            if self.active is not None:\n",
+        "        with suppress():\n            if self.active is not None:\n",
+        (f"{WRITING}::test_the_log_has_one_sync_at_a_time_and_is_closed_in_none",),
+    ),
+    Mutant(
+        "a batch is synced behind a sync that failed",
+        WRITER,
+        "                self.check_usable()  # the sync that it waited for may have failed\n",
+        "",
+        (f"{WRITING}::test_whoever_waits_for_a_sync_that_fails_does_not_sync",),
+    ),
+    Mutant(
+        "a sync is made behind one that failed",
+        WRITER,
+        "        with self._one_sync:\n            self.check_usable()\n",
+        "        with self._one_sync:\n",
+        (f"{WRITING}::test_whoever_waits_for_a_sync_that_fails_does_not_sync",),
+    ),
+    Mutant(
+        "what is written beside a sync that fails is acknowledged",
+        WRITER,
+        "            self.check_usable()  # a sync beside it may have failed:"
+        " this will never be durable\n",
+        "",
+        (f"{WRITING}::test_what_is_written_beside_a_sync_that_fails_is_not_acknowledged",),
+    ),
+    Mutant(
+        "a flush is content with a sync that began before its updates",
+        COMMIT,
+        "        covered = min(self._oldest_undecided(), self._submitted + 1)\n",
+        "        covered = self._oldest_undecided()\n",
+        (f"{COMMITTING}::test_a_flush_during_a_sync_waits_for_the_next_one",),
+    ),
+    Mutant(
+        "updates go on however long a sync takes",
+        COMMIT,
+        "        return self._sync_due and self._syncing is not None\n",
+        "        return False\n",
+        (f"{COMMITTING}::test_a_sync_that_takes_longer_than_the_interval_holds_updates_back",),
+    ),
+    Mutant(
+        "a segment is synced as a whole when it is full",
+        COMMIT,
+        'config.segment_bytes * _SYNCED_EARLY if config.fsync == "interval" else math.inf',
+        "math.inf",
+        (f"{COMMITTING}::test_a_segment_is_synced_in_parts_before_it_is_full",),
+    ),
+    Mutant(
+        "updates wait for the sync of each interval",
+        COMMIT,
+        "        self._syncing = self._disk.threads.sync(writer.sync)\n",
+        "        self._syncing = self._disk.threads.write(writer.sync)\n",
+        (f"{COMMITTING}::test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing",),
     ),
     Mutant(
         "damage in the last segment passes for a torn tail",
@@ -613,6 +696,78 @@ MUTANTS: Final = (
         "        if not was_lost(mine, found):\n",
         "        if True:\n",
         (OUTAGES,),
+    ),
+    Mutant(
+        "which put a patch is built on is not checked",
+        PATCHES,
+        "        and base.sequence == sequence\n",
+        "",
+        (f"{PATCHING}::test_a_patch_is_only_read_with_the_base_that_it_names",),
+    ),
+    Mutant(
+        "whose record a patch is built on is not checked",
+        PATCHES,
+        "        and base.key == patch.key\n",
+        "",
+        (f"{PATCHING}::test_a_patch_is_only_read_with_the_base_that_it_names",),
+    ),
+    Mutant(
+        "what a patch makes of its base is not checked",
+        PATCHES,
+        "    return record if (len(raw), crc32c(raw)) == (raw_bytes, checksum) else None\n",
+        "    return record\n",
+        (f"{PATCHING}::test_a_patch_on_another_record_makes_none",),
+    ),
+    Mutant(
+        "a patch grows without bound",
+        PATCHES,
+        "    if len(changes) > MAX_BASE_FRACTION * base.length:\n",
+        "    if False:\n",
+        (f"{PATCHING}::test_a_patch_that_has_grown_is_written_as_a_whole_record",),
+    ),
+    Mutant(
+        "a patch is built on a commit that is not the newest",
+        PATCHES,
+        "        return base if base is not None and base.commit == commit else None\n",
+        "        return base\n",
+        (PATCHING,),
+    ),
+    Mutant(
+        "a patch forgets what has changed before it",
+        PATCHES,
+        "    names = (*base.names, *(name for name in changed if name not in base.names))\n",
+        "    names = tuple(changed)\n",
+        (PATCHING,),
+    ),
+    Mutant(
+        "the base of a patch counts as dead",
+        WRITER,
+        "        write.length += base_bytes\n",
+        "",
+        (
+            f"{PATCHING}::test_a_patch_takes_the_place_of_the_one_before_and_what_is_dead_is_counted",
+        ),
+    ),
+    Mutant(
+        "a patch is written before the manifest says that there may be some",
+        WRITER,
+        "        if not self.may_patch:\n",
+        "        if False:\n",
+        (f"{PATCHING}::test_a_directory_is_of_the_newer_version_from_its_first_patch_on",),
+    ),
+    Mutant(
+        "compaction takes a patch for a record",
+        COMPACTION,
+        "        return self.mark >= ROW_IS_PATCH\n",
+        "        return False\n",
+        (f"{PATCHING}::test_compaction_writes_the_whole_record_and_the_base_does_not_die_before",),
+    ),
+    Mutant(
+        "a checkpoint ships a patch without its base",
+        "persistence/checkpoint/plan.py",
+        "        if first in patches:\n",
+        "        if False:\n",
+        ("tests/checkpoint/test_patches.py",),
     ),
     Mutant(
         "an old copy brings back what has expired",

@@ -2,7 +2,8 @@
 
 `stepped` lets everything that the engine would do in its threads happen on the event loop: at once,
 or, with a seed, some turns of the loop later, so that what runs beside it gets in between. Calls of
-the writer stay in their order; others overtake each other as they would in several threads.
+the writer stay in their order, and so do those of the syncer, which come between them anywhere;
+others overtake each other as they would in several threads.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ class SteppedThreads(Threads):
         super().__init__()
         self._chance = chance
         self._writes: deque[Callable[[], None]] = deque()
+        self._syncs: deque[Callable[[], None]] = deque()
         self._reads: deque[Callable[[], None]] = deque()
 
     def write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         return self._begin(self._writes, partial(call, *args, **kwargs))
+
+    def sync(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        return self._begin(self._syncs, partial(call, *args, **kwargs))
 
     def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         return self._begin(self._reads, partial(call, *args, **kwargs))
@@ -68,7 +73,7 @@ class SteppedThreads(Threads):
 
     def close(self) -> None:
         """End what is under way, and take nothing more."""
-        for queue in (self._writes, self._reads):
+        for queue in (self._writes, self._syncs, self._reads):
             while queue:
                 queue.popleft()()
         super().close()

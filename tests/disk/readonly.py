@@ -9,14 +9,23 @@ No lock is taken: read a directory that nobody writes to.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from persistence.disk.directory import check_keys, read_manifest
 from persistence.disk.filenames import MANIFEST, segment_name
 from persistence.disk.files import Files, read_all, read_exactly
-from persistence.disk.format import Frame, FrameType, decode_frame, record_of
+from persistence.disk.format import (
+    FRAME_HEADER_BYTES,
+    MAX_KEY_BYTES,
+    ROW_IS_PATCH,
+    Frame,
+    FrameType,
+    decode_frame,
+)
 from persistence.disk.index import SHARDS, Fingerprints, Row
+from persistence.disk.patches import Patched, PlainRecords, Records
+from persistence.disk.reader import read_patched_at
 from persistence.disk.recovery import Recovery
 from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage
@@ -173,8 +182,9 @@ def newest_records(path: str, sealer: Sealer | None = None) -> Iterator[StoredRe
     directory = os.path.abspath(path)
     manifest, defect = read_manifest(files, directory)
     check_keys(directory, manifest, sealer)
-    codec = None if sealer is None else RecordCodec(sealer, manifest.directory_id)
-    decode = record_of if codec is None else codec.record_of
+    records: Records = PlainRecords()
+    if sealer is not None:
+        records = RecordCodec(sealer, manifest.directory_id)
     if defect is not None:
         yield Damage(f"{directory}/{MANIFEST}", 0, None, defect)
     recovery = Recovery(files, directory, manifest, Fingerprints(manifest.fingerprint_key))
@@ -186,7 +196,7 @@ def newest_records(path: str, sealer: Sealer | None = None) -> Iterator[StoredRe
     for shard in range(SHARDS):
         for row in sorted(found.index.rows_of_shard(shard), key=lambda row: row.segment):
             segment = found.segments[row.segment]
-            record = _read(files, directory, row, segment.salt_checksum, decode)
+            record = _read(files, directory, row, segment.salt_checksum, records)
             if isinstance(record, StoredRecord) or (record.path, record.offset) not in told:
                 yield record
 
@@ -196,24 +206,36 @@ def _read(
     directory: str,
     row: Row,
     salt_checksum: int,
-    decode: Callable[[Frame], bytes | None],
+    records: Records,
 ) -> StoredRecord | Damage:
     path = f"{directory}/{segment_name(row.segment)}"
     try:
         fd = files.open_read(path)
         try:
+            if row.length >= ROW_IS_PATCH:
+                patched = read_patched_at(files, fd, row.offset, salt_checksum, records)
+                if isinstance(patched, Patched):
+                    whose = patched.frame.key.decode()
+                    return StoredRecord(whose, patched.record, row.accessed, row.deadline)
+                head = read_exactly(files, fd, FRAME_HEADER_BYTES + MAX_KEY_BYTES, row.offset)
+                return Damage(path, row.offset, _whose(head, salt_checksum), patched)
             data = read_exactly(files, fd, row.length, row.offset)
         finally:
             files.close(fd)
     except OSError as error:
         return Damage(path, row.offset, None, f"it cannot be read ({error.strerror})")
     frame = decode_frame(data, 0, salt_checksum)
-    record = decode(frame) if isinstance(frame, Frame) and frame.type == FrameType.PUT else None
+    is_put = isinstance(frame, Frame) and frame.type == FrameType.PUT
+    record = records.record_of(frame) if isinstance(frame, Frame) and is_put else None
     if record is None:
-        key = frame.key
-        whose = key.decode("utf-8", "backslashreplace") if key else None
-        intact = isinstance(frame, Frame) and decode is not record_of
+        intact = isinstance(frame, Frame) and isinstance(records, RecordCodec)
         reason = NOT_SEALED_HERE if intact else "the stored bytes fail their checksum"
-        return Damage(path, row.offset, whose, reason)
+        return Damage(path, row.offset, _whose(data, salt_checksum), reason)
     assert isinstance(frame, Frame)
     return StoredRecord(frame.key.decode(), record, row.accessed, row.deadline)
+
+
+def _whose(frame: bytes, salt_checksum: int) -> str | None:
+    """Return the session of a frame, of which the start will do, if its header is intact."""
+    key = decode_frame(frame, 0, salt_checksum).key
+    return key.decode("utf-8", "backslashreplace") if key else None
