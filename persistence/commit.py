@@ -28,10 +28,10 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from struct import Struct
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from persistence.clock import Clock
 from persistence.config import DiskConfig
@@ -273,13 +273,13 @@ class CommitQueue:
         """Start the committing task."""
         self._loop = asyncio.get_running_loop()
         if self._decide is not None:
-            self._decider = asyncio.create_task(
-                self._run(partial(self._decide_until_closed, self._decide)),
-                name="persistence-decide",
-            )
-        self._task = asyncio.create_task(
-            self._run(self._commit_until_closed), name="persistence-commit"
-        )
+            self._decider = self._started(self._decide_until_closed(self._decide), "decide")
+        self._task = self._started(self._commit_until_closed(), "commit")
+
+    def _started(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"persistence-{name}")
+        task.add_done_callback(self._ended)
+        return task
 
     @property
     def is_full(self) -> bool:
@@ -328,17 +328,25 @@ class CommitQueue:
             )
         if wait:
             commit.done = asyncio.Future(loop=self._loop)
+        # Where memory lacks, an update is refused whole: a tail that is not queued would hold its
+        # session for ever.
+        number, pending_bytes = self._submitted + 1, self.pending_bytes + commit.nbytes
+        is_first = not self._arrivals
         if commit.kind != TOUCH and not commit.spills:
             commit.previous = self.tails.get(commit.session_id)
             self.tails[commit.session_id] = commit
+        try:
+            self._arrivals.append(commit)
+        except MemoryError:
+            if commit.kind != TOUCH and not commit.spills:
+                self._shorten(commit)
+            raise
+        commit.number = self._submitted = number
+        self.pending_bytes = pending_bytes
         if commit.creates:
             self.creating += 1
-        self.pending_bytes += commit.nbytes
-        self._submitted += 1
-        commit.number = self._submitted
-        if not self._arrivals:
+        if is_first:
             self._arrived.set()
-        self._arrivals.append(commit)
 
     async def flush(self) -> None:
         """Wait until everything submitted so far is decided and synced, in every mode.
@@ -393,37 +401,44 @@ class CommitQueue:
         self._closing = True
         if self._decider is not None:
             self._arrived.set()
-            await self._decider
+            await asyncio.wait([self._decider])
             self._decider = None
         self._ending = True
         self._work.set()
         if self._sync_timer is not None:
             self._sync_timer.cancel()
         if self._task is not None:
-            await self._task
+            await asyncio.wait([self._task])
             self._task = None
         await self._sync_ended()  # if it is still there, the task has failed
 
     # --- the committing task ------------------------------------------------------------------
 
-    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, waiters must hear of it
-            _log.exception("the commit queue failed; no more updates are taken")
-            self._disk.writer.poisoned = f"internal error: {error!r}"
-            self._closing = True
-            self._broken = WriteOutcomeUnknown(
-                f"an internal error stopped the commit queue ({error!r}); the update may or may "
-                "not be durable; open the directory again"
-            )
-            undecided = [commit for batch in self._inflight for commit in batch]
-            undecided += [*self._queue, *self._deciding, *self._arrivals]
-            undecided = [item for item in dict.fromkeys(undecided) if not item.settled]
-            self._queue.clear()
-            self._arrivals.clear()
-            self._fail(undecided, self._broken)
-            self._resolve_flushes(self._broken)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Let waiters hear of whatever has ended a task before its time.
+
+        A callback, not a handler around the work: it also runs where a task could not be begun.
+        """
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        _log.error("the commit queue failed; no more updates are taken", exc_info=error)
+        self._disk.writer.poisoned = f"internal error: {error!r}"
+        self._closing = True
+        self._broken = WriteOutcomeUnknown(
+            f"an internal error stopped the commit queue ({error!r}); the update may or may "
+            "not be durable; open the directory again"
+        )
+        undecided = [commit for batch in self._inflight for commit in batch]
+        undecided += [*self._queue, *self._deciding, *self._arrivals]
+        undecided = list(dict.fromkeys(undecided))
+        self._queue.clear()
+        self._arrivals.clear()
+        self._fail([commit for commit in undecided if not commit.settled], self._broken)
+        for commit in undecided:  # acknowledged already, but the waiter had not been told
+            if commit.done is not None and not commit.done.done():
+                commit.done.set_exception(again(self._broken))
+        self._resolve_flushes(self._broken)
 
     async def _decide_until_closed(self, decide: Decide) -> None:
         """Let the shared tier decide batch after batch; what it agrees to goes on to the log."""
@@ -433,7 +448,8 @@ class CommitQueue:
                     return
                 await self._arrived.wait()
             self._arrived.clear()
-            self._deciding = self._take(self._arrivals)
+            self._deciding = self._next_batch(self._arrivals)
+            _remove_first(self._arrivals, len(self._deciding))
             agreed, refused = await decide(self._deciding)
             self._deciding = []
             # Something may have failed meanwhile, and with it what was built on it.
@@ -452,8 +468,9 @@ class CommitQueue:
                     break
                 await self._work.wait()
             self._work.clear()
-            batch = self._take(self._queue)
-            self._inflight = [written, batch]
+            batch = self._next_batch(self._queue)
+            self._inflight = [written, batch]  # before they leave the queue: `_ended` finds each
+            _remove_first(self._queue, len(batch))
             if written and (self._disk.holds_back or self._is_behind):
                 # What is durable must not wait for what has to wait.
                 await self._acknowledge(written)
@@ -477,15 +494,15 @@ class CommitQueue:
         if self._sync_failure is not None:
             raise self._sync_failure
 
-    def _take(self, queue: deque[Commit]) -> list[Commit]:
-        """Take the next batch: as much as fits, at least one."""
+    def _next_batch(self, queue: deque[Commit]) -> list[Commit]:
+        """Return the next batch, which stays in the queue: as much as fits, at least one."""
         batch: list[Commit] = []
         nbytes = 0
-        while queue:
-            nbytes += queue[0].nbytes
+        for commit in queue:
+            nbytes += commit.nbytes
             if batch and nbytes > self._max_batch_bytes:
                 break
-            batch.append(queue.popleft())
+            batch.append(commit)
         return batch
 
     async def _start(
@@ -659,6 +676,10 @@ class CommitQueue:
         """
         if commit.creates:
             self.creating -= 1
+        self._shorten(commit)
+
+    def _shorten(self, commit: Commit) -> None:
+        """Take the newest version of a chain out of it."""
         if self.tails.get(commit.session_id) is commit:
             before = commit.previous
             while before is not None and before.failed:
@@ -744,6 +765,11 @@ class CommitQueue:
                 else:
                     flushed.set_exception(again(error))
         self._flushes = waiting
+
+
+def _remove_first(queue: deque[Commit], count: int) -> None:
+    for _ in range(count):
+        queue.popleft()
 
 
 def _take_out(queue: deque[Commit], sessions: set[str], first: int) -> list[Commit]:

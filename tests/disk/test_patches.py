@@ -36,13 +36,13 @@ from persistence.disk.index import Fingerprints
 from persistence.disk.inspect import inspect_directory, scan_directory
 from persistence.disk.manifest import decode_manifest
 from persistence.disk.patches import Base, Bases, Patched, PlainRecords, patch_on, patched_record
-from persistence.disk.readonly import StoredRecord, newest_records
 from persistence.disk.sealed import RecordCodec
 from persistence.errors import CorruptionError, DirectoryNotUsable
 from persistence.security.keyring import KeyRing
 from persistence.security.sealing import RECORDS, Sealing
 from tests.disk.history import Placed, recover, scan
 from tests.disk.memoryfiles import MemoryFiles
+from tests.disk.readonly import StoredRecord, newest_records
 from tests.faults.simulation import stepped
 from tests.support import PATH, abandon, config, everything, opened, patching
 

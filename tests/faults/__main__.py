@@ -10,6 +10,7 @@
     python -m tests.faults redis --replies 10000                   lost replies, servers in trouble
     python -m tests.faults cancels --cancels 100000                calls of Redis that are given up
     python -m tests.faults damages --damages 10000000              several wrong bytes in a log
+    python -m tests.faults memory                                  every allocation that can fail
     python -m tests.faults fuzz                                    hostile bytes for every decoder
     python -m tests.faults mutants                                 the engine with one guard removed
 
@@ -33,7 +34,7 @@ from pathlib import Path
 from random import Random
 
 from tests.crashes import Nursery
-from tests.faults import fuzzing, mutants, nthcall, sequences
+from tests.faults import fuzzing, mutants, nomemory, nthcall, sequences
 from tests.faults.damages import Damages
 from tests.faults.kernel import NotHere, ext4
 from tests.faults.killpoints import POINTS
@@ -264,6 +265,21 @@ def damage(run: Run) -> None:
     )
 
 
+def memory(run: Run) -> None:
+    """Let the n-th allocation of every operation fail."""
+    endings: Counter[str] = Counter()
+    for name in nomemory.OPERATIONS:
+        try:
+            endings.update(nomemory.attempts(name, run.part, run.goes_on))
+        except nomemory.Wrong as error:
+            run.failed(name, error)
+        run.say(f"memory: {endings.total()}, {name}", at_once=False)
+    run.say(
+        f"memory: {endings.total()} failed allocations, {run.failures} failed; "
+        f"{dict(endings.most_common())}"
+    )
+
+
 def fuzz(run: Run) -> None:
     """Feed hostile bytes to every decoder, for an equal part of the time each."""
     names = [name for name in fuzzing.TARGETS if run.only in name][run.part]
@@ -295,6 +311,7 @@ SUITES: dict[str, Callable[[Run], None]] = {
     "redis": redis,
     "cancels": cancels,
     "damages": damage,
+    "memory": memory,
     "fuzz": fuzz,
     "mutants": mutated,
 }

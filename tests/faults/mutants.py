@@ -503,8 +503,8 @@ MUTANTS: Final = (
     Mutant(
         "a token outlives its session",
         ACCESS,
-        "rec.incarnation_of(record) == claims.incarnation and self._wall() < claims.expires",
-        "self._wall() < claims.expires",
+        "return rec.incarnation_of(record) == claims.incarnation and not self.is_over(claims)",
+        "return not self.is_over(claims)",
         (f"{ACCESSING}::test_a_token_ends_with_its_session",),
     ),
     Mutant(
