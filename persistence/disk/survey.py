@@ -225,11 +225,21 @@ def _judge_unused(
         if unused and before is not None:
             end = _end_of(files, directory, before)
             for given_up in unused if end == segment.lowest_sequence - 1 else ():
-                del found.segments[given_up]
-                found.damages.pop(given_up, None)
-                found.torn_creations[given_up] = b""
+                _give_up(found, given_up)
         unused = [number] if is_empty else []
         before = segment
+    # Behind the last one that is whole, the next was being made: its header, of which enough is
+    # there to tell what it would say, was never synced.
+    for number in unused:
+        if found.segments[number].damaged:
+            _give_up(found, number)
+
+
+def _give_up(found: Survey, number: int) -> None:
+    """Take a segment into which nothing was written for one that was never made."""
+    del found.segments[number]
+    found.damages.pop(number, None)
+    found.torn_creations[number] = b""
 
 
 def _end_of(files: Files, directory: str, segment: Segment) -> int:

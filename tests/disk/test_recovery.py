@@ -676,6 +676,20 @@ async def test_every_prefix_of_a_header_is_a_torn_creation(header_bytes: int) ->
     assert recovered.last_number == 4, "its number is not used again"
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_any_part_of_a_header_is_a_torn_creation_also_where_it_tells_the_rest(seed: int) -> None:
+    chance = random.Random(seed)
+    made = half_made_segment(SEGMENT_HEADER_BYTES)
+    whole = made.files.data(path_of(4))
+    # What can be told from the rest: the magic, the version, the number, the directory's id.
+    lost = {at for at in range(8) if chance.random() < 0.7} or {0}
+    made.files.set_data(path_of(4), bytes(0 if n in lost else byte for n, byte in enumerate(whole)))
+    recovered = recover(made.files)
+    assert recovered.damages == []
+    assert path_of(4) not in made.files.contents()
+    assert recovered.last_number == 4, "its number is not used again"
+
+
 def test_a_segment_without_header_that_holds_more_than_a_header_stays() -> None:
     made = half_made_segment(30)
     data = bytes(SEGMENT_HEADER_BYTES) + b"something"
