@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -50,6 +51,10 @@ _MARK = b"mark.alone"
 def pytest_configure(config: pytest.Config) -> None:
     """Compile engine and tests once: for the next run, and for hundreds of child processes."""
     diffs.install()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background of a shell, where this process and each that it starts would
+        # ignore what the tests send.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # its parent did
     cache: pytest.Cache | None = getattr(config, "cache", None)  # with -p no:cacheprovider: none
