@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     how_long = parser.add_mutually_exclusive_group()
     for sizes, text in (
-        (QUICK, "small sizes, under 2 minutes; the bars are indicative only"),
+        (QUICK, "small sizes, two to three minutes; the bars are indicative only"),
         (FULL, "more repetitions and larger sizes, under 30 minutes"),
         (TINY, "only to see that everything runs"),
     ):

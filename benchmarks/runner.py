@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from benchmarks.workload import Workload
 Progress = Callable[[str], None]
 Hosts = Callable[[Contender, Path], Host]
 
+_OPENED_BESIDE = 2
 _MOST_LAG_MS = 5
 _JUDGED_SAMPLES = 1000  # one in a thousand needs at least so many
 
@@ -227,13 +229,23 @@ def _lane(workload: Workload, common: Run, row: Row, own: Path) -> Lane:
     return (FreshLane if row.by.fresh_process else Lane)(row, own, common.hosts)
 
 
+def _open(lanes: list[Lane], *, is_isolated: bool) -> None:
+    """Prepare all lanes, some beside each other if they can be: nothing of it is a figure."""
+    if not is_isolated:  # they live in this very thread
+        for lane in lanes:
+            lane.open()
+        return
+    with ThreadPoolExecutor(_OPENED_BESIDE) as openers:
+        for opened in [openers.submit(lane.open) for lane in lanes]:
+            opened.result()
+
+
 def _interleave(workload: Workload, common: Run, lanes: list[Lane]) -> None:
     """Let the lanes take turns, so that what disturbs the machine disturbs all of them."""
     sizes, progress = common.sizes, common.progress
     try:
-        for lane in lanes:
-            progress(f"{workload.name}: preparing {lane.row.contender}")
-            lane.open()
+        progress(f"{workload.name}: preparing {len(lanes)} contenders")
+        _open(lanes, is_isolated=common.hosts is Isolated)
         repetitions = workload.repetitions(sizes)
         for repetition in range(repetitions):
             progress(f"{workload.name}: repetition {repetition + 1} of {repetitions}")
