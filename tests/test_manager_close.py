@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -140,20 +141,20 @@ async def test_an_exception_in_the_block_closes_and_is_passed_on(tmp_path: Path)
 async def test_closing_leaves_no_task_no_thread_and_no_file_open(tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     tasks = asyncio.all_tasks()
+    threads = set(threading.enumerate())  # another test may have left some behind
     async with StateManager(config=config_for(tmp_path / "state")) as state:
         for number in range(50):
             await state.create_session(session_id=str(number))
             await state.spill_session(str(number))
         assert len(await contents(state)) == 50
+        assert [each for each in threading.enumerate() if _is_ours(each, threads)]
     assert asyncio.all_tasks() == tasks
     assert set(os.listdir("/proc/self/fd")) == before
-    assert not [name for name in _thread_names() if name.startswith("persistence")]
+    assert not [each for each in threading.enumerate() if _is_ours(each, threads)]
 
 
-def _thread_names() -> list[str]:
-    import threading
-
-    return [thread.name for thread in threading.enumerate()]
+def _is_ours(thread: threading.Thread, before: set[threading.Thread]) -> bool:
+    return thread not in before and thread.name.startswith("persistence")
 
 
 # Opening, cancelled

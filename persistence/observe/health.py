@@ -68,7 +68,8 @@ def score(
     """
     errors = 1.0 - min(1.0, max(0.0, recent_error_rate))
     time = 1.0
-    if 0 < life_seconds < inf:
-        time = min(1.0, max(0.0, left_seconds) / (life_seconds * _ENDING_SHARE))
+    ending_seconds = life_seconds * _ENDING_SHARE
+    if 0 < ending_seconds < inf:  # the least number there is has no tenth
+        time = min(1.0, max(0.0, left_seconds) / ending_seconds)
     size = 1.0 - max(0.0, min(1.0, bytes_share) - 0.5)
     return errors * time * size

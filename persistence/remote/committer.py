@@ -18,7 +18,14 @@ from typing import Final
 
 from persistence.config import RedisConfig
 from persistence.errors import PersistenceError, RemoteDamaged, printable
-from persistence.remote.contract import APPLIED, CommitResult, Outcome, Put, Request
+from persistence.remote.contract import (
+    APPLIED,
+    CommitResult,
+    Outcome,
+    Put,
+    Request,
+    may_be_forgotten,
+)
 from persistence.remote.exchanges import Lost
 from persistence.remote.faults import code_in, explain, explain_key, explain_text, unknown
 from persistence.remote.keys import Keys
@@ -155,9 +162,13 @@ class Committer:
             else:
                 detail = next(details) if code in DETAILED else b""
                 result = self._answered(requests[index], code, detail)
+                doubt = None
                 if is_outdated and not result.is_stored:  # it may have been applied since
-                    lost = Lost("it was sent again behind another one, without a reply")
-                    result = self._failed(requests[index], lost, was_lost=True)
+                    doubt = "it was sent again behind another one, without a reply"
+                elif was_lost and may_be_forgotten(requests[index], result):
+                    doubt = "too much has happened since a reply was lost to tell if it was applied"
+                if doubt is not None:
+                    result = self._failed(requests[index], Lost(doubt), was_lost=True)
                 results[index] = result
 
     def _failed(self, request: Request, reply: Exception, *, was_lost: bool) -> CommitResult:

@@ -21,7 +21,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol, TypeAlias
 
 from persistence.errors import PersistenceError
-from persistence.record import NEVER, NO_ID
+from persistence.record import NEVER, NO_ID, incarnation_of, version_of
 
 IDS_REMEMBERED = 32
 """Commits of a session after which a repeated request is no longer recognised as applied."""
@@ -160,6 +160,25 @@ class CommitResult(NamedTuple):
 
 _STORED = (Outcome.APPLIED, Outcome.ALREADY_APPLIED)
 APPLIED = CommitResult(Outcome.APPLIED)
+
+
+def may_be_forgotten(request: Request, result: CommitResult) -> bool:
+    """Whether a refused request may have been applied by an earlier sending after all.
+
+    To be asked where a reply was lost. A tier knows a repetition by the ids of its latest commits;
+    other workers may have made more of them while this one stood still. Commits without a new
+    version (of metadata, of a TTL) are among the ids: half as many versions are enough for doubt.
+    """
+    stored = result.stored
+    if type(request) is not Put or result.is_stored or stored is None:
+        return False
+    if stored.incarnation == incarnation_of(request.record):
+        commits = stored.version - version_of(request.record)
+    elif request.base == NO_ID:
+        commits = stored.version  # somebody else has created it, if not very much has happened
+    else:
+        return True
+    return 2 * commits >= IDS_REMEMBERED
 
 
 class Announcement(NamedTuple):

@@ -20,7 +20,14 @@ from typing import Any, Final
 
 from persistence.config import RedisConfig
 from persistence.errors import printable
-from persistence.remote.contract import APPLIED, CommitResult, Outcome, Request
+from persistence.remote.contract import (
+    APPLIED,
+    CommitResult,
+    Outcome,
+    Request,
+    may_be_forgotten,
+)
+from persistence.remote.exchanges import Lost
 from persistence.remote.postgres_calls import PostgresCalls, Settled
 from persistence.remote.postgres_faults import explain, unknown
 from persistence.remote.postgres_rows import Row, RowCodec, decode_stored
@@ -30,6 +37,9 @@ _REQUESTS_PER_RUN: Final = 256
 _BYTES_PER_RUN: Final = 2**20
 _LOST_TIMEOUTS: Final = 3
 _APPLIED: Final = "A"
+_FORGOTTEN: Final = Settled(
+    None, Lost("too much has happened since an answer was lost to tell if it was applied"), True
+)
 _CODES: Final = {
     "D": Outcome.ALREADY_APPLIED,
     "C": Outcome.CONFLICT,
@@ -114,6 +124,8 @@ class PostgresCommitter:
             code = row[0]
             if code != _APPLIED:
                 results[index] = _answered(row)
+                if settled.was_lost and may_be_forgotten(requests[index], results[index]):
+                    results[index] = self._failed(requests[index], _FORGOTTEN)
 
     def _failed(self, request: Request, settled: Settled) -> CommitResult:
         doing = f"commit session {printable(request.session_id)}"

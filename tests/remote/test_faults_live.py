@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from persistence.errors import (
     WriteOutcomeUnknown,
 )
 from persistence.remote.contract import APPLIED, Outcome, RemoteSession, Request
+from persistence.remote.exchanges import Lost
 from persistence.remote.redis import RedisTier
 from tests.engine import eventually
 from tests.redis_servers import Proxy, RedisServer, need_binary
@@ -125,6 +127,41 @@ async def test_reads_survive_a_lost_reply(open_tier: Open, proxy: Proxy) -> None
     found = await tier.load("a")
     assert isinstance(found, RemoteSession)
     assert await stored_version(tier, "a") == 1
+
+
+@pytest.mark.parametrize(
+    ("is_sent", "commits", "expected"),
+    [
+        (True, 5, Outcome.ALREADY_APPLIED),
+        (True, 40, Outcome.UNKNOWN),
+        (False, 5, Outcome.CONFLICT),
+        (False, 40, Outcome.UNKNOWN),
+    ],
+)
+async def test_a_lost_reply_that_too_many_commits_have_followed_leaves_the_outcome_unknown(
+    open_tier: Open, shared_server: RedisServer, is_sent: bool, commits: int, expected: Outcome
+) -> None:
+    """A worker that was stopped meets what others have done meanwhile: its own id may be gone."""
+    tier, other = [await open_tier(shared_server.url) for _ in range(2)]
+    first = new_record({"n": 0})
+    await tier.commit([create("a", first)])
+    mine = next_record(first, {"n": 1})
+    router = tier._committer._router
+    send = router._send
+
+    async def lose(calls: list[Any]) -> list[Any]:
+        router._send = send  # type: ignore[method-assign]
+        found = await send(calls) if is_sent else calls
+        record = mine if is_sent else first
+        for n in range(commits):
+            after = next_record(record, {"n": n})
+            assert (await other.commit([update("a", record, after)]))[0].is_stored
+            record = after
+        return [Lost("the worker stood still")] * len(found)
+
+    router._send = lose  # type: ignore[method-assign]
+    [result] = await tier.commit([update("a", first, mine)])
+    assert result.outcome is expected
 
 
 # --- cancelled calls ------------------------------------------------------------------------------
