@@ -63,11 +63,13 @@ def work_and_check(
     histories: dict[str, History],
     others: list[list[Any]] | None = None,
     on_report: Callable[[str], None] = lambda _: None,
+    counts: Callable[[], bool] = lambda: True,
 ) -> tuple[int | None, int]:
     """Let a worker live; check what it finds; return its exit code and how much it reported.
 
     What it reports of other things than sessions is added to `others`; `on_report` is called with
-    the first word of every report.
+    the first word of every report. What is done counts only while
+    `counts` says so.
     """
     lines = 0
     code: int | None = None
@@ -79,7 +81,7 @@ def work_and_check(
         elif kind in {"point", "made", "size"}:
             assert others is not None
             others.append([kind, *words])
-        else:
+        elif kind != "done" or counts():
             history = histories[words[0]]
             {"found": history.found, "try": history.submitted, "done": history.acknowledge}[kind](
                 words[1]

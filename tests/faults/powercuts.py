@@ -58,7 +58,13 @@ class PowerCuts:
         others: list[list[Any]] = []
         problems: list[BaseException] = []
 
+        # An fdatasync that the ioctl overtakes may return success with nothing on the disk: a bare
+        # loop of pwrite and fdatasync loses its last write in one of 25 cuts. So what is told from
+        # the beginning of the cut on is no promise.
+        is_cut = threading.Event()
+
         def cut() -> None:
+            is_cut.set()
             try:
                 self._disk.cut_power()
             except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
@@ -72,7 +78,9 @@ class PowerCuts:
             if kind == "done" and not timer.ident:
                 timer.start()
 
-        code, _ = work_and_check(self._nursery, order, self.histories, others, on_report)
+        code, _ = work_and_check(
+            self._nursery, order, self.histories, others, on_report, lambda: not is_cut.is_set()
+        )
         if timer.ident:
             timer.join()
         if problems:
