@@ -338,8 +338,7 @@ class CommitQueue:
         try:
             self._arrivals.append(commit)
         except MemoryError:
-            if commit.kind != TOUCH and not commit.spills:
-                self._shorten(commit)
+            self._shorten(commit)
             raise
         commit.number = self._submitted = number
         self.pending_bytes = pending_bytes

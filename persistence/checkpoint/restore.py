@@ -274,7 +274,7 @@ class Restorer:
 
 def same_ids(frame: Frame) -> bytes:
     """Keep a session's ids: the restored state is the one that was shipped."""
-    return frame.incarnation + frame.commit + frame.base
+    return frame.ids
 
 
 # --- into a fresh directory -----------------------------------------------------------------------

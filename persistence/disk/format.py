@@ -218,6 +218,11 @@ class Frame(NamedTuple):
         """Bytes of the whole frame on disk."""
         return FRAME_OVERHEAD_BYTES + len(self.key) + len(self.payload)
 
+    @property
+    def ids(self) -> bytes:
+        """Incarnation, commit and base, one behind the other."""
+        return self.incarnation + self.commit + self.base
+
 
 class Torn(NamedTuple):
     """The bytes end before the frame does: wait for more, or a torn tail.
@@ -283,6 +288,25 @@ def encode_frame(  # noqa: PLR0913, PLR0917 - one parameter a field; keywords ar
         len(payload) if raw_bytes is None else raw_bytes,
     )
     return b"".join((front, payload, checksum))
+
+
+def encode_again(frame: Frame, salt_checksum: int) -> bytes:
+    """Encode a frame, as it was read or with some of it replaced, for a segment with this salt."""
+    return encode_frame(
+        salt_checksum,
+        frame.type,
+        frame.key,
+        frame.payload,
+        frame.sequence,
+        frame.durable_sequence,
+        frame.ids,
+        frame.accessed,
+        frame.deadline,
+        frame.cap,
+        frame.user,
+        frame.flags,
+        frame.raw_bytes,
+    )
 
 
 def frame_ends(  # noqa: PLR0913, PLR0917 - as `encode_frame`

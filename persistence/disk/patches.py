@@ -33,7 +33,6 @@ from persistence.disk.format import (
     FRAME_OVERHEAD_BYTES,
     PATCH_BASE,
     PATCH_BASE_BYTES,
-    PUT,
     RECORD_IDS_BYTES,
     SEALED,
     Frame,
@@ -42,9 +41,10 @@ from persistence.disk.format import (
     compress,
     decode_frame,
     decompress,
-    encode_frame,
+    encode_again,
     record_of,
 )
+from persistence.disk.sealed import NOT_SEALED_HERE
 from persistence.record import MalformedValue, changes_of, with_changes
 
 MIN_RECORD_BYTES: Final = 8 * 1024
@@ -227,7 +227,7 @@ def with_base(
         return _NO_BASE
     before, changes = records.record_of(base), records.patch_of(patch)
     if before is None or changes is None:
-        return "the stored bytes are not what this directory's keys have sealed"
+        return NOT_SEALED_HERE
     record = patched_record(before, patch.incarnation + patch.commit, changes)
     if record is None:
         return "the patch does not fit the record that it is built on"
@@ -277,22 +277,8 @@ def as_put(patched: Patched, salt_checksum: int, seal: Seal | None) -> bytes:
     flags = 0
     if patched.was_compressed:
         flags, payload = compress(payload)
-    ids = frame.incarnation + frame.commit + frame.base
     if seal is not None:
-        payload = seal(payload, frame.key, frame.sequence, ids, flags, raw_bytes)
+        payload = seal(payload, frame.key, frame.sequence, frame.ids, flags, raw_bytes)
         flags |= SEALED
-    return encode_frame(
-        salt_checksum,
-        PUT,
-        frame.key,
-        payload,
-        frame.sequence,
-        frame.durable_sequence,
-        ids,
-        frame.accessed,
-        frame.deadline,
-        frame.cap,
-        frame.user,
-        flags,
-        raw_bytes,
-    )
+    put = frame._replace(type=FrameType.PUT, payload=payload, flags=flags, raw_bytes=raw_bytes)
+    return encode_again(put, salt_checksum)

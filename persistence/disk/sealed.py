@@ -15,7 +15,6 @@ from struct import Struct
 from typing import Final
 
 from persistence.disk.format import (
-    COMPRESSED,
     FRAME_HEADER_BYTES,
     PATCH_BASE_BYTES,
     PUT,
@@ -25,7 +24,7 @@ from persistence.disk.format import (
     FrameType,
     decode_frame,
     decompress,
-    encode_frame,
+    encode_again,
     is_intact,
     restamp,
 )
@@ -95,25 +94,20 @@ class RecordCodec:
 
     def patch_of(self, frame: Frame) -> bytes | None:
         """Return the payload of a patch behind where its base is; None: it does not open."""
-        if not frame.flags & SEALED:
-            return None
-        ids = frame.incarnation + frame.commit + frame.base
-        flags = frame.flags & ~SEALED
         base, payload = frame.payload[:PATCH_BASE_BYTES], frame.payload[PATCH_BASE_BYTES:]
-        about = self._about(
-            frame.sequence, flags | _OF_PATCH, frame.raw_bytes, ids, base + frame.key
-        )
-        opened = self.sealer.open(payload, about, ids[_GROUP])
-        return None if opened is None else decompress(flags, opened, frame.raw_bytes)
+        opened = self._open(frame, payload, _OF_PATCH, base)
+        return None if opened is None else decompress(frame.flags, opened, frame.raw_bytes)
 
     def open(self, frame: Frame) -> bytes | None:
         """Return the payload of a put, still compressed if it is; None: it does not open."""
+        return self._open(frame, frame.payload)
+
+    def _open(self, frame: Frame, payload: bytes, kind: int = 0, base: bytes = b"") -> bytes | None:
         if not frame.flags & SEALED:
             return None
-        ids = frame.incarnation + frame.commit + frame.base
-        flags = frame.flags & ~SEALED
-        about = self._about(frame.sequence, flags, frame.raw_bytes, ids, frame.key)
-        return self.sealer.open(frame.payload, about, ids[_GROUP])
+        flags, ids = frame.flags & ~SEALED | kind, frame.ids
+        about = self._about(frame.sequence, flags, frame.raw_bytes, ids, base + frame.key)
+        return self.sealer.open(payload, about, ids[_GROUP])
 
     def opened(self, frame: Frame) -> Frame | None:
         """Return a put as it would be in a plain directory; None: it does not open."""
@@ -127,7 +121,7 @@ class RecordCodec:
         payload = self.open(frame)
         if payload is None:
             return None
-        raw = decompress(frame.flags & COMPRESSED, payload, frame.raw_bytes)
+        raw = decompress(frame.flags, payload, frame.raw_bytes)
         return None if raw is None else b"".join((frame.incarnation, frame.commit, raw))
 
     def read_put(self, data: bytes, key: bytes, salt_checksum: int) -> bytes | None:
@@ -161,21 +155,6 @@ class RecordCodec:
         payload = self.open(frame)
         if payload is None:
             return None
-        ids = frame.incarnation + frame.commit + frame.base
         flags = frame.flags & ~SEALED
-        raw_bytes = frame.raw_bytes
-        return encode_frame(
-            new_salt_checksum,
-            PUT,
-            frame.key,
-            self.seal(payload, frame.key, frame.sequence, ids, flags, raw_bytes),
-            frame.sequence,
-            frame.durable_sequence,
-            ids,
-            frame.accessed,
-            frame.deadline,
-            frame.cap,
-            frame.user,
-            frame.flags,
-            raw_bytes,
-        )
+        sealed = self.seal(payload, frame.key, frame.sequence, frame.ids, flags, frame.raw_bytes)
+        return encode_again(frame._replace(payload=sealed), new_salt_checksum)

@@ -456,7 +456,7 @@ class LogWriter:
         with self._one_sync:
             self.check_usable()
             active = self.active
-            if active is None or self.durable_sequence >= active.highest_sequence:
+            if active is None or self.is_synced:
                 return
             highest = active.highest_sequence  # not what comes meanwhile
             self._sync(active.fd, active.path)
