@@ -68,8 +68,7 @@ def work_and_check(
     """Let a worker live; check what it finds; return its exit code and how much it reported.
 
     What it reports of other things than sessions is added to `others`; `on_report` is called with
-    the first word of every report. What is done counts only while
-    `counts` says so.
+    the first word of every report. What is done counts only while `counts` says so.
     """
     lines = 0
     code: int | None = None

@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
+from functools import cache
 from typing import Any, Final
 
 from persistence import ManualClock, SessionDraft, StateManager, errors
@@ -131,6 +132,27 @@ async def _contents(state: StateManager) -> dict[str, Any]:
     return {name: None if session is None else session.data for name, session in found.items()}
 
 
+async def _prepare(state: StateManager) -> None:
+    for name in ("resident", "cold"):
+        await state.create_session(session_id=name, data=_DATA)
+    await state.spill_session("cold")
+
+
+@cache
+def before_and_after(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the disk has before and after an operation when nothing fails."""
+
+    async def without_failure() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with opened(MemoryFiles()) as state:
+            await _prepare(state)
+            before = await _contents(state)
+            await OPERATIONS[name](state)
+            return before, await _contents(state)
+
+    with stepped():
+        return asyncio.run(without_failure())
+
+
 class _Attempt:
     """One operation on a new engine; runs in a process of its own.
 
@@ -143,8 +165,7 @@ class _Attempt:
         self._operation = OPERATIONS[name]
         self._nth = nth
         self._files = MemoryFiles()
-        self._before: dict[str, Any] = {}
-        self._after: dict[str, Any] = {}
+        self._before, self._after = before_and_after(name)
 
     def run(self) -> Ending:
         """Return what became of it.
@@ -152,7 +173,6 @@ class _Attempt:
         Raises:
             Wrong: something else than is allowed.
         """
-        self._expect()
         with stepped():
             # Not `asyncio.run`, which would wait for a task that nobody wakes. What is left over
             # ends with the process.
@@ -169,29 +189,10 @@ class _Attempt:
                 ending = attempted.result()
             return asyncio.run(self._judge(ending))
 
-    def _expect(self) -> None:
-        """Find out what the disk has before and after the operation when nothing fails."""
-
-        async def without_failure() -> None:
-            files = MemoryFiles()
-            async with opened(files) as state:
-                await self._prepare(state)
-                self._before = await _contents(state)
-                await self._operation(state)
-                self._after = await _contents(state)
-
-        with stepped():
-            asyncio.run(without_failure())
-
-    async def _prepare(self, state: StateManager) -> None:
-        for name in ("resident", "cold"):
-            await state.create_session(session_id=name, data=_DATA)
-        await state.spill_session("cold")
-
     async def _attempt(self) -> Ending:
         state = StateManager(config=config(), clock=ManualClock(), files=self._files)
         await state.open()
-        await self._prepare(state)
+        await _prepare(state)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         task = asyncio.ensure_future(self._operation(state))
         gc.disable()
@@ -243,6 +244,7 @@ def attempt(name: str, nth: int) -> Ending:
     Raises:
         Wrong: it came to something that is not allowed.
     """
+    before_and_after(name)  # once for all attempts: they inherit it
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
