@@ -255,6 +255,7 @@ class Compactor:
             await self._abandon(outputs)
             # Whatever is wrong with it: the next opening makes a new one where there is none.
             hint = f"{around.directory}/{hint_name(lost.segment.number)}"
+            _log.warning("%s: lost or damaged; its segment stays until the next opening", hint)
             await around.threads.read(around.files.remove, hint)
             return True
         except BaseException:

@@ -50,7 +50,7 @@ from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage, OpenSegments, Pins, Segment
 from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
-from persistence.disk.writer import ActiveSegment, LogWriter, Write
+from persistence.disk.writer import LogWriter, Write
 from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
 from persistence.sealer import Sealer
 
@@ -307,10 +307,10 @@ class DiskTier:
         try:
             self.writer.may_use_reserve = True
             await self._seal_unsealed()
-            active = await self.threads.write(self.writer.seal)
+            sealed = await self.threads.write(self.writer.seal)
             self._next_log_number = self._last_number + 1
-            if active is not None:
-                await self._sealed(active)
+            if sealed is not None:
+                await self._sealed(sealed)
             await self._write_manifest()
             await self._turn_into_wall_time()
             await self.threads.write(
@@ -624,7 +624,6 @@ class DiskTier:
         # must not know of the new segment, or it would pass for a dead one.
         self._next_log_number = self._last_number + 1
         if sealed is not None:
-            sealed.segment.rows = bytes(sealed.rows)
             self._run_in_background(self._sealed(sealed))
 
     async def _seal_unsealed(self) -> None:
@@ -658,11 +657,10 @@ class DiskTier:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _sealed(self, active: ActiveSegment) -> None:
+    async def _sealed(self, segment: Segment) -> None:
         """After a rotation: the hint, and the manifest. Both may fail; recovery copes."""
-        active.segment.rows = active.segment.rows or bytes(active.rows)
         try:
-            await self._write_hint(active.segment)
+            await self._write_hint(segment)
             await self._write_manifest()
         except OSError as error:
             _log.warning("%s: after sealing a segment: %s", self.directory, error.strerror)
@@ -682,7 +680,10 @@ class DiskTier:
         segment.rows = None
 
     def apply(self, writes: Sequence[Write]) -> None:
-        """Let the index know frames of one segment that have been written, in order."""
+        """Let the index know frames of one segment that have been written, in order.
+
+        Looks for something to compact when enough has died.
+        """
         segment = self.segments[writes[0].segment]
         segment.unapplied -= len(writes)
         self._frames_applied += len(writes)
@@ -693,6 +694,12 @@ class DiskTier:
                 self._apply_other(segment, write)
                 start = at + 1
         self._apply_puts(segment, writes[start:] if start else writes)
+        if self._dead_since_check > self._compaction_check_bytes:
+            # Behind all of them: halfway, what is still to be counted as dead would pass for live,
+            # and the limits, which go by what is live, would be too high.
+            self._dead_since_check = 0
+            self._pressure.measure(self.segments.values())
+            self.compactor.wake()
 
     def _apply_puts(self, segment: Segment, writes: Sequence[Write]) -> None:
         segment.live_bytes += sum([write.length for write in writes])
@@ -707,7 +714,7 @@ class DiskTier:
                 self._died(row.segment, row.live_bytes)
 
     def _died(self, number: int, length: int) -> None:
-        """Count dead bytes; look for something to compact when enough have come together."""
+        """Count dead bytes."""
         segment = self.segments.get(number)
         if segment is None:
             return
@@ -715,10 +722,6 @@ class DiskTier:
         assert segment.live_bytes >= 0, (number, segment.live_bytes)
         self._pressure.dead_bytes += length
         self._dead_since_check += length
-        if self._dead_since_check > self._compaction_check_bytes:
-            self._dead_since_check = 0
-            self._pressure.measure(self.segments.values())
-            self.compactor.wake()
 
     # --- the manifest and compaction ----------------------------------------------------------
 

@@ -462,8 +462,8 @@ class LogWriter:
             self._sync(active.fd, active.path)
             self.durable_sequence = highest
 
-    def seal(self) -> ActiveSegment | None:
-        """Write the footer of the active segment and sync it; return it, for its hint.
+    def seal(self) -> Segment | None:
+        """Write the footer of the active segment and sync it; return it, with rows for its hint.
 
         Raises:
             DiskFull: there is no room for the footer; the segment stays active.
@@ -481,8 +481,11 @@ class LogWriter:
         )
         self.append([footer], 0, sync=True)
         self.close()
+        # The rows first: from the moment that it counts as sealed compaction may take it, on the
+        # loop, beside this thread, and without rows and a hint it would never touch it again.
+        active.segment.rows = bytes(active.rows)
         active.segment.sealed = True
-        return active
+        return active.segment
 
     def create(self) -> Segment:
         """Create the next segment and make it the active one.

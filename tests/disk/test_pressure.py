@@ -84,6 +84,18 @@ def most_bytes(state: StateManager) -> float:
     return frames + stats.segments * (SEGMENT_HEADER_BYTES + FOOTER_BYTES) + SLACK_BYTES
 
 
+async def test_one_batch_that_outdates_records_of_several_segments_raises_no_limit() -> None:
+    async with opened(MemoryFiles(), small()) as state:
+        for sid, fraction in [("large", 0.75), ("stays", 0.3), ("tiny", 0.1)]:
+            await state.create_session(
+                session_id=sid, data={"x": bytes(int(SEGMENT_BYTES * fraction))}
+            )
+        assert state._disk.stats().segments == 2
+        await asyncio.gather(*(state.replace_session(sid, {}) for sid in ("large", "tiny")))
+        live_bytes = state._disk.stats().live_bytes
+        assert state._disk._pressure.hard_bytes == 2 * live_bytes + 3 * SEGMENT_BYTES
+
+
 @pytest.mark.alone
 async def test_the_log_stays_within_its_bound_while_updates_never_pause() -> None:
     counts: dict[str, int] = {}

@@ -28,6 +28,7 @@ from persistence.disk.format import (
     decode_segment_header,
 )
 from persistence.disk.manifest import Manifest
+from persistence.disk.segments import Segment
 from persistence.disk.writer import LogWriter
 from persistence.errors import (
     DirectoryNotUsable,
@@ -225,7 +226,7 @@ def test_rows_of_a_failed_batch_do_not_get_into_the_hint() -> None:
         log.append(b"bad")
     sealed = log.writer.seal()
     assert sealed is not None
-    [row] = INDEX_ROW.iter_unpack(bytes(sealed.rows))
+    [row] = INDEX_ROW.iter_unpack(sealed.rows or b"")
     assert row[1] == 101
 
 
@@ -423,13 +424,30 @@ def test_a_sync_without_anything_new_asks_nothing_of_the_disk() -> None:
     assert log.seen == []
 
 
+def test_whoever_sees_that_a_segment_is_sealed_sees_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = Log()
+    log.append(b"a")
+    seen: list[bool] = []
+
+    def set_and_look(segment: Segment, name: str, value: object) -> None:
+        object.__setattr__(segment, name, value)
+        if segment.sealed:
+            seen.append(segment.rows is not None)
+
+    monkeypatch.setattr(Segment, "__setattr__", set_and_look)
+    log.writer.seal()
+    assert seen == [True]
+
+
 def test_a_footer_counts_the_frames_and_ends_the_segment() -> None:
     log = Log()
     log.append(b"a", b"b")
     log.append(b"c", sync=False)
     sealed = log.writer.seal()
     assert sealed is not None
-    assert sealed.segment.sealed
+    assert sealed.sealed
     *_, footer = log.frames()
     assert footer.frame.type == FrameType.FOOTER
     assert FOOTER_PAYLOAD.unpack(footer.frame.payload) == (3, 101, 103)

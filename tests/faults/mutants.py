@@ -478,6 +478,13 @@ MUTANTS: Final = (
         "",
         ("tests/remote/test_contract.py",),
     ),
+    Mutant(
+        "a segment counts as sealed before it has rows",
+        WRITER,
+        "        active.segment.rows = bytes(active.rows)\n        active.segment.sealed = True\n",
+        "        active.segment.sealed = True\n        active.segment.rows = bytes(active.rows)\n",
+        (f"{WRITING}::test_whoever_sees_that_a_segment_is_sealed_sees_its_rows",),
+    ),
     # --- tokens and what is sealed ------------------------------------------------------------
     Mutant(
         "a token never expires",
