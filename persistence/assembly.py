@@ -34,6 +34,7 @@ from persistence.session import Session
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.tiers import Tiers
+from persistence.turns import Turns
 from persistence.updates import Updates
 from persistence.watching.stream import Watch
 from persistence.watching.watching import Watching
@@ -63,6 +64,7 @@ class Assembly(Facilities):
     _keeper: Keeper
     _listing: Listing
     _loop: asyncio.AbstractEventLoop
+    _turns: Turns
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class Assembly(Facilities):
         self._time, self._disk, self._keeper = tiers.time, tiers.disk, tiers.keeper
         self._memory, self._residency = tiers.memory, tiers.residency
         self._commits, self._updates = tiers.commits, tiers.updates
+        self._turns = tiers.turns
         self._listing, self._sharing = tiers.listing, tiers.sharing
         self._lookup.attach(tiers)
         self._lives.attach(tiers)

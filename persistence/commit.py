@@ -54,6 +54,7 @@ _log = logging.getLogger("persistence.commit")
 _MAX_BATCH_BYTES: Final = 2 * 2**20
 _THREAD_ENCODE_BYTES: Final = 128 * 1024
 _PIECE_COMMITS: Final = 32
+_WOKEN_COMMITS: Final = 8  # in one turn of the loop: each wakes a task that may have much to do
 _JOINED_BYTES: Final = 2**20
 _LATENCIES_KEPT: Final = 1024
 _SYNCED_EARLY: Final = 1 / 8  # of a segment: with `interval`, so much is synced before its time
@@ -597,11 +598,17 @@ class CommitQueue:
         return batch
 
     async def _acknowledge(self, batch: list[Commit]) -> None:
-        """Let index, memory and waiters know, in order, in slices."""
+        """Let index, memory and waiters know, in order, a few in each turn of the loop."""
         slices = Slices(self._monotonic)
         tails = self.tails
-        for start in range(0, len(batch), _PIECE_COMMITS):
-            some = batch[start : start + _PIECE_COMMITS]
+        has_woken = False
+        for start in range(0, len(batch), _WOKEN_COMMITS):
+            if has_woken or slices.due():
+                # Whoever was waiting goes on before more are woken: a thousand at a time would
+                # keep everything else from the loop for as long as they all take.
+                await slices.give_way()
+                has_woken = False
+            some = batch[start : start + _WOKEN_COMMITS]
             self._disk.apply(some)
             nbytes = 0
             for commit in some:
@@ -619,10 +626,9 @@ class CommitQueue:
                 done = commit.done
                 if done is not None and not done.done():
                     done.set_result(None)
+                    has_woken = True
             if self._admissions:
                 self._admit()
-            if slices.due():
-                await slices.give_way()
         self.committed += len(batch)
 
     def _admit(self) -> None:

@@ -69,6 +69,8 @@ class Lives:
     ) -> Commit:
         """Do what `StateManager.create_session` says; return the acknowledged commit."""
         await self._ready()
+        await self._updates.begin()
+        await self._ready()
         if session_id is None:
             session_id = new_session_id()
         key = check_session_id(session_id)
@@ -155,6 +157,8 @@ class Lives:
     async def terminate(self, session_id: str) -> bool:
         """End a session; return whether it was alive. See `StateManager.terminate_session`."""
         while True:
+            await self._ready()
+            await self._updates.begin()
             await self._ready()
             try:
                 return await self._terminate_once(session_id, check_session_id(session_id))

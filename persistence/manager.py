@@ -225,7 +225,11 @@ class StateManager(Assembly):
         try:
             session = self._resident(session_id)
             if session is None:
-                session = self._restore_now(session_id)
+                if not self._turns.take():
+                    await self._turns.enter()
+                    session = self._resident(session_id)
+                if session is None:
+                    session = self._restore_now(session_id)
         except TypeError:  # not hashable, so no session id: the long way says it better
             session = None
         if session is not None:

@@ -104,7 +104,7 @@ async def test_while_one_sync_runs_the_next_batch_gathers(
     tasks = [update(state, "0", 1)]
     await files.syncs.reached()
     tasks += [update(state, str(number), 1) for number in range(1, 100)]
-    await loop_steps(3)
+    await loop_steps(12)  # until all of them have begun, so many in each turn
     files.open_gates()
     await asyncio.gather(*tasks)
     assert files.calls["sync_data"] - before == 2

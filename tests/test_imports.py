@@ -2,7 +2,7 @@
 
 Imports point one way, from the bottom up::
 
-    errors, clock, config, record, session, slices, sealer
+    errors, clock, config, record, session, slices, turns, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit | providers
                 renewals | keys
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "persistence"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices"), 0),
+    **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices", "turns"), 0),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
     **dict.fromkeys(("resources", "typed", "background", "lifecycle"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
