@@ -149,6 +149,10 @@ class _Stage:
         if command.name == "open":
             await contender.open(self._directory)
             self._is_open = True
+            # Full collections would go over all modules each time, of peers and of the engine: a
+            # pause that a server spares itself in the same way.
+            gc.collect()
+            gc.freeze()
         elif command.name == "measure":
             return await contender.measure()
         elif command.name == "observe":

@@ -102,6 +102,15 @@ async def test_a_worker_whose_coroutine_ends_closes_and_returns(
     assert await contents(tmp_path) == {"brief": {}}
 
 
+def test_garbage_collections_leave_alone_what_was_there_before_a_worker_began(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    end = nursery.run(tmp_path, "brief", seconds=None)
+    meanwhile, afterwards = [words[1] for words in end.reports if words[0] == "frozen"]
+    assert meanwhile > 10_000, "the modules at least"
+    assert afterwards == 0
+
+
 async def test_what_the_coroutine_raises_is_raised_after_closing(
     nursery: Nursery, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ Forked, because imports would be most of such a short life.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ async def busy(state: StateManager) -> None:
 async def brief(state: StateManager) -> None:
     """End by itself."""
     report("open")
+    report("frozen", gc.get_freeze_count())
     await state.create_session(session_id="brief")
 
 
@@ -101,6 +103,7 @@ def work(order: dict[str, Any]) -> None:
         }
     )
     worker.run(KINDS[order["kind"]], config, url=order["url"])
+    report("frozen", gc.get_freeze_count())
 
 
 def raise_child(order: dict[str, Any]) -> tuple[int, float]:
