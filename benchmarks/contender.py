@@ -34,6 +34,8 @@ INLINE = "inline"
 """A blocking call on the event loop."""
 THREAD = "to_thread"
 """A blocking call in `asyncio.to_thread`."""
+GATHERED = "to_thread, gathered"
+"""The same, for all requests that have come meanwhile: a group commit that the caller wrote."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks import amplification, payloads
-from benchmarks.contender import ASYNCIO, INLINE, NOTHING, SYNCED, THREAD, chunks
+from benchmarks.contender import ASYNCIO, GATHERED, INLINE, NOTHING, SYNCED, THREAD, chunks
 from benchmarks.optional import load
 from benchmarks.payloads import Data
 from benchmarks.tasks import in_tasks
@@ -117,7 +117,8 @@ class SyncStore(Store):
     """A store of blocking calls, on packed bytes. Subclasses give the calls.
 
     With `called` = "to_thread" each request is a thread's, one at a time: what most of these offer
-    is one connection, one writer, or one lock.
+    is one connection, one writer, or one lock. With "to_thread, gathered" the updates that have
+    come while the thread was busy share its next transaction.
     """
 
     per_transaction: int = PER_TRANSACTION
@@ -157,6 +158,8 @@ class SyncStore(Store):
         msgpack = load("msgpack")
         self._pack, self._unpack = msgpack.packb, msgpack.unpackb
         self._lock = threading.Lock()
+        self._gathered: list[tuple[Step, asyncio.Future[None]]] = []
+        self._committing: asyncio.Task[None] | None = None
         self.connect(directory)
 
     async def close(self) -> None:
@@ -198,7 +201,23 @@ class SyncStore(Store):
 
     async def change_one(self, key: str, change: Change) -> None:
         """See `Store`."""
-        await self._call(self.modify, [(key, change)])
+        if self.called != GATHERED:
+            await self._call(self.modify, [(key, change)])
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._gathered.append(((key, change), done))
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_gathered())
+        await done
+
+    async def _commit_gathered(self) -> None:
+        while self._gathered:
+            some = self._gathered[: self.per_transaction]
+            del self._gathered[: len(some)]
+            await asyncio.to_thread(self.modify, [step for step, _ in some])
+            for _, done in some:
+                done.set_result(None)
+        self._committing = None
 
     async def _call(self, function: Callable[[T], None], argument: T) -> None:
         if self.called == THREAD:
