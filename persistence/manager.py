@@ -305,6 +305,9 @@ class StateManager(Assembly):
         self._check_open()
         if not callable(function):
             raise refused("function", function, "a function that takes the draft and changes it")
+        if not self._turns.take():
+            await self._turns.enter()
+            self._check_open()
         if self._gate is not None:
             await self._ready()
         updates = self._updates

@@ -215,7 +215,7 @@ class Updates:
             The commit to wait for. Or what there is, if nothing was changed. Or None: something
             has to be waited for, and `function` was not called; `by_function` does it.
         """
-        if self._commits.is_full or not self._turns.take():
+        if self._commits.is_full:
             return None
         if self._sharing is not None and not self._sharing.is_current(session_id):
             return None
