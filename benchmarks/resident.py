@@ -39,8 +39,8 @@ class Growth:
 
     def metrics(self, session_count: int) -> Metrics:
         """Measure the growth per session, and full collections before and after."""
-        rss = (rss_bytes() - self._rss_bytes) / session_count
         collection_ms = _collection_ms()
+        rss = (rss_bytes() - self._rss_bytes) / session_count  # garbage does not count
         gc.unfreeze()
         return {
             "rss": rss,
