@@ -602,13 +602,12 @@ class CommitQueue:
         slices = Slices(self._monotonic)
         tails = self.tails
         has_woken = False
-        for start in range(0, len(batch), _WOKEN_COMMITS):
+        for some in _woken_together(batch):
             if has_woken or slices.due():
                 # Whoever was waiting goes on before more are woken: a thousand at a time would
                 # keep everything else from the loop for as long as they all take.
                 await slices.give_way()
                 has_woken = False
-            some = batch[start : start + _WOKEN_COMMITS]
             self._disk.apply(some)
             nbytes = 0
             for commit in some:
@@ -800,6 +799,18 @@ def _joined(chunks: list[bytes]) -> list[bytes]:
     if len(chunks) > 1 and sum(map(len, chunks)) <= _JOINED_BYTES:
         return [b"".join(chunks)]
     return chunks
+
+
+def _woken_together(batch: list[Commit]) -> Iterator[list[Commit]]:
+    """Split a batch into pieces that wake `_WOKEN_COMMITS` tasks at most; a spill wakes none."""
+    start = waiting = 0
+    for end, commit in enumerate(batch):
+        if waiting == _WOKEN_COMMITS or end - start == _PIECE_COMMITS:
+            yield batch[start:end]
+            start, waiting = end, 0
+        if commit.done is not None:
+            waiting += 1
+    yield batch[start:]
 
 
 def _pieces(batch: list[Commit]) -> Iterator[list[Commit]]:
