@@ -34,7 +34,6 @@ from persistence.session import Session
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.tiers import Tiers
-from persistence.turns import Turns
 from persistence.updates import Updates
 from persistence.watching.stream import Watch
 from persistence.watching.watching import Watching
@@ -64,7 +63,6 @@ class Assembly(Facilities):
     _keeper: Keeper
     _listing: Listing
     _loop: asyncio.AbstractEventLoop
-    _turns: Turns
 
     def __init__(
         self,
@@ -78,7 +76,7 @@ class Assembly(Facilities):
         self.config = config
         self._clock: Clock = clock or SystemClock()
         self._lookup = Lookup(self._ready)
-        self._lives = Lives(config.session, self._ready, self._lookup, self._plain_data)
+        self._lives = Lives(config.session, self._begin, self._lookup, self._plain_data)
         self._watching = Watching(self._lookup.bring_when_ready)
         self._tiers = Tiers(config, self._clock, files, self._check_open, self._watching)
         self._memory_watch = memory_watch
@@ -136,7 +134,6 @@ class Assembly(Facilities):
         self._time, self._disk, self._keeper = tiers.time, tiers.disk, tiers.keeper
         self._memory, self._residency = tiers.memory, tiers.residency
         self._commits, self._updates = tiers.commits, tiers.updates
-        self._turns = tiers.turns
         self._listing, self._sharing = tiers.listing, tiers.sharing
         self._lookup.attach(tiers)
         self._lives.attach(tiers)
@@ -154,6 +151,7 @@ class Assembly(Facilities):
 
     async def _close(self) -> None:
         self._grace.begin()
+        await self._turns.enter()  # whoever has called before goes on
         self._closed()
         self._resident = self._restore_now = self._refuse
         # First of all: what is open may be what keeps its readers from ending, and so a server.
@@ -255,11 +253,11 @@ class Assembly(Facilities):
     # --- what the rooms ask -------------------------------------------------------------------
 
     async def _current_updates(self) -> Updates:
-        await self._ready()
+        await self._begin()
         return self._updates
 
     async def _current_tiers(self) -> tuple[Updates, Residency]:
-        await self._ready()
+        await self._begin()
         return self._updates, self._residency
 
     def _restored_ids(self, frame: Frame) -> bytes:

@@ -1,4 +1,4 @@
-"""Who is let in: whether a manager is open, for this process, this thread and this moment."""
+"""Who is let in, and when: whether a manager is open, for this process, this thread and moment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from threading import get_ident
 from typing import Any
 
 from persistence.errors import ManagerClosed, WrongEventLoop
+from persistence.turns import Turns
 
 _open_managers: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
 
@@ -24,6 +25,7 @@ class Lifecycle:
         self._is_open = False
         self._gate: asyncio.Event | None = None  # set and taken away when all may come in again
         self._loop: asyncio.AbstractEventLoop
+        self._turns: Turns
         self._thread = 0
         self._why_closed = "the manager is not open; use it with 'async with' or await open()"
 
@@ -31,6 +33,7 @@ class Lifecycle:
         """Let in who comes in this event loop and thread."""
         self._loop = asyncio.get_running_loop()
         self._thread = get_ident()
+        self._turns = Turns()
         self._is_open = True
         _open_managers.add(self)
 
@@ -60,6 +63,20 @@ class Lifecycle:
         while self._gate is not None:
             await self._gate.wait()
             self._check_open()
+
+    async def _begin(self) -> None:
+        """As `_ready`, for calls that do much: only so many begin in one turn of the loop.
+
+        When this returns, nothing has happened since it looked.
+        """
+        while True:
+            await self._ready()
+            if self._turns.take():
+                return
+            await self._turns.enter()
+            if self._gate is None:
+                self._check_open()
+                return
 
     def _forked(self) -> None:
         """In the child of a fork: this manager belongs to the parent."""

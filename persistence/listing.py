@@ -207,24 +207,32 @@ class Listing:
     async def _remove_if_over(
         self, ends: _Ends, session_id: str, key: bytes, now: float, idle_since: float
     ) -> None:
-        if session_id in self._commits.tails:
+        times = self._times(session_id, key)
+        if times is None:
             return
-        if session_id in self._memory:
-            accessed = self._memory.times(session_id)[0]
-            deadline = self._memory.deadline(session_id)
-        else:
-            row = self._disk.index.get(self._disk.fingerprint(key))
-            if row is None:
-                return
-            accessed, deadline = row.accessed, row.deadline
+        accessed, deadline = times
         if deadline > now and accessed >= idle_since:
             return
         is_over = deadline <= now
         confirm_end = self._residency.confirm_end
         if is_over and confirm_end is not None:
             ends.logged += (await self._expired(session_id, key))[1]
-        elif confirm_end is None or await confirm_end(session_id, key, idle_since):
-            await ends.log(session_id, key, is_over=is_over)
+            return
+        if confirm_end is not None:
+            if not await confirm_end(session_id, key, idle_since):
+                return
+            if self._times(session_id, key) != times:
+                return  # the race: it was used, or begun anew, while the shared tier was asked
+        await ends.log(session_id, key, is_over=is_over)
+
+    def _times(self, session_id: str, key: bytes) -> tuple[float, float] | None:
+        """Return last access and deadline of a session; None: it is not there, or in flight."""
+        if session_id in self._commits.tails:
+            return None
+        if session_id in self._memory:
+            return self._memory.times(session_id)[0], self._memory.deadline(session_id)
+        row = self._disk.index.get(self._disk.fingerprint(key))
+        return None if row is None else (row.accessed, row.deadline)
 
 
 class _Ends:

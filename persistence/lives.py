@@ -31,7 +31,7 @@ class Lives:
 
     Args:
         config: what a session is unless its creator says otherwise, and how many there may be.
-        ready: raises ManagerClosed; waits while a checkpoint is being put in place.
+        begin: raises ManagerClosed; waits for a turn, and while a checkpoint is being put in place.
         lookup: brings here what lives elsewhere.
         plain_data: returns the fields that a caller's data stand for.
     """
@@ -39,12 +39,12 @@ class Lives:
     def __init__(
         self,
         config: SessionConfig,
-        ready: Callable[[], Awaitable[None]],
+        begin: Callable[[], Awaitable[None]],
         lookup: Lookup,
         plain_data: Callable[[object], Mapping[Any, Any]],
     ) -> None:
         self._config = config
-        self._ready = ready
+        self._begin = begin
         self._lookup = lookup
         self._plain_data = plain_data
         self._no_limit_cleanup_before = -NEVER
@@ -68,9 +68,7 @@ class Lives:
         auto_renew: bool | None = None,
     ) -> Commit:
         """Do what `StateManager.create_session` says; return the acknowledged commit."""
-        await self._ready()
-        await self._updates.begin()
-        await self._ready()
+        await self._begin()
         if session_id is None:
             session_id = new_session_id()
         key = check_session_id(session_id)
@@ -157,9 +155,7 @@ class Lives:
     async def terminate(self, session_id: str) -> bool:
         """End a session; return whether it was alive. See `StateManager.terminate_session`."""
         while True:
-            await self._ready()
-            await self._updates.begin()
-            await self._ready()
+            await self._begin()
             try:
                 return await self._terminate_once(session_id, check_session_id(session_id))
             except Overtaken:

@@ -225,8 +225,9 @@ class StateManager(Assembly):
         try:
             session = self._resident(session_id)
             if session is None:
+                self._check_open()
                 if not self._turns.take():
-                    await self._turns.enter()
+                    await self._begin()
                     session = self._resident(session_id)
                 if session is None:
                     session = self._restore_now(session_id)
@@ -283,7 +284,7 @@ class StateManager(Assembly):
             ConflictError: this task holds the session's edit.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
-        await self._ready()
+        await self._begin()
         # Not by `_plain_value`: this is a hot path.
         plain = value if self._schema is None else self._schema.plain_value(value)
         return await self._updates.apply(session_id, field_change(field, plain))
@@ -305,11 +306,8 @@ class StateManager(Assembly):
         self._check_open()
         if not callable(function):
             raise refused("function", function, "a function that takes the draft and changes it")
-        if not self._turns.take():
-            await self._turns.enter()
-            self._check_open()
-        if self._gate is not None:
-            await self._ready()
+        if self._gate is not None or not self._turns.take():
+            await self._begin()
         updates = self._updates
         made = updates.made_now(session_id, function)
         if not isinstance(made, Commit):
@@ -334,7 +332,7 @@ class StateManager(Assembly):
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        await self._ready()
+        await self._begin()
         return await self._updates.apply(
             session_id, whole_change(self._plain_data(data), ttl_seconds)
         )
@@ -350,7 +348,7 @@ class StateManager(Assembly):
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,
             WriteOutcomeUnknown: as `update_session_data`.
         """
-        await self._ready()
+        await self._begin()
         check_metadata(**changes)
         return await self._updates.apply(session_id, metadata_change(changes))
 
@@ -364,7 +362,7 @@ class StateManager(Assembly):
             ConflictError: this task holds the session's edit.
             DiskFull, WriteOutcomeUnknown: see `commit`.
         """
-        await self._ready()
+        await self._begin()
         change = ttl_change(ttl_seconds)
         try:
             await self._updates.apply(session_id, change)
@@ -583,7 +581,7 @@ class StateManager(Assembly):
         Raises:
             WriteOutcomeUnknown: a sync failed.
         """
-        await self._ready()
+        await self._begin()
         await self._tiers.settle()
 
     async def compact(self) -> None:
@@ -634,7 +632,7 @@ class StateManager(Assembly):
             RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; what was there stays.
             WriteOutcomeUnknown: the log takes no more writes.
         """
-        await self._ready()
+        await self._begin()
         return await self._keeper.create(check_utf8("reason", reason), on_progress)
 
     async def list_checkpoints(self) -> list[CheckpointInfo]:

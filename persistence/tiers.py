@@ -40,7 +40,6 @@ from persistence.sharing.local import Local
 from persistence.sharing.outbox import Outbox
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
-from persistence.turns import Turns
 from persistence.updates import Updates
 from persistence.watching.watching import Watching
 
@@ -236,7 +235,6 @@ class Tiers:
         self.watching.attach(self.residency, self.time, is_shared=self.shares_sessions)
         self.residency.adopting = self.watching.adopted
         self.sharing = self._make_sharing() if self.shares_sessions else None
-        self.turns = Turns()
         self.updates = Updates(
             config.session,
             self.time,
@@ -245,7 +243,6 @@ class Tiers:
             self.commits,
             self._check_open,
             self.sharing,
-            self.turns,
         )
         if self.sharing is not None:
             self.commits.share(self.sharing.decide)

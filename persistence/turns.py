@@ -23,50 +23,50 @@ CALLS_PER_TURN: Final = 16
 class Turns:
     """Counts the calls of a turn. Made, and used, on its event loop.
 
+    Invariants: no call begins before one that waits; while calls wait, `_end` is scheduled.
+
     Args:
         most: calls in a turn.
     """
 
-    __slots__ = ("_ends", "_left", "_loop", "_most", "_waiting")
+    __slots__ = ("_called", "_ends", "_left", "_loop", "_most", "_waiting")
 
     def __init__(self, most: int = CALLS_PER_TURN) -> None:
         self._loop = asyncio.get_running_loop()
         self._most = most
         self._left = most
-        self._ends = False  # whether `_end` is scheduled: it comes first in the next turn
+        self._called = 0  # how many of those that waited begin in the next turn
+        self._ends = False  # whether `_end` is scheduled
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def take(self) -> bool:
         """Whether a call may begin now; then it counts. Else `enter`."""
         if not self._ends:
-            self._ends = True
             self._loop.call_soon(self._end)
-        if self._left <= 0:
+            self._ends = True
+        if self._waiting or self._called or self._left <= 0:
             return False
         self._left -= 1
         return True
 
     async def enter(self) -> None:
-        """Begin a call, in this turn or the first one with room."""
+        """Begin a call, in this turn or the first one with room; behind all that came before."""
         if self.take():
             return
-        if not self._waiting:
-            await asyncio.sleep(0)  # the short way, for one that calls again and again
-            if self.take():
-                return
         waiting = self._loop.create_future()
         self._waiting.append(waiting)
         await waiting
 
     def _end(self) -> None:
-        """End a turn: who waits comes before those who come."""
-        self._left = self._most
-        self._ends = False
-        while self._waiting and self._left > 0:
-            waiting = self._waiting.popleft()
+        """End a turn; call those that begin in the next one."""
+        self._left = self._most - self._called
+        self._ends = self._called > 0 or bool(self._waiting)
+        if self._ends:
+            self._loop.call_soon(self._end)
+        self._called = 0
+        while self._waiting and self._called < self._most:
+            waiting = self._waiting[0]
             if not waiting.done():  # else its caller has given up
                 waiting.set_result(None)
-                self._left -= 1
-        if self._left < self._most:
-            self._ends = True
-            self._loop.call_soon(self._end)
+                self._called += 1
+            self._waiting.popleft()

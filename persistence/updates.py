@@ -34,7 +34,6 @@ from persistence.record import FIXED_BYTES, ID_BYTES, NO_ID, RENEWS
 from persistence.residency import Base, Residency
 from persistence.session import REQUESTS, Changes, Session, SessionDraft
 from persistence.sharing.sharing import Sharing
-from persistence.turns import Turns
 
 _IDS_BYTES: Final = 2 * ID_BYTES
 _view = Session.view
@@ -130,7 +129,6 @@ class Updates:
         commits: where versions are submitted to.
         check_open: raises ManagerClosed once the manager is closed.
         sharing: the shared tier, if there is one.
-        turns: when a call may begin.
     """
 
     def __init__(
@@ -142,7 +140,6 @@ class Updates:
         commits: CommitQueue,
         check_open: Callable[[], None],
         sharing: Sharing | None,
-        turns: Turns,
     ) -> None:
         self.locks = SessionLocks()
         self._max_record_bytes = config.max_bytes + FIXED_BYTES
@@ -159,18 +156,11 @@ class Updates:
         self._new_id = self._commit_ids.next
         self._check_open = check_open
         self._sharing = sharing
-        self._turns = turns
 
     async def prepare(self, session_id: str) -> None:
         """Bring here what the shared tier has of a session that is about to be updated."""
         if self._sharing is not None:
             await self._sharing.current(session_id)
-
-    async def begin(self) -> None:
-        """Wait until this turn of the loop has room for a call that does much; see `turns`."""
-        if not self._turns.take():
-            await self._turns.enter()
-            self._check_open()
 
     async def admit(self) -> None:
         """Wait while too much is in flight: the back-pressure of a slow disk."""
@@ -249,7 +239,6 @@ class Updates:
     async def _apply_once(self, session_id: str, change: Change) -> Session:
         self._check_open()
         key = check_session_id(session_id)
-        await self.begin()
         await self.admit()
         await self.prepare(session_id)
         base = None
@@ -530,7 +519,6 @@ class Edit:
         updates = self._updates = await self._current()
         self._residency = updates._residency
         self._key = check_session_id(self._session_id)
-        await updates.begin()
         await updates.admit()
         await updates.locks.acquire(self._session_id)
         try:

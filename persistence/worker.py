@@ -78,7 +78,7 @@ def _frozen() -> Iterator[None]:
     """Let the garbage collector leave alone what is there by now, for as long as the worker runs.
 
     Modules, classes and configuration stay for good, but each full collection goes over all of
-    them, and for 30 ms and more nothing else runs. A process that has frozen something itself
+    them, and for 30 ms and more nothing else runs. A process that has frozen something before
     decides for itself.
     """
     is_ours = not gc.get_freeze_count()

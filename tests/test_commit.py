@@ -95,6 +95,28 @@ async def test_in_the_other_modes_the_write_is_enough(
     files.open_gates()
 
 
+async def test_one_sync_that_acknowledges_many_wakes_a_few_in_each_turn_of_the_loop(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(start, *map(str, range(100)))
+    files.syncs.hold()
+    woken: list[int] = []
+    turn = 0
+
+    async def updated(number: int) -> None:
+        await update(state, str(number), 1)
+        woken.append(turn)
+
+    tasks = [asyncio.create_task(updated(number)) for number in range(100)]
+    await files.syncs.reached()
+    await loop_steps(30)  # until the others wait for the next sync, all together
+    files.open_gates()
+    while not all(task.done() for task in tasks):
+        turn += 1
+        await asyncio.sleep(0)
+    assert max(map(woken.count, woken)) <= 8
+
+
 async def test_while_one_sync_runs_the_next_batch_gathers(
     start: Start, files: ScriptedFiles
 ) -> None:

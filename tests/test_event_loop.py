@@ -194,7 +194,7 @@ async def test_closing_with_a_slow_disk_does_not_stop_the_loop(
     files.sync_seconds = SYNC_SECONDS
     async with sampled():
         updates = [asyncio.create_task(state.update_session_data(name, "x", 1)) for name in names]
-        await loop_steps(10)  # all of them have begun
+        await loop_steps(3)
         await state.close()
         await asyncio.gather(*updates)
 

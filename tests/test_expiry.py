@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persistence import ManualClock, Session, StateManager, SystemClock
-from persistence.errors import SessionNotFound
+from persistence.errors import SessionExists, SessionNotFound
 from persistence.expiry import (
     WINDOWS_PER_TTL,
     deadline_after,
@@ -20,6 +20,7 @@ from persistence.expiry import (
     sweep_seconds,
 )
 from persistence.record import NEVER
+from tests.disk.memoryfiles import MemoryFiles
 from tests.engine import (
     DAY,
     KIB,
@@ -33,6 +34,7 @@ from tests.engine import (
     outcomes,
     residency_of,
 )
+from tests.support import config, opened
 
 TTL = 160.0
 """Its windows are 10 seconds, the grant of an eighth 20."""
@@ -991,3 +993,59 @@ async def test_without_any_clock_trouble_lifetimes_pass_while_the_engine_is_clos
     await again.close()
     clock.advance(1)
     assert not await (await start()).has_session("a")
+
+
+# While the shared tier is asked whether a session is over
+
+
+Meanwhile = Callable[[], Awaitable[object]]
+
+
+def asked(state: StateManager, meanwhile: Meanwhile) -> list[str]:
+    """Let a shared tier be asked that agrees to every end, once `meanwhile` is done."""
+    questions: list[str] = []
+
+    async def confirm_end(session_id: str, key: bytes, idle_since: float) -> bool:
+        questions.append(session_id)
+        if len(questions) == 1:
+            await meanwhile()
+        return True
+
+    state._residency.confirm_end = confirm_end
+    return questions
+
+
+@pytest.mark.parametrize("how", ["cleanup", "listing", "update", "another creation"])
+async def test_a_session_that_begins_anew_while_the_end_of_the_old_one_is_confirmed_stays(
+    how: str,
+) -> None:
+    clock = ManualClock()
+    async with opened(MemoryFiles(), config(), clock=clock) as state:
+        await state.create_session(session_id="s", ttl_seconds=10, data={"life": 1})
+        clock.advance(11)
+        questions = asked(state, lambda: state.create_session(session_id="s", data={"life": 2}))
+        if how == "cleanup":
+            assert await state.cleanup_expired() == 0
+        elif how == "listing":
+            assert await state.get_active_sessions() == ["s"]
+        elif how == "update":
+            await state.update_session_data("s", "more", 1)
+        else:
+            assert await state.terminate_session("s") is False, "what was there is over"
+            with pytest.raises(SessionExists):
+                await state.create_session(session_id="s")
+        assert questions
+        session = await state.get_session("s")
+        assert session is not None
+        assert session["life"] == 2
+
+
+async def test_a_session_that_is_used_while_it_is_asked_whether_it_is_idle_stays() -> None:
+    clock = ManualClock()
+    async with opened(MemoryFiles(), config(), clock=clock) as state:
+        await state.create_session(session_id="s", data={"life": 1})
+        clock.advance(100)
+        questions = asked(state, lambda: state.get_session("s"))
+        assert await state.cleanup_old_sessions(50) == 0
+        assert questions == ["s"]
+        assert await state.has_session("s")

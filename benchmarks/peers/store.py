@@ -211,12 +211,17 @@ class SyncStore(Store):
         await done
 
     async def _commit_gathered(self) -> None:
-        while self._gathered:
-            some = self._gathered[: self.per_transaction]
-            del self._gathered[: len(some)]
-            await asyncio.to_thread(self.modify, [step for step, _ in some])
-            for _, done in some:
-                done.set_result(None)
+        try:
+            while self._gathered:
+                some = self._gathered[: self.per_transaction]
+                del self._gathered[: len(some)]
+                await asyncio.to_thread(self.modify, [step for step, _ in some])
+                for _, done in some:
+                    done.set_result(None)
+        except Exception as error:  # noqa: BLE001 - for those who wait
+            for _, done in [*some, *self._gathered]:
+                done.set_exception(error)
+            self._gathered.clear()
         self._committing = None
 
     async def _call(self, function: Callable[[T], None], argument: T) -> None:

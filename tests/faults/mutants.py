@@ -72,6 +72,7 @@ MERGING: Final = "tests/disk/test_compaction.py"
 ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
 PATCHING: Final = "tests/disk/test_patches.py"
 COMMITTING: Final = "tests/test_commit.py"
+EXPIRING: Final = "tests/test_expiry.py"
 REQUESTING: Final = "tests/test_requests.py"
 SHIPPING: Final = "tests/checkpoint/test_create.py"
 SECURITY: Final = "tests/security"
@@ -477,6 +478,45 @@ MUTANTS: Final = (
         "  if read('<d', times) < read('<d', head) then return 'A' end\n",
         "",
         ("tests/remote/test_contract.py",),
+    ),
+    Mutant(
+        "who is told that a session is over may end the one that has begun since",
+        "persistence/residency.py",
+        "                if deadline > self._time.now():\n                    return False\n",
+        "",
+        (
+            f"{EXPIRING}::test_a_session_that_begins_anew_while_the_end_of_the_old_one_is_confirmed_stays",
+        ),
+    ),
+    Mutant(
+        "an idle session is ended although it was used meanwhile",
+        "persistence/listing.py",
+        "            if self._times(session_id, key) != times:\n                return",
+        "            if self._times(session_id, key) is None:\n                return",
+        (f"{EXPIRING}::test_a_session_that_is_used_while_it_is_asked_whether_it_is_idle_stays",),
+    ),
+    Mutant(
+        "calls that come do not wait behind those that wait",
+        "persistence/turns.py",
+        "        if self._waiting or self._called or self._left <= 0:\n",
+        "        if self._left <= 0:\n",
+        ("tests/test_turns.py",),
+    ),
+    Mutant(
+        "all who wait for one sync are woken at once",
+        COMMIT,
+        "            if has_woken or slices.due():\n",
+        "            if slices.due():\n",
+        (
+            f"{COMMITTING}::test_one_sync_that_acknowledges_many_wakes_a_few_in_each_turn_of_the_loop",
+        ),
+    ),
+    Mutant(
+        "who waited for a turn does not look again whether a restore has begun",
+        "persistence/lifecycle.py",
+        "            if self._gate is None:\n                self._check_open()\n",
+        "            if True:\n                self._check_open()\n",
+        ("tests/test_turns.py",),
     ),
     Mutant(
         "a segment counts as sealed before it has rows",

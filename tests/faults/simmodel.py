@@ -12,6 +12,7 @@ Calls are *acknowledged*, *refused* (certainly not done: the error says that not
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -64,6 +65,19 @@ class Born:
         return self.token in self.acknowledged
 
 
+@dataclass
+class Asked:
+    """A call that may still come to a session which is created meanwhile.
+
+    Attributes:
+        until: it has certainly come, or never will, process time.
+        ttl_seconds: the TTL that it sets, if it sets one.
+    """
+
+    until: float = math.inf
+    ttl_seconds: float = math.inf
+
+
 def filler(token: str) -> bytes:
     """Return the bytes that a call writes beside its token."""
     digest = blake2b(token.encode(), digest_size=16).digest()
@@ -87,8 +101,8 @@ class Model:
     Attributes:
         born: by token of the creation.
         by_id: the same by session id, in order of submission.
-        ending: until when an end that was asked for may come to whoever lives under an id.
-        shortening: the same of new TTLs, and the shortest of them.
+        ends: the ends that were asked for, which may come to whoever lives under an id.
+        ttls: the same of new TTLs.
         under_way: tokens of the calls that change a session just now.
         views: how many were checked.
     """
@@ -96,8 +110,8 @@ class Model:
     def __init__(self) -> None:
         self.born: dict[str, Born] = {}
         self.by_id: dict[str, list[Born]] = {}
-        self.ending: dict[str, float] = {}
-        self.shortening: dict[str, tuple[float, float]] = {}
+        self.ends: defaultdict[str, list[Asked]] = defaultdict(list)
+        self.ttls: defaultdict[str, list[Asked]] = defaultdict(list)
         self.under_way: dict[str, dict[str, None]] = {}
         self.views = 0
 
@@ -111,12 +125,12 @@ class Model:
         born = Born(session_id, token, submitted, ttl_seconds=ttl_seconds, renews=renews)
         if ttl_seconds:
             born.lives_until = now + ttl_seconds
-        if now <= self.ending.get(session_id, 0.0):
+        if any(now <= asked.until for asked in self.ends[session_id]):
             born.end = "open"
-        until, shortest = self.shortening.get(session_id, (0.0, math.inf))
-        if now <= until:
-            born.lives_until = min(born.lives_until, now + shortest)
-            born.is_retimed = True
+        for asked in self.ttls[session_id]:
+            if now <= asked.until:
+                born.lives_until = min(born.lives_until, now + asked.ttl_seconds)
+                born.is_retimed = True
         self.born[token] = born
         self.by_id.setdefault(session_id, []).append(born)
         return born

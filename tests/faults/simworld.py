@@ -37,7 +37,7 @@ from persistence.disk.journal import decode_entries
 from persistence.sharing.conflicts import decode_conflict
 from tests.disk.memoryfiles import Call, Killed, MemoryFiles
 from tests.faults.simloop import LIFE, Life, SimulatedClock, SimulatedLoop, run
-from tests.faults.simmodel import Born, Model, Wrong, data_of, filler, tokens_in
+from tests.faults.simmodel import Asked, Born, Model, Wrong, data_of, filler, tokens_in
 from tests.faults.simredis import Network, Server, SimulatedTier
 from tests.faults.simulation import SteppedThreads
 
@@ -437,7 +437,7 @@ class World:
                 ]
                 raise Wrong(f"it does not come to rest: {left}, {why}")
             await asyncio.sleep(1)
-            if rounds == 1 and self.has_gone_back:
+            if rounds == 1 and (self.has_gone_back or self.has_lost):
                 # What the shared tier lost of a session is seen when the session is next used.
                 for sid in self.sids:
                     for worker in self.workers:
@@ -736,13 +736,11 @@ class Client:
         for born in lives:
             if born.end == "no":
                 born.end = "open"
-        ending = self._model.ending
-        until = ending.get(sid, 0.0)
-        ending[sid] = float("inf")
+        asked = Asked()
+        self._model.ends[sid].append(asked)
         result = await self._call(worker, lambda state: state.terminate_session(sid))
-        if isinstance(result, BaseException):
-            until = max(until, world.loop.now + _STRAY_SECONDS)
-        ending[sid] = max(until, world.loop.now)
+        is_stray = isinstance(result, BaseException)
+        asked.until = world.loop.now + (_STRAY_SECONDS if is_stray else 0.0)
         if isinstance(result, BaseException):
             return type(result).__name__
         if result is False and world.is_strict and not world.has_jumped:
@@ -775,12 +773,10 @@ class Client:
                 born.lives_until = min(born.lives_until, asked_at + ttl)
             born.is_retimed = True
             born.over_from = float("inf")  # several of these at once: nobody can tell
-        shortening = self._model.shortening
-        _, shortest = shortening.get(sid, (0.0, float("inf")))
-        shortest = min(shortest, ttl or float("inf"))
-        shortening[sid] = float("inf"), shortest
+        asked = Asked(ttl_seconds=ttl or float("inf"))
+        self._model.ttls[sid].append(asked)
         result = await self._call(worker, lambda state: state.set_ttl(sid, ttl))
-        shortening[sid] = world.loop.now + _STRAY_SECONDS, shortest
+        asked.until = world.loop.now + _STRAY_SECONDS
         return type(result).__name__ if isinstance(result, BaseException) else "done"
 
     # --- looking ----------------------------------------------------------------------------------
