@@ -2,7 +2,8 @@
 
 While one batch is being written and synced in the writer thread, the next one gathers. When the
 sync returns, the batch is acknowledged in order: the index and the memory tier learn of it, then
-the waiters are woken, in slices, because waking a thousand tasks at once is a stall of its own.
+the waiters are woken, a few in each turn of the loop, because waking a thousand tasks at once is a
+stall of its own.
 
 Invariants:
 - The memory tier and the index hold acknowledged versions only. Versions in flight form a chain

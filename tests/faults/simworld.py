@@ -502,6 +502,8 @@ class World:
                 continue
             if self.has_lost and born is alive:
                 continue  # of one incarnation the highest version wins: docs/redis.md, the limit
+            if self.has_lost and self._has_later_life_over(sid, born):
+                continue  # it passes for one that was ended before that: the same
             model.check_has(born, there, born.acknowledged, "were acknowledged")
 
     def _has_forgotten_end(self, sid: str, alive: Born) -> bool:
@@ -509,9 +511,12 @@ class World:
 
         Then nothing is left that says so to a worker which was away: docs/redis.md, the limit.
         """
+        return self._has_later_life_over(sid, alive)
+
+    def _has_later_life_over(self, sid: str, born: Born) -> bool:
         lives = self.model.by_id[sid]
-        later = lives[lives.index(alive) + 1 :]
-        return any(born.exists and self.loop.now >= born.lives_until for born in later)
+        later = lives[lives.index(born) + 1 :]
+        return any(each.exists and self.loop.now >= each.lives_until for each in later)
 
     def granted(self, born: Born) -> float:
         """Return what recoveries may have granted: what was unrecorded of the last renewal."""
