@@ -116,7 +116,7 @@ class Tiers:
         self.time = EngineTime(self._clock)
         self.keys = await Keys.load(config.security, config.disk.path, self._clock)
         seals = self._seals = self.keys.seals
-        await self._check_redis()
+        await self._check_server()
         async with AsyncExitStack() as undo:
             self.disk = await DiskTier.open(
                 config.disk, self.time, self._files, None if seals is None else seals.records
@@ -151,18 +151,24 @@ class Tiers:
         check_store(self._config.checkpoint, self._config.redis)
         check_url(self._config.redis.url)
 
-    async def _check_redis(self) -> None:
-        """See that a Redis which is there for checkpoints only can be used for them."""
+    async def _check_server(self) -> None:
+        """See that the shared tier can be used before there is a directory.
+
+        One that is there for checkpoints only is not opened for anything else.
+        """
         redis = self._config.redis
-        if redis.url is None or self.shares_sessions:
+        if redis.url is None:
             return
+        if self.shares_sessions and (self._files or Files()).exists(self._config.disk.path):
+            return  # `Sharing.open` will tell
         tier = self._remote_tier()
         try:
             await tier.open()
         except RemoteUnavailable as error:
             if redis.on_outage == "fail":
                 raise
-            _log.warning("starting without Redis: %s", error)
+            if not self.shares_sessions:  # else `Sharing.open` says it
+                _log.warning("starting without Redis: %s", error)
         finally:
             await tier.close()
 
