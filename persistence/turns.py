@@ -23,7 +23,8 @@ CALLS_PER_TURN: Final = 16
 class Turns:
     """Counts the calls of a turn. Made, and used, on its event loop.
 
-    Invariants: no call begins before one that waits; while calls wait, `_end` is scheduled.
+    Invariant: no call begins before one that waits. While calls wait, `_end` is scheduled; should
+    there be no memory for that, the next call schedules it.
 
     Args:
         most: calls in a turn.
@@ -60,9 +61,10 @@ class Turns:
     def _end(self) -> None:
         """End a turn; call those that begin in the next one."""
         self._left = self._most - self._called
-        self._ends = self._called > 0 or bool(self._waiting)
-        if self._ends:
+        self._ends = False  # until it is certain: scheduling may fail for want of memory
+        if self._called or self._waiting:
             self._loop.call_soon(self._end)
+            self._ends = True
         self._called = 0
         while self._waiting and self._called < self._most:
             waiting = self._waiting[0]

@@ -118,9 +118,17 @@ async def test_a_turn_that_could_not_be_ended_for_want_of_memory_ends_all_the_sa
         patch.setattr(asyncio.get_running_loop(), "call_soon", no_memory)
         with pytest.raises(MemoryError):
             turns.take()
+    waiting = [asyncio.create_task(turns.enter()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert not waiting[1].done()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "call_soon", no_memory)
+        with pytest.raises(MemoryError):
+            turns._end()
     for _ in range(5):
         async with asyncio.timeout(5):
             await turns.enter()
+    assert all(task.done() for task in waiting)
 
 
 # Through a manager
@@ -204,11 +212,10 @@ async def test_calls_that_wait_for_their_turn_are_made_on_a_state_that_is_restor
         whats = ["update", "update of a field", "edit", "replacement", "read"]
         while state._gate is None:
             assert not restoring.done()
-            if len(calls) < BURST:
-                for what, sid in zip(whats, ids[len(calls) :], strict=False):
-                    calls.append(asyncio.ensure_future(CALLS[what](state, sid)))
-            else:  # again and again, so that some wait for their turn when the gate closes
-                calls += [asyncio.ensure_future(CALLS["update"](state, sid)) for sid in ids[:50]]
+            # So many in each turn that some wait for theirs when the gate closes.
+            for number in range(50):
+                what, sid = whats[number % len(whats)], ids[len(calls) % BURST]
+                calls.append(asyncio.ensure_future(CALLS[what](state, sid)))
             await asyncio.sleep(0)
         assert state._turns._waiting
         await restoring
