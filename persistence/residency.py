@@ -464,19 +464,18 @@ class Residency(Spilling):
         A disk that takes nothing does not make the session live again: it stays expired. Returns
         False if it is not over after all: another worker renewed it, or it has begun anew.
         """
-        if self.confirm_end is not None:
-            if not await self.confirm_end(session_id, key, -NEVER):
-                return False
+        if self.confirm_end is not None and not await self.confirm_end(session_id, key, -NEVER):
+            return False
+        tail = self._tails.get(session_id)
+        if tail is None:
             # The race: while the shared tier was asked, another call was told that the session is
             # over, and created it anew. That one must not be ended.
-            if session_id not in self._tails:
-                deadline = self.acknowledged_deadline(session_id, key)
-                if deadline is None:
-                    return True
-                if deadline > self._time.now():
-                    return False
+            deadline = self.acknowledged_deadline(session_id, key)
+            if deadline is None:
+                return True
+            if deadline > self._time.now():
+                return False
         try:
-            tail = self._commits.tails.get(session_id)
             if tail is None or (tail.record is not None and self._is_over(tail)):
                 commit = self.submit_delete(session_id, key, local=True, expired=True)
                 assert commit.done is not None, "submitted to be waited for"

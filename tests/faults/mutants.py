@@ -482,7 +482,7 @@ MUTANTS: Final = (
     Mutant(
         "who is told that a session is over may end the one that has begun since",
         "persistence/residency.py",
-        "                if deadline > self._time.now():\n                    return False\n",
+        "            if deadline > self._time.now():\n                return False\n",
         "",
         (
             f"{EXPIRING}::test_a_session_that_begins_anew_while_the_end_of_the_old_one_is_confirmed_stays",

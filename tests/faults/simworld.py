@@ -488,7 +488,7 @@ class World:
                 model.check_not_over(alive, asked_at - self.leeway - self.granted(alive))
             branches = [None if data is None else tokens_in(data)[0] for data in kept]
             lost_end = any(branch != alive.token for branch in branches)  # it was part of a branch
-            if self._has_forgotten_end(sid, alive):
+            if self._has_later_life_over(sid, alive):
                 lost_end = True
             if not (lost_end or self.has_gone_back or self.restarts_after_loss):
                 model.check_not_ended(alive, asked_at)
@@ -503,17 +503,14 @@ class World:
             if self.has_lost and born is alive:
                 continue  # of one incarnation the highest version wins: docs/redis.md, the limit
             if self.has_lost and self._has_later_life_over(sid, born):
-                continue  # it passes for one that was ended before that: the same
+                continue  # it passes for one that was ended before that
             model.check_has(born, there, born.acknowledged, "were acknowledged")
 
-    def _has_forgotten_end(self, sid: str, alive: Born) -> bool:
-        """Whether a later life took the place of a tombstone, and is over as well.
+    def _has_later_life_over(self, sid: str, born: Born) -> bool:
+        """Whether a later life took the place of a lost one or of its tombstone, and is over too.
 
         Then nothing is left that says so to a worker which was away: docs/redis.md, the limit.
         """
-        return self._has_later_life_over(sid, alive)
-
-    def _has_later_life_over(self, sid: str, born: Born) -> bool:
         lives = self.model.by_id[sid]
         later = lives[lives.index(born) + 1 :]
         return any(each.exists and self.loop.now >= each.lives_until for each in later)
