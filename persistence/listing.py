@@ -17,7 +17,7 @@ from persistence import record as rec
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
 from persistence.disk.format import user_tag
-from persistence.disk.index import SHARDS, Row
+from persistence.disk.index import Row
 from persistence.disk.tier import DiskTier
 from persistence.errors import CorruptionError, Overtaken, PersistenceError, again
 from persistence.memory.tier import MemoryTier
@@ -75,7 +75,9 @@ class Listing:
             prefix: what ids have to start with.
             is_own: the engine itself asks, also while it is opening or closing.
         """
-        for shard in range(SHARDS):
+        if not is_own:
+            self._check_open()  # also where there is nothing to list
+        for shard in self._disk.index.filled_shards():
             if not is_own:
                 self._check_open()
             for session_id in await self._live(self._disk.index.rows_of_shard(shard)):
@@ -90,7 +92,7 @@ class Listing:
         tag = user_tag(user_id)
         found: list[str] = []
         slices = Slices(self._monotonic)
-        for shard in range(SHARDS):
+        for shard in self._disk.index.filled_shards():
             rows = self._disk.index.user_in_shard(shard, tag)
             live = await self._live(rows) if rows else ()
             found += [each for each in live if await self._belongs(each, user_id)]
@@ -191,7 +193,7 @@ class Listing:
         slices = Slices(self._monotonic)
         for session_id in list(self._residency.unlogged):
             await self._remove_if_over(ends, session_id, session_id.encode(), now, idle_since)
-        for shard in range(SHARDS):
+        for shard in self._disk.index.filled_shards():
             rows = self._disk.index.expired_in_shard(shard, now, idle_since)
             for key, _ in await self._disk.read_keys(rows) if rows else ():
                 await self._remove_if_over(ends, key.decode(), key, now, idle_since)

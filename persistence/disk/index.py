@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from struct import Struct
+from struct import Struct, pack, unpack_from
 from typing import Final, NamedTuple
 
 from persistence.disk.format import (
@@ -258,12 +258,16 @@ class Index:
         self._counts[number] -= 1
         return row
 
-    def rows_of_shard(self, number: int) -> list[Row]:
-        """Return all rows of one shard. A session never changes its shard.
+    def filled_shards(self) -> Iterator[int]:
+        """Yield the numbers of the shards that have rows when it is their turn.
 
-        Going through the shards 0 to `SHARDS` - 1 therefore meets each session that exists all
-        the while exactly once, whatever is written in between.
+        A session never changes its shard. Going through them therefore meets each session that
+        exists all the while exactly once, whatever is written in between.
         """
+        return (number for number in range(SHARDS) if self._counts[number])
+
+    def rows_of_shard(self, number: int) -> list[Row]:
+        """Return all rows of one shard."""
         return [
             Row._make(values)
             for bucket in self._shards[number]
@@ -311,6 +315,8 @@ class Index:
         count = sum(map(len, shard)) // INDEX_ROW_BYTES
         self._count += count - self._counts[number]
         self._counts[number] = count
+        if not count:
+            return
         while count > _ROWS_PER_BUCKET * len(shard):
             shard = self._shards[number] = _doubled(shard)
         unpack = _BEHIND_SEQUENCE.unpack_from
@@ -337,7 +343,7 @@ class Index:
         """Yield one image per shard: bucket count, the buckets' lengths, the buckets."""
         for shard in self._shards:
             lengths = [len(shard), *map(len, shard)]
-            yield b"".join((Struct(f"<{len(lengths)}I").pack(*lengths), *shard))
+            yield b"".join((pack(f"<{len(lengths)}I", *lengths), *shard))
 
     def load_image(self, number: int, image: memoryview, at: int) -> int:
         """Take shard `number` from `image` at `at`; return the offset behind it.
@@ -345,8 +351,8 @@ class Index:
         Raises:
             ValueError: the image is not one (its checksum was right, so this is a defect of ours).
         """
-        (count,) = Struct("<I").unpack_from(image, at)
-        lengths = Struct(f"<{count}I").unpack_from(image, at + 4)
+        (count,) = unpack_from("<I", image, at)
+        lengths = unpack_from(f"<{count}I", image, at + 4)
         at += 4 + 4 * count
         buckets = []
         for length in lengths:

@@ -47,7 +47,7 @@ def index_of(*rows: Row) -> Index:
 
 
 def all_rows(index: Index) -> dict[bytes, Row]:
-    rows = [row for shard in range(SHARDS) for row in index.rows_of_shard(shard)]
+    rows = [row for shard in index.filled_shards() for row in index.rows_of_shard(shard)]
     found = {row.fingerprint: row for row in rows}
     assert len(found) == len(rows), "a fingerprint is in more than one row"
     return found
