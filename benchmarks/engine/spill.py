@@ -51,6 +51,7 @@ class Spill(Engine):
                 await self.state.restore_session(session_id)
         with Stopwatch() as watch:
             await self._spill()
+            await self.state.flush()  # else some would still be on their way into the log
         stats = await self.state.stats()
         check(stats.in_memory == 0, f"{stats.in_memory} sessions are still in memory")
         check(await self._samples_are_right(), "a spilled session came back changed")
