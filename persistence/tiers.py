@@ -188,7 +188,7 @@ class Tiers:
         if self.sharing is not None:
             await grace.spend(self.sharing.deliver(), "the shared tier", _REMOTE_SHARE)
         if self.keeper.at_shutdown:
-            await grace.spend(self.keeper.create("shutdown"), "the last checkpoint")
+            await grace.spend(self.keeper.create("shutdown", is_last=True), "the last checkpoint")
 
     async def close(self) -> None:
         """Close everything, in order; the log is sealed in any case."""

@@ -273,6 +273,53 @@ async def test_stats_tell_what_is_unshipped_and_what_may_be(
     assert (after.made, after.last_id, after.unshipped_bytes) == (1, info.id, 0)
 
 
+async def test_what_an_earlier_life_left_unshipped_counts(
+    start: Start, store: dict[str, Any], tmp_path: Path
+) -> None:
+    keeps_quiet = {"checkpoint": store, "shutdown": {"checkpoint": False}}
+
+    async def unshipped_after_a_restart(state: StateManager) -> tuple[StateManager, int]:
+        await state.close()
+        state = await start(**keeps_quiet)
+        return state, (await state.stats()).checkpoints.unshipped_bytes
+
+    state = await start(**keeps_quiet)
+    await filled(state, 100)
+    grown = (await state.stats()).checkpoints.unshipped_bytes
+    state, unshipped = await unshipped_after_a_restart(state)
+    assert 0.9 * grown < unshipped <= grown
+    await state.create_checkpoint()
+    state, unshipped = await unshipped_after_a_restart(state)
+    assert unshipped == 0
+    await state.update_session("session 1", add_one)
+    grown = (await state.stats()).checkpoints.unshipped_bytes
+    state, unshipped = await unshipped_after_a_restart(state)
+    assert 0.9 * grown < unshipped <= 1.1 * grown
+    await state.restore_checkpoint()  # the next one is a full one
+    assert (await state.stats()).checkpoints.unshipped_bytes > 50 * grown
+
+
+async def test_a_shutdown_makes_no_full_checkpoint_where_a_small_one_will_do(
+    start: Start, store: dict[str, Any]
+) -> None:
+    state = await start(checkpoint={**store, "keep": 100})
+    ids = await filled(state, 20)
+    full = await state.create_checkpoint()
+    shipped_bytes = 0
+    while shipped_bytes < full.bytes:  # from then on a full one is due
+        for sid in ids:
+            await state.update_session(sid, add_one)
+        info = await state.create_checkpoint()
+        assert info.kind == "incremental"
+        shipped_bytes += info.bytes
+    await state.update_session(ids[0], add_one)
+    await state.close()
+    state = await start(checkpoint={**store, "keep": 100})
+    infos = await state.list_checkpoints()
+    assert (infos[-1].reason, infos[-1].kind) == ("shutdown", "incremental")
+    assert (await state.create_checkpoint()).kind == "full"
+
+
 async def test_no_more_is_left_unshipped_than_a_shutdown_can_ship(
     tmp_path: Path, store: dict[str, Any]
 ) -> None:

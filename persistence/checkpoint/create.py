@@ -110,11 +110,23 @@ async def create_checkpoint(
     clock: Clock,
     reason: str = "manual",
     on_progress: OnProgress | None = None,
+    *,
+    is_last: bool = False,
 ) -> CheckpointInfo:
     """Make a restore point of everything that is in the log now.
 
     What is only in memory (renewals that are not recorded, sessions that were not logged) must be
     brought into the log before. One creation at a time, and none while a restore is installed.
+
+    Args:
+        tier: the log.
+        store: where it goes.
+        plan: how it is made.
+        clock: wall time.
+        reason: is kept with it.
+        on_progress: told how far it is.
+        is_last: there may be no time for a full one. So it goes on from the newest one even if
+            what was shipped on top of its base has become as much as that; the next one is full.
 
     Raises:
         RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; the restore points that
@@ -124,7 +136,7 @@ async def create_checkpoint(
     worker = tier.directory_id.hex()
     catalogue = await Catalogue.load(store, plan.sealer)
     await sweep(store, catalogue, worker, clock.wall())
-    parent = await _parent(tier, store, catalogue)
+    parent = await _parent(tier, store, catalogue, is_last=is_last)
     with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
         cut = await take_cut(tier, parent.sequence if parent else 0)
         try:
@@ -171,12 +183,14 @@ def _reading_log(tier: DiskTier) -> Iterator[None]:
         raise DirectoryNotUsable(f"{what}; those before it are as they were") from error
 
 
-async def _parent(tier: DiskTier, store: CheckpointStore, catalogue: Catalogue) -> Manifest | None:
+async def _parent(
+    tier: DiskTier, store: CheckpointStore, catalogue: Catalogue, *, is_last: bool
+) -> Manifest | None:
     """Return the checkpoint to go on from; None: make a full one.
 
     That is the one of which the directory says that it is its newest, in this store; if it is
     still there with all its chunks, and what has been shipped on top of its base is not yet as
-    much as the base.
+    much as the base, or that does not matter now.
     """
     newest = tier.shipped.newest
     if newest is None or newest.store != store.name:
@@ -186,7 +200,7 @@ async def _parent(tier: DiskTier, store: CheckpointStore, catalogue: Catalogue) 
         return None
     if parent.sequence != newest.sequence or newest.sequence > tier.writer.sequence:
         return None
-    if parent.total_bytes - parent.base_bytes >= parent.base_bytes:
+    if parent.total_bytes - parent.base_bytes >= parent.base_bytes and not is_last:
         return None
     keys = [ChunkKey(chunk.checkpoint, chunk.number) for chunk in parent.chunks]
     if await store.chunk_bytes(keys) != [chunk.stored_bytes for chunk in parent.chunks]:

@@ -42,7 +42,8 @@ class CheckpointStats:
     Attributes:
         made: how many since the manager was opened.
         failed: how many could not be made.
-        unshipped_bytes: what the log has grown by since the last one.
+        unshipped_bytes: about what the next one has to ship: what the log has grown by since the
+            last one, or all that is needed of it where there is none to go on from.
         limit_bytes: when so much is unshipped, one is made at once; 0: never.
         bytes_per_second: how fast they are made, by the log's bytes.
         last_id: of the last one; None: there was none yet.
@@ -108,7 +109,7 @@ class Keeper:
         self._failed = 0
         self._last_id: str | None = None
         self._bytes_per_second = float(_ASSUMED_BYTES_PER_SECOND)
-        self._shipped_at = tier.writer.bytes_written
+        self._shipped_at = self._shipped_before()
         self._ended = clock.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -132,15 +133,29 @@ class Keeper:
 
     # --- what callers do ----------------------------------------------------------------------
 
-    async def create(self, reason: str, on_progress: OnProgress | None = None) -> CheckpointInfo:
-        """Make one of everything that is acknowledged now."""
+    async def create(
+        self, reason: str, on_progress: OnProgress | None = None, *, is_last: bool = False
+    ) -> CheckpointInfo:
+        """Make one of everything that is acknowledged now.
+
+        Args:
+            reason: is kept with it.
+            on_progress: told how far it is.
+            is_last: before a shutdown, whose time is short (see `create_checkpoint`).
+        """
         async with self._lock:
             await self._prepare()
             written = self._tier.writer.bytes_written
             started = self._clock.monotonic()
             try:
                 info = await create_checkpoint(
-                    self._tier, self._store, self._plan, self._clock, reason, on_progress
+                    self._tier,
+                    self._store,
+                    self._plan,
+                    self._clock,
+                    reason,
+                    on_progress,
+                    is_last=is_last,
                 )
             except PersistenceError:
                 self._failed += 1
@@ -190,7 +205,7 @@ class Keeper:
                 seals=self._plan.seals,
             )
             await install(staged)
-            self._shipped_at = self._tier.writer.bytes_written
+            self._shipped_at = self._shipped_before()
             return staged
 
     def stats(self) -> CheckpointStats:
@@ -205,6 +220,17 @@ class Keeper:
         )
 
     # --- by the schedule ----------------------------------------------------------------------
+
+    def _shipped_before(self) -> int:
+        """Return the `bytes_written` at which there was nothing to ship; may be negative.
+
+        What an earlier life of the worker has left unshipped counts as much as what this one does.
+        """
+        newest = self._tier.shipped.newest
+        if newest is not None and newest.store != self._store.name:
+            newest = None
+        sequence = 0 if newest is None else newest.sequence
+        return self._tier.writer.bytes_written - self._tier.bytes_behind(sequence)
 
     @property
     def _unshipped_bytes(self) -> int:

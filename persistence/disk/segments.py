@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 
 from persistence.disk.filenames import segment_name
 from persistence.disk.files import Files
@@ -79,6 +80,27 @@ class Segment:
         """Bytes that a compaction would free for certain (tombstones are not counted)."""
         kept = self.live_bytes + self.tombstone_bytes + self.touch_bytes
         return max(0, self.length - SEGMENT_HEADER_BYTES - FOOTER_BYTES - kept)
+
+
+def bytes_behind(segments: Iterable[Segment], sequence: int, last_sequence: int) -> int:
+    """Return about how many bytes of frames that are needed lie behind a sequence number.
+
+    A segment that the number lies in counts in proportion.
+
+    Args:
+        segments: the whole log, the open segment included.
+        sequence: 0: everything counts.
+        last_sequence: that of the newest frame.
+    """
+    nbytes = 0.0
+    highest = last_sequence
+    for segment in sorted(segments, key=attrgetter("lowest_sequence"), reverse=True):
+        lowest = segment.lowest_sequence
+        behind = (highest - sequence) / max(1, highest - lowest + 1)
+        nbytes += max(0.0, min(1.0, behind)) * (segment.live_bytes + segment.tombstone_bytes)
+        if segment.kind == SegmentKind.LOG:  # a merged one may go back anywhere
+            highest = min(highest, lowest - 1)
+    return int(nbytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ from persistence.disk.reader import FrameReader, read_patched_at
 from persistence.disk.recovery import Recovery
 from persistence.disk.reserve import RESERVE_BYTES, Reserve
 from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
-from persistence.disk.segments import Damage, OpenSegments, Pins, Segment
+from persistence.disk.segments import Damage, OpenSegments, Pins, Segment, bytes_behind
 from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
 from persistence.disk.writer import LogWriter, Write
@@ -898,6 +898,10 @@ class DiskTier:
     def total_bytes(self) -> int:
         """Bytes of all segments."""
         return sum(item.length for item in self.segments.values())
+
+    def bytes_behind(self, sequence: int) -> int:
+        """Return about how many bytes are needed of what was written behind a sequence number."""
+        return bytes_behind(self.segments.values(), sequence, self.writer.sequence)
 
     def stats(self) -> DiskStats:
         """Return what is on disk."""
