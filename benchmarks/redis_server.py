@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from benchmarks.optional import UnavailableError
 
 _HOST = "127.0.0.1"
+_FIRST_PORT, _LAST_PORT = 10_000, 22_000
 _PATIENCE_SECONDS = 10.0
 
 
@@ -42,9 +44,7 @@ class RedisServer:
             UnavailableError: there is no server on this machine.
         """
         self._directory = tempfile.mkdtemp(prefix="redis-")
-        with socket.socket() as probe:
-            probe.bind((_HOST, 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         options = ["--port", str(port), "--bind", _HOST, "--save", ""]
         if self._durable is not None:
             options += ["--dir", str(self._durable.resolve())]
@@ -70,6 +70,22 @@ class RedisServer:
             self._process.wait()
             self._process = None
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _free_port() -> int:
+    """Return a port that is free, below those that a system gives to clients.
+
+    From among those, the client that asks whether the server answers yet may get this very one,
+    and be connected to itself.
+    """
+    while True:
+        port = random.randrange(_FIRST_PORT, _LAST_PORT)
+        with socket.socket() as probe:
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+        return port
 
 
 def _answers(port: int) -> bool:

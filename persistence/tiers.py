@@ -20,7 +20,7 @@ from persistence.checkpoint.restore import StagedRestore
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, CommitQueue
 from persistence.config import StateConfig
-from persistence.disk.filenames import CONFLICTS, OUTBOX, ROTATIONS
+from persistence.disk.filenames import CONFLICTS, MANIFEST, OUTBOX, ROTATIONS
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
 from persistence.errors import ConflictError, RemoteUnavailable
@@ -159,7 +159,8 @@ class Tiers:
         redis = self._config.redis
         if redis.url is None:
             return
-        if self.shares_sessions and (self._files or Files()).exists(self._config.disk.path):
+        manifest = f"{self._config.disk.path}/{MANIFEST}"
+        if self.shares_sessions and (self._files or Files()).exists(manifest):
             return  # `Sharing.open` will tell
         tier = self._remote_tier()
         try:

@@ -62,6 +62,8 @@ class Run:
         self.part = slice(part - 1, None, parts)
         self.only: str = arguments.only
         self.directory: str | None = arguments.directory
+        if self.directory is not None:
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
         self.failures = 0
         self.seconds = seconds
         self._end = time.monotonic() + seconds

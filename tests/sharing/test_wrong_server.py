@@ -28,6 +28,13 @@ async def test_a_wrong_password_or_database_makes_no_directory(
     assert not path.exists()
 
 
+async def test_an_empty_directory_stays_empty(shared_server: RedisServer, tmp_path: Path) -> None:
+    url = f"{shared_server.url}/4711"
+    with pytest.raises(ConfigError):
+        await StateManager(config=config(tmp_path, url)).open()
+    assert not list(tmp_path.iterdir())
+
+
 async def test_a_foreign_namespace_makes_no_directory(
     shared_server: RedisServer, tmp_path: Path
 ) -> None:
