@@ -8,6 +8,7 @@ import pytest
 
 from persistence import StateConfig, StateManager
 from persistence.errors import ConfigError
+from tests.engine import names_in
 from tests.redis_servers import RedisServer
 
 
@@ -32,7 +33,7 @@ async def test_an_empty_directory_stays_empty(shared_server: RedisServer, tmp_pa
     url = f"{shared_server.url}/4711"
     with pytest.raises(ConfigError):
         await StateManager(config=config(tmp_path, url)).open()
-    assert not list(tmp_path.iterdir())
+    assert not names_in(tmp_path)
 
 
 async def test_a_foreign_namespace_makes_no_directory(
