@@ -24,7 +24,6 @@ from persistence.remote.contract import (
     Outcome,
     Put,
     Request,
-    may_be_forgotten,
 )
 from persistence.remote.exchanges import Lost
 from persistence.remote.faults import code_in, explain, explain_key, explain_text, unknown
@@ -34,6 +33,8 @@ from persistence.remote.layout import (
     CODES,
     DETAILED,
     FOREIGN_CODE,
+    FORGOTTEN,
+    STATE_BYTES,
     decode_state,
     pack_requests,
 )
@@ -165,7 +166,7 @@ class Committer:
                 doubt = None
                 if is_outdated and not result.is_stored:  # it may have been applied since
                     doubt = "it was sent again behind another one, without a reply"
-                elif was_lost and may_be_forgotten(requests[index], result):
+                elif was_lost and result.may_be_forgotten:
                     doubt = "too much has happened since a reply was lost to tell if it was applied"
                 if doubt is not None:
                     result = self._failed(requests[index], Lost(doubt), was_lost=True)
@@ -183,7 +184,10 @@ class Committer:
         outcome = CODES[bytes([code])]
         if outcome is not Outcome.REFUSED:
             assert isinstance(detail, bytes), "only refusals carry an error"
-            return CommitResult(outcome, decode_state(detail) if detail else None)
+            if not detail:
+                return CommitResult(outcome)
+            is_forgotten = detail[STATE_BYTES:] == FORGOTTEN
+            return CommitResult(outcome, decode_state(detail), may_be_forgotten=is_forgotten)
         session_id = request.session_id
         key = self._keys.session(session_id).decode("utf-8", "backslashreplace")
         if code == FOREIGN_CODE:

@@ -21,7 +21,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol, TypeAlias
 
 from persistence.errors import PersistenceError
-from persistence.record import NEVER, NO_ID, incarnation_of, version_of
+from persistence.record import NEVER, NO_ID
 
 IDS_REMEMBERED = 32
 """Commits of a session after which a repeated request is no longer recognised as applied."""
@@ -146,11 +146,16 @@ class CommitResult(NamedTuple):
         stored: what the tier holds instead: set for conflicts, tombstones and repeats.
         error: set for REFUSED (`RemoteUnavailable`, `RemoteDamaged`) and UNKNOWN
             (`WriteOutcomeUnknown`); not raised, because it is about this one request.
+        may_be_forgotten: of a put that was refused: it may have been applied all the same, by a
+            sending whose reply was lost, and others have committed so much since then that neither
+            its id nor that of its base is among those that the tier remembers. A tier that has
+            lost a reply then says UNKNOWN.
     """
 
     outcome: Outcome
     stored: Stored | None = None
     error: PersistenceError | None = None
+    may_be_forgotten: bool = False
 
     @property
     def is_stored(self) -> bool:
@@ -160,25 +165,6 @@ class CommitResult(NamedTuple):
 
 _STORED = (Outcome.APPLIED, Outcome.ALREADY_APPLIED)
 APPLIED = CommitResult(Outcome.APPLIED)
-
-
-def may_be_forgotten(request: Request, result: CommitResult) -> bool:
-    """Whether a refused request may have been applied by an earlier sending after all.
-
-    To be asked where a reply was lost. A tier knows a repetition by the ids of its latest commits;
-    other workers may have made more of them while this one stood still. Commits without a new
-    version (of metadata, of a TTL) are among the ids: half as many versions are enough for doubt.
-    """
-    stored = result.stored
-    if type(request) is not Put or result.is_stored or stored is None:
-        return False
-    if stored.incarnation == incarnation_of(request.record):
-        commits = stored.version - version_of(request.record)
-    elif request.base == NO_ID:
-        commits = stored.version  # somebody else has created it, if not very much has happened
-    else:
-        return True
-    return 2 * commits >= IDS_REMEMBERED
 
 
 class Announcement(NamedTuple):

@@ -86,6 +86,8 @@ CODES: Final = {
 }
 """Outcome codes of ``commit.lua``, one byte a request; all but A, M and F come with a detail."""
 DETAILED: Final = frozenset(b"DCXE")
+FORGOTTEN: Final = b"F"
+"""Behind a state: the request may have been applied and forgotten since."""
 APPLIED_CODE: Final = ord("A")
 FOREIGN_CODE: Final = ord("F")
 

@@ -25,7 +25,6 @@ from persistence.remote.contract import (
     CommitResult,
     Outcome,
     Request,
-    may_be_forgotten,
 )
 from persistence.remote.exchanges import Lost
 from persistence.remote.postgres_calls import PostgresCalls, Settled
@@ -124,7 +123,7 @@ class PostgresCommitter:
             code = row[0]
             if code != _APPLIED:
                 results[index] = _answered(row)
-                if settled.was_lost and may_be_forgotten(requests[index], results[index]):
+                if settled.was_lost and results[index].may_be_forgotten:
                     results[index] = self._failed(requests[index], _FORGOTTEN)
 
     def _failed(self, request: Request, settled: Settled) -> CommitResult:
@@ -138,9 +137,9 @@ class PostgresCommitter:
 
 def _answered(row: Any) -> CommitResult:
     """Return the outcome that the function gave to a request that it did not just apply."""
-    code, kind, version, incarnation, commit = row
+    code, kind, version, incarnation, commit, is_forgotten = row
     stored = None if kind is None else decode_stored(kind, version, incarnation, commit)
-    return CommitResult(_CODES[code], stored)
+    return CommitResult(_CODES[code], stored, may_be_forgotten=is_forgotten)
 
 
 def _size(row: Row) -> int:

@@ -441,6 +441,38 @@ class RemoteTierContract:
         assert set(again[:-IDS_REMEMBERED]) <= {Outcome.CONFLICT}
         assert (await loaded(tier, "a")).record == chain[-1]
 
+    async def test_what_may_have_been_applied_and_forgotten_is_told(
+        self, open_tier: OpenTier
+    ) -> None:
+        """A put whose base is among the remembered ids, and which is not, was never applied."""
+        tier = await open_tier()
+        chain = chain_of(IDS_REMEMBERED + 8)
+        requests: list[Request] = [create("a", chain[0])]
+        requests += [update("a", old, new) for old, new in pairwise(chain)]
+        assert await tier.commit(requests) == [APPLIED] * len(requests)
+        await created(tier, "b", {"n": 0})
+
+        def built_on(base: bytes) -> Put:
+            return update("a", base, next_record(base, {"n": "of another worker"}))
+
+        certain = [
+            built_on(chain[-2]),
+            built_on(chain[-IDS_REMEMBERED]),
+            create("b", new_record({"n": 1})),
+        ]
+        in_doubt = [
+            requests[1],
+            built_on(chain[-IDS_REMEMBERED - 1]),
+            create("a", new_record({"n": 1})),
+        ]
+        results = await tier.commit([*certain, *in_doubt])
+        assert [result.outcome for result in results] == [Outcome.CONFLICT] * 6
+        assert [result.may_be_forgotten for result in results] == [False] * 3 + [True] * 3
+        assert await outcome(tier, end("a")) is Outcome.APPLIED
+        results = await tier.commit([built_on(chain[-2]), built_on(chain[2])])
+        assert [result.outcome for result in results] == [Outcome.TERMINATED] * 2
+        assert [result.may_be_forgotten for result in results] == [False, True]
+
     async def test_commits_are_recognised_over_an_end_and_a_new_beginning(
         self, open_tier: OpenTier
     ) -> None:

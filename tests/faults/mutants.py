@@ -466,6 +466,20 @@ MUTANTS: Final = (
         ("tests/remote/test_contract.py",),
     ),
     Mutant(
+        "Redis is never in doubt about a commit it does not know",
+        SCRIPT,
+        "  if kind == 'P' then return not knows(key, state, base) end\n",
+        "  if kind == 'P' then return false end\n",
+        ("tests/remote/test_contract.py",),
+    ),
+    Mutant(
+        "a lost reply is never too old to tell",
+        "persistence/remote/committer.py",
+        "elif was_lost and result.may_be_forgotten:",
+        "elif False:",
+        ("tests/remote/test_faults_live.py",),
+    ),
+    Mutant(
         "an end leaves no tombstone in Redis",
         SCRIPT,
         "  call('PEXPIRE', key, time)\n  announce(key, kind, sub(head, 1, 8), commit)",

@@ -127,7 +127,9 @@ class Server:
             return _with(self._touch(entry, request), entry)
         objection = _objection(entry, request)
         if objection is not None:
-            return _with(objection, entry)
+            return _with(objection, entry)._replace(
+                may_be_forgotten=_may_be_forgotten(objection, entry, request)
+            )
         made = _put(entry, request) if isinstance(request, Put) else self._end(entry, request)
         self.entries[request.session_id] = made
         ended = not made.lives
@@ -156,6 +158,15 @@ class Server:
         return Outcome.APPLIED
 
 
+def _doubted(results: list[CommitResult]) -> list[CommitResult]:
+    """Take for unknown what a tier that has lost a reply cannot tell."""
+    unknown = WriteOutcomeUnknown("the simulated tier: applied or not, that is forgotten")
+    return [
+        CommitResult(Outcome.UNKNOWN, None, unknown) if result.may_be_forgotten else result
+        for result in results
+    ]
+
+
 def _put(entry: Entry | None, request: Put) -> Entry:
     record = request.record
     before = [] if entry is None else entry.ids[: IDS_REMEMBERED - 1]
@@ -174,6 +185,15 @@ def _with(outcome: Outcome, entry: Entry | None) -> CommitResult:
         return APPLIED
     shown = outcome in {Outcome.CONFLICT, Outcome.TERMINATED, Outcome.ALREADY_APPLIED}
     return CommitResult(outcome, entry.stored if entry is not None and shown else None)
+
+
+def _may_be_forgotten(objection: Outcome, entry: Entry | None, request: Put | Delete) -> bool:
+    refused = objection in {Outcome.CONFLICT, Outcome.TERMINATED}
+    if entry is None or not refused or isinstance(request, Delete):
+        return False
+    if request.base == NO_ID:
+        return len(entry.ids) >= IDS_REMEMBERED - 1
+    return request.base not in entry.ids
 
 
 def _objection(entry: Entry | None, request: Put | Delete) -> Outcome | None:  # noqa: PLR0911
@@ -427,7 +447,12 @@ class SimulatedTier:
             raise _Lost("the connection broke")
         return found
 
-    async def _settle(self, execute: Callable[[], T], lost_seconds: float) -> T:
+    async def _settle(
+        self,
+        execute: Callable[[], T],
+        lost_seconds: float,
+        doubted: Callable[[T], T] = lambda reply: reply,
+    ) -> T:
         """Send something until there is a reply; see `remote.router.Router.settle`."""
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -436,7 +461,8 @@ class SimulatedTier:
         while True:
             gone = False
             try:
-                return await self._once(execute)
+                reply = await self._once(execute)
+                return doubted(reply) if was_lost else reply
             except _Unsent as error:
                 if not was_lost:
                     raise
@@ -497,6 +523,7 @@ class SimulatedTier:
                 return await self._settle(
                     lambda: self._network.commit(kept, self.worker),
                     _LOST_TIMEOUTS * self._timeout_seconds,
+                    _doubted,
                 )
             except _Unsent as error:
                 refused = RemoteUnavailable(f"the simulated tier: {error}")

@@ -27,7 +27,8 @@
 --   A applied                      D applied before, by an earlier sending (+ state)
 --   C conflict (+ state)           X a tombstone is there (+ state)
 --   M nothing is there             E Redis refused (+ the text of the error)
---   F a foreign key is there       + state: the first 41 bytes of the stored state
+--   F a foreign key is there       + state: the first 41 bytes of the stored state, and F if
+--                                  the request may have been applied and forgotten since, else -
 --
 -- The state (field \255state): kind (L lives, T tombstone, t tombstone where nothing had been),
 -- version (8), incarnation (16), ids of the latest commits (16 each, newest first). When it holds 8
@@ -113,6 +114,13 @@ local function is_state(state)
   local kind = byte(state)
   return #state >= SHOWN_BYTES
     and (kind == LIVES or kind == TOMBSTONE or kind == TOMBSTONE_OF_NOTHING)
+end
+
+-- Whether a creation or a put that is not among the latest commits may have been one of those before
+-- them. Where the commit that a put was built on is among them, it was not: it would be newer.
+local function may_be_forgotten(kind, key, state, base)
+  if kind == 'P' then return not knows(key, state, base) end
+  return kind == 'C' and #history(key, state) == KEPT_BYTES
 end
 
 -- Why a creation, a put or a delete cannot be applied; nil: it can.
@@ -262,7 +270,8 @@ for i = 1, #KEYS do
   if err then
     details[#details + 1] = err
   elseif code == 'C' or code == 'X' or code == 'D' then
-    details[#details + 1] = sub(state, 1, SHOWN_BYTES)
+    local is_forgotten = code ~= 'D' and may_be_forgotten(kind, key, state, base)
+    details[#details + 1] = sub(state, 1, SHOWN_BYTES) .. (is_forgotten and 'F' or '-')
   end
 end
 

@@ -22,6 +22,10 @@
 --   A applied       D applied before, by an earlier sending     C conflict     X a tombstone is there
 --   M nothing is there (a delete has left a tombstone all the same)
 --
+-- and, of a creation or a put with C or X, whether it may have been applied and forgotten since.
+-- Where the commit that a put was built on is among the latest ones, and the put is not, it was not
+-- applied: it would be newer.
+--
 -- Announces what it applied, but for touches: the worker, then for each commit a line with kind,
 -- version, commit id (hex) and session id (hex). A message holds less than 8,000 bytes, so there
 -- may be several. PostgreSQL delivers them when the transaction is committed.
@@ -47,11 +51,13 @@ CREATE OR REPLACE FUNCTION persistence_commit_@hash@(
   stored_kind text,
   stored_version bigint,
   stored_incarnation bytea,
-  stored_commit bytea
+  stored_commit bytea,
+  may_be_forgotten boolean
 ) LANGUAGE plpgsql AS $function$
 DECLARE
   none CONSTANT bytea := decode(repeat('00', 16), 'hex');
   message_bytes CONSTANT integer := 7900;
+  remembered CONSTANT integer := 32;
   asked record;
   was record;
   is_row boolean;     -- a row is there, and locked
@@ -129,7 +135,7 @@ BEGIN
           asked.incarnation := was.incarnation;
         END IF;
       END IF;
-      history := (asked.commit_id || history)[1:32];
+      history := (asked.commit_id || history)[1:remembered];
       IF is_row THEN
         UPDATE persistence_sessions_1 AS s
           SET kind = new_kind, version = asked.version, incarnation = asked.incarnation,
@@ -163,6 +169,11 @@ BEGIN
     stored_version := NULL;
     stored_incarnation := NULL;
     stored_commit := NULL;
+    may_be_forgotten := code IN ('C', 'X') AND CASE asked.kind
+      WHEN 'P' THEN asked.base <> ALL (history)
+      WHEN 'C' THEN cardinality(history) >= remembered - 1
+      ELSE false
+    END;
     IF code IN ('D', 'C', 'X') THEN
       stored_kind := was.kind;
       stored_version := was.version;
