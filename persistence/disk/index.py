@@ -58,6 +58,11 @@ assert 1 << _SHARD_BITS == SHARDS
 _new_row = tuple.__new__  # Row._make checks the length first, in Python
 
 
+_EMPTY: Final = bytearray()
+"""The one empty bucket, in as many places as there are. A bucket with rows is changed in place, this
+one never: what is put into it takes its place."""
+
+
 class Row(NamedTuple):
     """One session's entry. Times are engine seconds."""
 
@@ -94,7 +99,7 @@ class Index:
     """Fingerprint -> `Row`. Synchronous, never blocks, never moves more than one shard at once."""
 
     def __init__(self) -> None:
-        self._shards: list[list[bytearray]] = [[bytearray()] for _ in range(SHARDS)]
+        self._shards: list[list[bytearray]] = [[_EMPTY] for _ in range(SHARDS)]
         self._counts = [0] * SHARDS
         self._count = 0
 
@@ -181,7 +186,7 @@ class Index:
         buckets = 1
         while buckets * _ROWS_PER_BUCKET * SHARDS < count:
             buckets *= 2
-        self._shards = [[bytearray() for _ in range(buckets)] for _ in range(SHARDS)]
+        self._shards = [[_EMPTY] * buckets for _ in range(SHARDS)]
 
     def load_newer(self, rows: bytes) -> None:
         """Take packed rows, except where a row with a higher sequence is there.
@@ -356,7 +361,7 @@ class Index:
         at += 4 + 4 * count
         buckets = []
         for length in lengths:
-            buckets.append(bytearray(image[at : at + length]))
+            buckets.append(bytearray(image[at : at + length]) if length else _EMPTY)
             at += length
         total = sum(lengths)
         if not count or count & (count - 1) or total % INDEX_ROW_BYTES or at > len(image):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from persistence.disk.format import INDEX_ROW, INDEX_ROW_BYTES, ROW_RENEWS, USER_BITS
-from persistence.disk.index import SHARDS, Fingerprints, Index, Row
+from persistence.disk.index import _EMPTY, SHARDS, Fingerprints, Index, Row
 
 NEVER = float("inf")
 
@@ -204,6 +204,7 @@ class IndexBesideDict(RuleBasedStateMachine):
     def they_are_equal(self) -> None:
         assert len(self.index) == len(self.model)
         assert all_rows(self.index) == self.model
+        assert not _EMPTY, "all indexes share it"
         assert_every_row_is_found(self.index)
 
 

@@ -46,6 +46,7 @@ from tests.faults.simworld import simulate
 from tests.faults.soak import Soak
 
 _PROGRESS_SECONDS = 30.0
+_FAILURES_PER_RUN = 2000  # of the n-th call: by chance from all, so that each run has some of each
 
 
 class Run:
@@ -83,10 +84,12 @@ class Run:
             self._told = time.monotonic()
             print(text, flush=True)  # noqa: T201 - a report
 
-    def failed(self, where: str, error: BaseException) -> None:
+    def failed(self, where: str, error: BaseException | str) -> None:
         """Note a failure."""
         self.failures += 1
-        self.say(f"FAILED {where}\n{''.join(traceback.format_exception(error))}")
+        if isinstance(error, BaseException):
+            error = "".join(traceback.format_exception(error))
+        self.say(f"FAILED {where}\n{error}")
 
 
 def nth(run: Run) -> None:
@@ -97,15 +100,18 @@ def nth(run: Run) -> None:
     Random(run.seed).shuffle(everything)
     mine = everything[run.part]
     done: Counter[str] = Counter()
-    for failure in mine:
-        if not run.goes_on():
-            break
-        try:
-            nthcall.check(run.seed, failure)
-        except Exception as error:  # noqa: BLE001 - reported
-            run.failed(f"seed {run.seed}, {failure} ({calls[failure.nth - 1]})", error)
-        done[calls[failure.nth - 1]] += 1
+
+    def report(failure: nthcall.Failure, text: str) -> bool:
+        name = calls[failure.nth - 1]
+        if text:
+            run.failed(f"seed {run.seed}, {failure} ({name})", text)
+        done[name] += 1
         run.say(f"nth: {done.total()} of {len(mine)}", at_once=False)
+        return run.goes_on()
+
+    for start in range(0, len(mine), _FAILURES_PER_RUN):
+        if run.goes_on():
+            nthcall.explore(run.seed, mine[start : start + _FAILURES_PER_RUN], report)
     run.say(
         f"nth: {done.total()} of {len(everything)} failures of {len(calls)} calls, "
         f"{run.failures} failed; {dict(done.most_common())}"

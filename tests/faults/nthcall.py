@@ -3,15 +3,25 @@
 The run includes rotations, merges, checkpoints, restores, kills with their recoveries, and clean
 closes. A call fails with an errno, or takes only a part of what it was given; once, or every call
 of that kind from then on, or every call of any kind.
+
+`check` makes a run for one failure. `explore` does the same for many: at each call copies of the
+process (`os.fork`) go on, one after the other, each with one of the failures of that call, while
+the process itself waits, and then goes on without any. So what is before a failure is done once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+import os
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
+from unittest.mock import patch
+from weakref import WeakSet
 
 from tests.disk.memoryfiles import Call, Fault, MemoryFiles, fail
 from tests.faults.simulation import stepped
@@ -96,21 +106,25 @@ def script(seed: int, operations: int = OPERATIONS) -> list[str]:
 class _Breaker:
     """The fault of a `Failure`, over all lives.
 
+    Args:
+        failure: which one.
+        calls: how many calls there have been.
+
     Attributes:
         calls: how many calls there were.
         hit: the call that failed first.
     """
 
-    def __init__(self, failure: Failure | None) -> None:
-        self._failure = failure
-        self._random = Random(0 if failure is None else failure.nth)
-        self.calls = 0
+    def __init__(self, failure: Failure, calls: int = 0) -> None:
+        self.failure = failure
+        self._random = Random(failure.nth)
+        self.calls = calls
         self.hit: Call | None = None
 
     def __call__(self, files: MemoryFiles, call: Call) -> int | None:
         self.calls += 1
-        failure = self._failure
-        if failure is None or self.calls < failure.nth:
+        failure = self.failure
+        if self.calls < failure.nth:
             return None
         if self.calls == failure.nth:
             self.hit = call
@@ -124,9 +138,8 @@ class _Breaker:
 
     def _goes_on(self, call: Call) -> bool:
         """Whether a call behind the first that failed fails too."""
-        assert self._failure is not None
         assert self.hit is not None
-        how_long = self._failure.how_long
+        how_long = self.failure.how_long
         return how_long == "all" or (how_long == "kind" and call.operation == self.hit.operation)
 
 
@@ -169,8 +182,13 @@ def check(seed: int, failure: Failure) -> list[str]:
 
 async def _check(seed: int, failure: Failure) -> list[str]:
     breaker = _Breaker(failure)
-    world = await _run(seed, breaker)
+    return await _check_end(await _run(seed, breaker), breaker)
+
+
+async def _check_end(world: World, breaker: _Breaker) -> list[str]:
+    """Look at what a run with a failure has left."""
     assert breaker.hit is not None, "there is such a call"
+    failure = breaker.failure
     world.faults.clear()
     world.has_failed = False
     await world.die()
@@ -184,3 +202,100 @@ async def _check(seed: int, failure: Failure) -> list[str]:
     assert await world.open(), world.refusals
     await world.run(["update s0", "create s1", "compact", "checkpoint", "list", "reopen", "list"])
     return world.refusals
+
+
+# --- many failures of one run ---------------------------------------------------------------------
+
+Report = Callable[[Failure, str], bool]
+"""Gets a failure and what went wrong, empty: nothing. Returns whether to go on."""
+
+
+def explore(seed: int, failures: Iterable[Failure], report: Report) -> None:
+    """Do what `check` does for each of `failures`, and report on each."""
+    branches = _Branches(seed, failures, report)
+    # A manager lets go of its files in the child of a fork. These are to work on there.
+    with stepped(), patch("persistence.lifecycle._open_managers", _Nobody()):
+        asyncio.run(_explore(seed, branches))
+
+
+async def _explore(seed: int, branches: _Branches) -> None:
+    loop = asyncio.get_running_loop()
+    with patch.object(loop, "time", lambda: time.monotonic() - branches.waited_seconds):
+        try:
+            await branches.world.run(script(seed))
+            if branches.breaker is not None:
+                await _check_end(branches.world, branches.breaker)
+        except BaseException:
+            if branches.breaker is None:
+                raise
+            branches.leave(traceback.format_exc())
+        if branches.breaker is not None:
+            branches.leave("")
+
+
+class _Nobody(WeakSet[object]):
+    def add(self, item: object) -> None:
+        """Do not take it in."""
+
+
+class _Branches:
+    """The fault of a run that has none; copies of its process have one each.
+
+    Args:
+        seed: of the run.
+        failures: of all calls.
+        report: told of each failure, in the process that goes on.
+
+    Attributes:
+        world: the one that runs.
+        breaker: the fault, in a copy.
+        waited_seconds: how long this process has waited for its copies.
+    """
+
+    def __init__(self, seed: int, failures: Iterable[Failure], report: Report) -> None:
+        self._of: dict[int, list[Failure]] = defaultdict(list)
+        for failure in failures:
+            self._of[failure.nth].append(failure)
+        self._report = report
+        self._calls = 0
+        self._goes_on = True
+        self._told = -1
+        self.breaker: _Breaker | None = None
+        self.waited_seconds = 0.0
+        self.world = World(seed)
+        self.world.faults.append(self)
+
+    def __call__(self, files: MemoryFiles, call: Call) -> int | None:
+        if self.breaker is None:
+            self._calls += 1
+            for failure in self._of.pop(self._calls, ()):
+                if self._goes_on and self._is_copy(failure):
+                    break
+        return None if self.breaker is None else self.breaker(files, call)
+
+    def _is_copy(self, failure: Failure) -> bool:
+        """Let a copy go on with a failure, and wait for its end; True: this is the copy."""
+        loop = asyncio.get_running_loop()
+        started = time.monotonic()
+        told, tells = os.pipe()
+        copy = os.fork()
+        if not copy:
+            os.close(told)
+            asyncio._set_running_loop(loop)  # it knows its process by the number
+            self._told = tells
+            self.breaker = _Breaker(failure, self._calls - 1)
+            self.world.has_failed = True
+            return True
+        os.close(tells)
+        with os.fdopen(told, "rb") as pipe:
+            text = pipe.read().decode()
+        _, status = os.waitpid(copy, 0)
+        self.waited_seconds += time.monotonic() - started
+        self._goes_on = self._report(failure, text or (status and f"ended with {status}") or "")
+        return False
+
+    def leave(self, text: str) -> NoReturn:
+        """End a copy. Nothing of its parent's is tidied up."""
+        with os.fdopen(self._told, "wb") as pipe:
+            pipe.write(text.encode())
+        os._exit(0)

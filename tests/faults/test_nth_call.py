@@ -54,6 +54,42 @@ def test_whichever_call_fails_nothing_acknowledged_is_lost(
             raise
 
 
+def test_copies_of_one_run_find_what_a_run_for_each_failure_finds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where something is wrong: here the last look, which refuses what it is shown."""
+    seed = 5
+    with stepped():
+        calls = nthcall.count_calls(seed)
+    failures = Random(seed).sample(list(nthcall.failures(calls)), 8)
+
+    async def refuse(world: World, *_: object, **__: object) -> None:
+        text = f"{world.lives} lives, {sorted(world.ledger.settled)}, {world.refusals}"
+        assert not world.lives % 2, text
+
+    monkeypatch.setattr(nthcall, "check_checkpoints", refuse)
+    found: dict[nthcall.Failure, str] = {}
+    for failure in failures:
+        try:
+            nthcall.check(seed, failure)
+        except AssertionError as error:
+            found[failure] = str(error).splitlines()[0]
+        else:
+            found[failure] = ""
+    told: dict[nthcall.Failure, str] = {}
+
+    def report(failure: nthcall.Failure, text: str) -> bool:
+        told[failure] = text
+        return True
+
+    nthcall.explore(seed, failures, report)
+    assert told.keys() == found.keys()
+    for failure, text in told.items():
+        assert found[failure] in text
+        assert bool(text) == bool(found[failure])
+    assert any(found.values())
+
+
 @pytest.mark.parametrize("turns", range(3))
 async def test_calls_that_take_their_time_change_nothing(turns: int) -> None:
     """The same run with calls that end some turns of the loop later, and in another order."""
