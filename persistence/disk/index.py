@@ -59,8 +59,8 @@ _new_row = tuple.__new__  # Row._make checks the length first, in Python
 
 
 _EMPTY: Final = bytearray()
-"""The one empty bucket, in as many places as there are. A bucket with rows is changed in place, this
-one never: what is put into it takes its place."""
+"""The one empty bucket, in as many places as there are. A bucket with rows is changed in place,
+this one never: what is put into it takes its place."""
 
 
 class Row(NamedTuple):
