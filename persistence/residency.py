@@ -278,7 +278,9 @@ class Residency(Spilling):
         The short way for what nearly every restore is: one search in the index, one read from the
         page cache. None means "look closer": `acknowledged_base` does.
         """
-        if self._leaving:
+        # What memory holds is the newest, also when it has expired there: the log may lack it, if
+        # it was taken over from the shared tier, and hold an older version that lives longer.
+        if self._leaving or session_id in self.memory:
             return None
         try:
             key = session_id.encode()

@@ -324,6 +324,32 @@ async def test_a_session_that_another_worker_renewed_does_not_expire_here(
     assert await b.has_session(sid)
 
 
+async def test_an_expired_session_does_not_come_back_as_the_older_version_in_the_log(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    """What was taken over is not in the log yet; what is there would live for longer."""
+    a, b = await worker(shared_server.url), await worker(shared_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0}, ttl_seconds=600)
+    await b.replace_session(sid, {"n": 1}, ttl_seconds=0.5)
+
+    async def taken_over() -> bool:
+        session = await a.get_session(sid, renew=False)
+        assert session is not None, "half a second has not passed"
+        return session["n"] == 1
+
+    await until(taken_over)
+
+    async def expired() -> bool:
+        return await b.get_session(sid, renew=False) is None
+
+    await until(expired)
+    assert await a.get_session(sid) is None
+    with pytest.raises(SessionNotFound):
+        await a.update_session(sid, add_one)
+    assert await b.get_session(sid, fresh=True) is None
+
+
 async def test_nothing_is_complained_of_when_a_worker_meets_a_new_server(
     worker: Worker, own_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
