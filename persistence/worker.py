@@ -12,9 +12,9 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 from persistence.clock import Clock
 from persistence.config import StateConfig
@@ -51,17 +51,18 @@ def run(
 
     Raises:
         PersistenceError: the manager could not be opened (see `StateManager.open`).
-        Exception: whatever `main` raised, after everything has been closed.
+        BaseException: whatever `main` raised, `SystemExit` included, after everything has been
+            closed; also the `SystemExit` of another task.
     """
-    _run_on_a_loop(_Worker(main, StateManager(url, config, clock=clock, schema=schema)).run())
+    _run_on_a_loop(_Worker(main, StateManager(url, config, clock=clock, schema=schema)))
 
 
-def _run_on_a_loop(work: Coroutine[Any, Any, None]) -> None:
+def _run_on_a_loop(worker: _Worker) -> None:
     """Like ``asyncio.run``, which would wait for ever for a task that takes no cancellation."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(work)
+        _run_to_its_end(loop, worker)
     finally:
         left = asyncio.all_tasks(loop)
         for task in left:
@@ -71,6 +72,20 @@ def _run_on_a_loop(work: Coroutine[Any, Any, None]) -> None:
         loop.run_until_complete(loop.shutdown_asyncgens())
         asyncio.set_event_loop(None)
         loop.close()
+
+
+def _run_to_its_end(loop: asyncio.AbstractEventLoop, worker: _Worker) -> None:
+    """Run a worker; where a task ends the loop with `SystemExit`, let the worker end first."""
+    running = loop.create_task(worker.run())
+    wanted: BaseException | None = None
+    while not running.done():
+        try:
+            loop.run_until_complete(running)
+        except (SystemExit, KeyboardInterrupt) as error:
+            wanted = wanted or error
+            worker.stop()
+    if wanted is not None:
+        raise wanted
 
 
 @contextmanager
@@ -138,6 +153,10 @@ class _Worker:
         if working.done() and not working.cancelled():
             working.result()
 
+    def stop(self) -> None:
+        """Do what the first signal does."""
+        self._told.set()
+
     async def _worked(self) -> None:
         await self._main(self._state)
 
@@ -163,7 +182,7 @@ class _Worker:
         self._signals += 1
         if self._signals == 1:
             _log.info("%s: shutting down", signal.Signals(number).name)
-            self._told.set()
+            self.stop()
         elif self._hurrying is None:
             self._told_again.set()
             _log.warning("%s again: shutting down at once", signal.Signals(number).name)

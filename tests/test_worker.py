@@ -119,6 +119,23 @@ async def test_what_the_coroutine_raises_is_raised_after_closing(
     assert await contents(tmp_path) == {"failing": {}}
 
 
+@pytest.mark.parametrize("kind", ["exiting", "exiting_aside"])
+async def test_an_exit_in_the_coroutine_or_a_task_ends_a_worker_in_order(
+    nursery: Nursery, tmp_path: Path, kind: str
+) -> None:
+    end = nursery.run(tmp_path / "state", kind, seconds=None, store=str(tmp_path / "store"))
+    assert end.code == 3
+    assert (["ended in order", True] in end.reports) is (kind == "exiting_aside")
+    threads = Threads()
+    try:
+        store = DirectoryStore(str(tmp_path / "store"), threads)
+        [info] = await list_checkpoints(store)
+    finally:
+        threads.close()
+    assert (info.reason, info.sessions) == ("shutdown", 1)
+    assert await contents(tmp_path / "state") == {"exiting": {}}
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 async def test_a_signal_ends_a_worker_with_exit_code_0_and_nothing_is_lost(
     nursery: Nursery, tmp_path: Path, name: str

@@ -65,6 +65,22 @@ async def failing(state: StateManager) -> None:
     raise RuntimeError("as asked")
 
 
+async def exiting(state: StateManager) -> None:
+    """Call `sys.exit`."""
+    report("open")
+    await state.create_session(session_id="exiting")
+    sys.exit(3)
+
+
+async def exiting_aside(state: StateManager) -> None:
+    """Let another task call `sys.exit`."""
+    aside = asyncio.create_task(exiting(state))
+    try:
+        await asyncio.Event().wait()
+    finally:
+        report("ended in order", aside.done())
+
+
 async def stubborn(state: StateManager) -> None:
     """Take no notice of being cancelled."""
     report("open")
@@ -90,7 +106,8 @@ async def _hold(state: StateManager) -> None:
         await asyncio.Event().wait()
 
 
-KINDS = {each.__name__: each for each in (busy, brief, failing, stubborn, editing)}
+_KINDS = (busy, brief, failing, exiting, exiting_aside, stubborn, editing)
+KINDS = {each.__name__: each for each in _KINDS}
 
 
 def work(order: dict[str, Any]) -> None:
@@ -115,6 +132,8 @@ def raise_child(order: dict[str, Any]) -> tuple[int, float]:
             os.dup2(childs_reports, 1)
             work(order)
             code = 0
+        except SystemExit as wanted:
+            code = int(wanted.code or 0)
         except BaseException:  # noqa: BLE001 - a child must not return into its parent's loop
             traceback.print_exc()
         finally:
