@@ -239,9 +239,10 @@ class RemoteDamaged(PersistenceError):
         self.key = key
         self.session_id = session_id
         self.reason = reason
+        others = "" if session_id is None else ", other sessions are not affected"
         super().__init__(
-            f"{what} {printable(key)}: {reason}; it is left as it is, other sessions are not "
-            "affected: look at it, then rename or delete it"
+            f"{what} {printable(key)}: {reason}; it is left as it is{others}: look at it, then "
+            "rename or delete it"
         )
 
 

@@ -150,10 +150,14 @@ def _is_known(keys: Keys, key: bytes, kind: bytes) -> bool:
 
 
 def _refuse(key: bytes, link: Link) -> None:
-    name = key.decode("utf-8", "backslashreplace")
-    raise ConfigError(
-        f"redis.namespace: key {name!a} in Redis at {link.where} was not written by this "
-        "library; use another redis.namespace or another database"
+    raise foreign(key.decode("utf-8", "backslashreplace"), link.where)
+
+
+def foreign(key: str, where: str) -> ConfigError:
+    """Return what to raise at the opening for a key of somebody else under the prefix."""
+    return ConfigError(
+        f"redis.namespace: key {key!a} in Redis at {where} was not written by this library; use "
+        "another redis.namespace or another database"
     )
 
 

@@ -21,10 +21,10 @@ from persistence.errors import (
 )
 from persistence.record import ID_BYTES
 from persistence.remote.announcements import RedisSubscription
-from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server
+from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server, foreign
 from persistence.remote.committer import REQUESTS_PER_CALL, Committer
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
-from persistence.remote.exchanges import Fault, sessions_named
+from persistence.remote.exchanges import Fault, Lost, sessions_named
 from persistence.remote.faults import Refused, as_config_error, code_of, explain, explain_key
 from persistence.remote.keys import Keys
 from persistence.remote.layout import decode_session, decode_state, lacks_key
@@ -92,6 +92,8 @@ class RedisTier:
                 await check_server(self._target, link, allow_eviction=self._config.allow_eviction)
                 await check_keys(self._keys, link)
             await self._read_epoch()
+        except RemoteDamaged as damage:
+            raise foreign(damage.key, self.where) from None
         except Fault as fault:
             wrong = as_config_error(fault, self.where)
             raise wrong or explain(fault, self.where, "opening the shared tier") from None
@@ -217,18 +219,27 @@ class RedisTier:
             calls.append(Command(b"GET", name, key=name))
         settled = await self._router.settle(calls, lost_seconds=self._config.timeout_seconds)
         return b"".join(
-            self._epoch_part(name, reply)
-            for name, (reply, *_) in zip(names, settled[1::2], strict=True)
+            self._epoch_part(name, made, found)
+            for name, (made, *_), (found, *_) in zip(
+                names, settled[::2], settled[1::2], strict=True
+            )
         )
 
-    def _epoch_part(self, name: bytes, reply: Any) -> bytes:
-        if isinstance(reply, Fault):
-            raise reply
-        if isinstance(reply, Exception) and code_of(reply) != "WRONGTYPE":
-            raise Refused(reply, self.where)
-        if not isinstance(reply, bytes) or not reply.startswith(EPOCH_MAGIC):
+    def _epoch_part(self, name: bytes, made: Any, found: Any) -> bytes:
+        """Return one part of the epoch, from the replies to its SET with NX and its GET."""
+        if isinstance(found, Fault):
+            raise found
+        if isinstance(found, Exception) and code_of(found) != "WRONGTYPE":
+            raise Refused(found, self.where)
+        if found is None:  # there was none, and none could be made
+            if isinstance(made, Fault):
+                raise made
+            if isinstance(made, Exception):
+                raise Refused(made, self.where)
+            raise Lost(f"{self.where}: the content was lost while its epoch was read")
+        if not isinstance(found, bytes) or not found.startswith(EPOCH_MAGIC):
             raise RemoteDamaged(name.decode(), "it holds no epoch of this library")
-        return reply.removeprefix(EPOCH_MAGIC)
+        return found.removeprefix(EPOCH_MAGIC)
 
     async def ping(self) -> float:
         """Return how long the slowest primary took to answer, seconds."""

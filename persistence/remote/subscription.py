@@ -85,12 +85,15 @@ class Subscription(ABC):
 
     async def _run(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
+        told = ""
         while True:
             connects = self.connects
             try:
                 await self._listen()
             except (Fault, PersistenceError) as error:
-                _log.warning("the subscription to other workers' commits broke: %s", error)
+                level = logging.DEBUG if str(error) == told else logging.WARNING
+                told = str(error)
+                _log.log(level, "the subscription to other workers' commits broke: %s", error)
             except Exception:  # noqa: BLE001 - whatever it is, the listener must not go deaf
                 _log.exception("the subscription to other workers' commits failed")
             if self._closing:  # a task group whose task fails meanwhile forgets a cancellation
@@ -100,6 +103,7 @@ class Subscription(ABC):
                 self._listener.disconnected()
             if self.connects > connects:
                 pause = _FIRST_PAUSE_SECONDS
+                told = ""
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await self._rediscover()

@@ -211,8 +211,9 @@ async def test_opening_succeeds_once_the_server_is_there(own_server: RedisServer
         ("HSET", "test:session:{a}", "f", "x"),
         ("SET", "test:else", "x"),
         ("RPUSH", "test:epoch:{0}", "x"),
+        ("SET", "test:epoch:{0}", "x"),
     ],
-    ids=["string", "hash", "other", "epoch"],
+    ids=["string", "hash", "other", "epoch", "epoch of another kind"],
 )
 async def test_keys_of_somebody_else_under_the_prefix(
     open_tier: Open, shared_server: RedisServer, foreign: tuple[str, ...]
@@ -222,6 +223,21 @@ async def test_keys_of_somebody_else_under_the_prefix(
         await open_tier(shared_server.url)
     assert shared_server.client().keys() == [foreign[1].encode()]
     await open_tier(shared_server.url, namespace="other")
+
+
+@pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
+async def test_an_empty_server_that_takes_no_writes_is_unavailable_and_not_damaged(
+    own_server: RedisServer, setting: str
+) -> None:
+    """Its epoch is missing and cannot be made now."""
+    own_server.ask("CONFIG", "SET", setting, "1")
+    tier = RedisTier(RedisConfig(url=own_server.url, namespace="test"), SystemClock())
+    with pytest.raises(RemoteUnavailable, match=setting):
+        await tier.open()
+    own_server.ask("CONFIG", "SET", setting, "0")
+    await tier.open()
+    await works(tier)
+    await tier.close()
 
 
 async def test_a_namespace_with_glob_characters_touches_no_other(

@@ -336,7 +336,7 @@ async def test_an_expired_session_does_not_come_back_as_the_older_version_in_the
     async def taken_over() -> bool:
         session = await a.get_session(sid, renew=False)
         assert session is not None, "two seconds have not passed"
-        return session["n"] == 1
+        return bool(session["n"] == 1)
 
     await until(taken_over)
 
