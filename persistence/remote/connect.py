@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ssl import PROTOCOL_TLS_CLIENT, SSLContext
 from typing import Any, Final, NamedTuple
 
 from redis.asyncio.connection import (
@@ -14,6 +16,7 @@ from redis.asyncio.connection import (
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from persistence.errors import ConfigError
 from persistence.remote.faults import Refused
 from persistence.remote.link import Link
 from persistence.remote.urls import Target
@@ -61,6 +64,37 @@ def _over_network(
         options.update(target.tls_options)
         return lambda: SSLConnection(**options)
     return lambda: Connection(**options)
+
+
+def check_tls_files(target: Target) -> None:
+    """See that the files for TLS that a URL names can be used.
+
+    A connection with one that cannot looks like a server that is away, and is tried for ever.
+
+    Raises:
+        ConfigError: one is missing, not readable, or holds something else; it is named.
+    """
+    options = target.tls_options
+    authorities, certificate = options.get("ssl_ca_certs"), options.get("ssl_certfile")
+    if authorities is not None:
+        with _named(f"ssl_ca_certs {authorities!a}"):
+            SSLContext(PROTOCOL_TLS_CLIENT).load_verify_locations(authorities)
+    if certificate is not None:
+        key = options.get("ssl_keyfile")
+        with _named(
+            f"ssl_certfile {certificate!a}" + (f" with ssl_keyfile {key!a}" if key else "")
+        ):
+            # Without a password, even an empty one, an encrypted key would ask at the terminal.
+            SSLContext(PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password="")
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # an SSLError is one
+        reason = error.strerror or str(error)
+        raise ConfigError(f"redis.url: {what} cannot be used: {reason}") from None
 
 
 class Server(NamedTuple):

@@ -137,6 +137,11 @@ def as_config_error(error: Exception, where: str) -> ConfigError | None:
         )
     if "cluster support disabled" in text:
         return ConfigError(f"redis.url: the server at {where} is no Redis Cluster; write redis://")
+    if "unknown command 'sentinel'" in text.lower():
+        return ConfigError(
+            f"redis.url: the server at {where} is no sentinel ({text}); write the addresses of the "
+            "sentinels, or redis:// for a server without them"
+        )
     if code == "NOPROTO" or "unknown command" in text.lower():
         return ConfigError(
             f"redis.url: the server at {where} does not speak RESP3 ({text}); Redis 6.2 or newer, "

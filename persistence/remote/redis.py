@@ -23,6 +23,7 @@ from persistence.record import ID_BYTES
 from persistence.remote.announcements import RedisSubscription
 from persistence.remote.checks import EPOCH_MAGIC, check_keys, check_server, foreign
 from persistence.remote.committer import REQUESTS_PER_CALL, Committer
+from persistence.remote.connect import check_tls_files
 from persistence.remote.contract import CommitResult, Listener, RemoteSession, Request, Stored
 from persistence.remote.exchanges import Fault, Lost, sessions_named
 from persistence.remote.faults import Refused, as_config_error, code_of, explain, explain_key
@@ -86,6 +87,7 @@ class RedisTier:
 
     async def open(self) -> None:
         """Connect, check every primary, and only then write the epoch if there is none."""
+        check_tls_files(self._target)
         try:
             await self._topology.discover()
             for link in self._topology.primaries():

@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, unquote
 
-from persistence.errors import ConfigError
+from persistence.errors import ConfigError, printable
 
 Kind = Literal["standalone", "sentinel", "cluster"]
 
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26_379
+_LAST_PORT: Final = 65_535
+_LAST_DATABASE: Final = 2**31 - 1
 _KINDS: Final[dict[str, tuple[Kind, bool]]] = {
     "redis": ("standalone", False),
     "rediss": ("standalone", True),
@@ -85,6 +87,10 @@ def parse_url(url: str) -> Target:
     Raises:
         ConfigError: something in it is wrong. The message has no password in it.
     """
+    try:
+        url.encode()
+    except UnicodeEncodeError:  # from an environment that is not UTF-8
+        raise ConfigError("redis.url: a byte of it is no UTF-8; write it as %XX") from None
     scheme, _, rest = url.partition("://")
     if scheme not in _KINDS:
         raise ConfigError(f"redis.url: must start with {', '.join(f'{k}://' for k in _KINDS)}")
@@ -168,11 +174,21 @@ def _database(parts: list[str], options: dict[str, str]) -> int:
     texts = [*parts, *([options["db"]] if "db" in options else [])]
     if not texts:
         return 0
-    if len(texts) > 1 or not (texts[0].isascii() and texts[0].isdigit()):
+    number = _number(texts[0], _LAST_DATABASE) if len(texts) == 1 else None
+    if number is None:
         raise ConfigError(
-            f"redis.url: database {'/'.join(texts)!a} is no number; write for example /0"
+            f"redis.url: database {printable('/'.join(texts))} is no number from 0 to "
+            f"{_LAST_DATABASE}; write for example /0"
         )
-    return int(texts[0])
+    return number
+
+
+def _number(text: str, last: int) -> int | None:
+    """Return the number that `text` is, from 0 to `last`; None: it is none."""
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(last)):
+        return None
+    number = int(text)
+    return number if number <= last else None
 
 
 def _addresses(hosts: str, kind: Kind) -> tuple[tuple[str, int], ...]:
@@ -190,9 +206,10 @@ def _address(place: str, default: int) -> tuple[str, int]:
     if not colon or place.endswith("]"):
         host, port = place, str(default)
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65_536:
-        raise ConfigError(f"redis.url: {place!a} is no host, or no host and port")
-    return host, int(port)
+    number = _number(port, _LAST_PORT)
+    if not host or not number:
+        raise ConfigError(f"redis.url: {printable(place)} is no host, or no host and port")
+    return host, number
 
 
 def _tls_options(options: dict[str, str]) -> dict[str, Any]:

@@ -185,6 +185,28 @@ async def test_the_kind_of_deployment_must_be_the_one_of_the_url(
         await open_tier(sentinel.servers[3].url)
     with pytest.raises(ConfigError, match=r"no Redis Cluster; write redis://"):
         await open_tier(unchanged.url.replace("redis://", "redis+cluster://"))
+    with pytest.raises(ConfigError, match=r"is no sentinel .* or redis://"):
+        await open_tier(unchanged.url.replace("redis://", "redis+sentinel://") + "/shop")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("ssl_ca_certs={folder}/none.pem", "ssl_ca_certs '.*none.pem' cannot be used: No such"),
+        ("ssl_ca_certs={folder}/text", "ssl_ca_certs '.*text' cannot be used: "),
+        ("ssl_certfile={folder}/none.pem", "ssl_certfile '.*none.pem' cannot be used: No such"),
+        (
+            "ssl_certfile={folder}/cert.pem&ssl_keyfile={folder}/text",
+            "ssl_certfile '.*cert.pem' with ssl_keyfile '.*text' cannot be used: ",
+        ),
+    ],
+)
+async def test_a_file_for_tls_that_cannot_be_used_is_named(
+    open_tier: Open, certificate: Path, options: str, fault: str
+) -> None:
+    (certificate / "text").write_text("this is no certificate")
+    with pytest.raises(ConfigError, match=fault):
+        await open_tier(f"rediss://127.0.0.1:1?{options.format(folder=certificate)}")
 
 
 async def test_a_server_that_is_not_there(open_tier: Open) -> None:
