@@ -12,10 +12,14 @@ from persistence.clock import Clock
 _log = logging.getLogger("persistence")
 
 _CANCEL_SECONDS: Final = 1.0
+_END_SECONDS: Final = 1.0
+_END_SHARE: Final = 0.2
 
 
 class Grace:
     """The time that a shutdown has for what may take long. What must not be left out has no limit.
+
+    That comes last, so a second of the time, or a fifth where that is less, is kept for it.
 
     Args:
         seconds: ``shutdown.grace_seconds``.
@@ -31,7 +35,8 @@ class Grace:
     def begin(self) -> None:
         """The clock runs from the first call on."""
         if self._end is None:
-            self._end = self._now() + self._seconds
+            kept_seconds = min(_END_SECONDS, _END_SHARE * self._seconds)
+            self._end = self._now() + self._seconds - kept_seconds
 
     def limit(self, seconds: float) -> None:
         """Leave at most so many seconds from now on; 0: cut short what is going on."""
