@@ -17,14 +17,7 @@ MAX_COUNT: Final = 2**63 - 1
 
 def refused(name: str, value: object, allowed: str) -> InvalidArgument:
     """Return the error for an argument that must be something else."""
-    return InvalidArgument(f"{name} = {_shown(value)}: must be {allowed}")
-
-
-def _shown(value: object) -> str:
-    try:
-        return printable(value)
-    except ValueError:  # an int of more digits than Python prints
-        return f"({type(value).__name__} too long to print)"
+    return InvalidArgument(f"{name} = {printable(value)}: must be {allowed}")
 
 
 def check_text(name: str, value: object) -> str:

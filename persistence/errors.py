@@ -39,9 +39,15 @@ from __future__ import annotations
 _MAX_PRINTED_ID_CHARS = 80
 
 
-def printable(session_id: object) -> str:
-    """Return `session_id` quoted, escaped to ASCII and shortened, fit for one log line."""
-    text = ascii(session_id)
+def printable(value: object) -> str:
+    """Return a session id, or what was passed for one, fit for one log line.
+
+    Quoted, escaped to ASCII and shortened.
+    """
+    try:
+        text = ascii(value)
+    except ValueError:  # an int of more digits than Python prints, also inside something else
+        return f"({type(value).__name__} too long to print)"
     if len(text) <= _MAX_PRINTED_ID_CHARS:
         return text
     return f"{text[:_MAX_PRINTED_ID_CHARS]}…({len(text)} characters)"

@@ -56,7 +56,7 @@ from uuid import UUID
 
 import msgpack
 
-from persistence.errors import ValueNotSerializable, ValueTooLarge
+from persistence.errors import ValueNotSerializable, ValueTooLarge, printable
 
 RENEWS: Final = 1
 """Flag: an access moves the deadline (``auto_renew``)."""
@@ -281,7 +281,7 @@ def pack_value(value: object, field: str) -> bytes:
     # The packer that raised may hold half a value.
     _packers.by_depth = [_new_packer(0)]
     raise ValueNotSerializable(
-        f"field {field!a} cannot be stored: {what}; nothing was written "
+        f"field {printable(field)} cannot be stored: {what}; nothing was written "
         "(supported: what MessagePack holds, aware datetime, date, UUID, Decimal, set, "
         "frozenset, tuple, bytearray)"
     )
@@ -501,7 +501,7 @@ def _shape_of_names(names: tuple[str, ...], *, is_wide: bool) -> _Shape:
         _packers.by_depth = [_new_packer(0)]
         bad = next(name for name in names if not _is_utf8(name))
         raise ValueNotSerializable(
-            f"field {bad!a} cannot be stored: its name has lone surrogates, "
+            f"field {printable(bad)} cannot be stored: its name has lone surrogates, "
             "which UTF-8 cannot hold; nothing was written"
         ) from None
     shape = _Shape(names, packed, is_wide=is_wide or len(packed) > _NARROW_MAX)
@@ -685,7 +685,7 @@ def check_field_name(name: object) -> str:
     """
     if type(name) is not str:
         raise ValueNotSerializable(
-            f"field {name!a} cannot be stored: a field's name must be str, "
+            f"field {printable(name)} cannot be stored: a field's name must be str, "
             f"not {_type_name(type(name))}; nothing was written"
         )
     return name

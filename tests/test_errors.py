@@ -160,6 +160,13 @@ def test_printable_tells_the_length_of_what_it_cuts() -> None:
     assert printable("x" * 1000).endswith("…(1002 characters)")
 
 
+@pytest.mark.parametrize(
+    "value", [10**5000, [10**5000], {"n": -(10**5000)}], ids=["int", "list", "dict"]
+)
+def test_printable_says_so_where_an_int_has_too_many_digits_to_be_printed(value: object) -> None:
+    assert printable(value) == f"({type(value).__name__} too long to print)"
+
+
 EVERY_ERROR = [
     SessionNotFound("a"),
     SessionExists("a"),

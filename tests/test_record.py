@@ -429,6 +429,11 @@ def test_a_field_name_must_be_exactly_a_str(name: object) -> None:
         rec.check_field_name(name)
 
 
+def test_a_field_name_that_cannot_even_be_printed_is_refused() -> None:
+    with pytest.raises(ValueNotSerializable, match="name must be str, not int"):
+        rec.check_field_name(10**5000)
+
+
 # Hostile bytes
 
 PACKED = VALUES.map(lambda value: pack_value(value, "field"))
