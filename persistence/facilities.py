@@ -341,8 +341,8 @@ class Facilities(Lifecycle):
     async def update_typed(self, session_id: str, function: Callable[[Any], Any]) -> Session:
         """Call `function` with the session's object and commit what it changed.
 
-        As `update_session`; it may also return another object of the same class, to be stored
-        instead.
+        As `update_session`, which ignores what the function returns; but an object of the schema's
+        class, if that is one for all fields, is stored instead.
 
         Raises:
             SchemaMismatch: a stored field is of another type; nothing was written.

@@ -33,7 +33,7 @@ from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origi
 from uuid import UUID
 
 from persistence import record as rec
-from persistence.errors import InvalidArgument, SchemaMismatch
+from persistence.errors import InvalidArgument, SchemaMismatch, printable
 
 _MSGSPEC_PLACE: Final = re.compile(r"`\$((?:[.\[][^`]*)?)`$")
 _STEP: Final = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
@@ -73,8 +73,8 @@ class Schema:
             self._whole = given
         else:
             raise InvalidArgument(
-                f"schema = {given!a}: must be a msgspec Struct, a dataclass or a pydantic model, "
-                "or a mapping of field names to types"
+                f"schema = {printable(given)}: must be a msgspec Struct, a dataclass or a pydantic "
+                "model, or a mapping of field names to types"
             )
 
     @property
@@ -90,7 +90,7 @@ class Schema:
         Raises:
             InvalidArgument: it is neither a mapping nor an object of the schema.
         """
-        if self._whole is not None and isinstance(data, self._whole):
+        if self.is_whole_object(data):
             return self.dump(data)
         if isinstance(data, Mapping):
             return {name: plain(value) for name, value in data.items()}
@@ -134,6 +134,10 @@ class Schema:
             was_migrated = was_migrated or loaded.was_migrated
         return Loaded(found, was_migrated)
 
+    def is_whole_object(self, value: object) -> bool:
+        """Whether `value` is an object of the one class for all fields."""
+        return self._whole is not None and isinstance(value, self._whole)
+
     def open(self, session_id: str, draft: MutableMapping[str, Any]) -> TypedDraft:
         """Return the object of a session that is being edited."""
         return TypedDraft(self, session_id, draft)
@@ -168,11 +172,15 @@ class TypedDraft:
                 self._draft[name] = dumped[name]
 
     def apply(self, function: Callable[[Any], Any]) -> Any:
-        """Call `function` with the object and write what it changed, or what it returned."""
+        """Call `function` with the object and write what it changed, or what it returned.
+
+        Only an object of the schema's class is written instead. What else a function returns is
+        ignored, also a dict: that may be one field's value, as ``fields.pop("note")`` returns.
+        """
         result = function(self.value)
         if hasattr(result, "__await__"):
             return result  # to be refused
-        self.write(result if isinstance(result, type(self.value)) else None)
+        self.write(result if self._schema.is_whole_object(result) else None)
         return None
 
 

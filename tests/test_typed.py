@@ -186,6 +186,39 @@ async def test_updates_take_functions_and_replacements(
     assert state.typed(found).total == Decimal(7)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda fields: fields["profile"],
+        lambda fields: fields.setdefault("profile", {}),
+        lambda fields: fields["cart"],
+        lambda fields: {},
+    ],
+)
+async def test_with_single_fields_what_an_update_returns_is_ignored(
+    open_typed: Open, function: Callable[[Any], Any]
+) -> None:
+    state = await open_typed({"cart": DataCart})
+    sid = await state.create_session(data={"cart": DataCart(), "profile": {"name": "ada"}, "n": 1})
+    before = await data_of(state, sid)
+    session = await state.update_typed(sid, function)
+    assert (session.version, session.data) == (1, before)
+    await state.update_typed(sid, lambda fields: fields.pop("profile"))
+    assert await data_of(state, sid) == {name: before[name] for name in ("cart", "n")}
+
+
+@pytest.mark.parametrize(("cart_type", "item_type"), ALL, ids=NAMES)
+async def test_what_an_update_returns_is_ignored_unless_it_is_an_object_of_the_class(
+    open_typed: Open, cart_type: Any, item_type: Any
+) -> None:
+    state = await open_typed(cart_type)
+    sid = await state.create_session(data=cart_type(total=Decimal(1)))
+    before = await data_of(state, sid)
+    for returned in ({}, {"total": Decimal(2)}, item_type(name="dune"), 5):
+        session = await state.update_typed(sid, lambda _, returned=returned: returned)
+        assert (session.version, session.data) == (1, before)
+
+
 @pytest.mark.parametrize(("cart_type", "item_type"), ALL, ids=NAMES)
 async def test_a_field_that_was_added_gets_its_default(
     open_typed: Open, cart_type: Any, item_type: Any
@@ -440,6 +473,11 @@ async def test_without_a_schema_there_is_nothing_typed(open_typed: Open) -> None
 def test_what_is_no_schema_is_refused(schema: object) -> None:
     with pytest.raises(InvalidArgument, match="schema"):
         StateManager(schema=schema)
+
+
+def test_a_schema_that_cannot_even_be_printed_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="too long to print"):
+        StateManager(schema=10**5000)
 
 
 @pytest.mark.parametrize("data", [5, "text", [1], DataItem("x")])
