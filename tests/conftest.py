@@ -17,7 +17,7 @@ import pytest
 from persistence import Clock, ManualClock, StateManager
 from persistence.disk.files import Files
 from tests import diffs
-from tests.engine import Crash, ScriptedFiles, Start, config_for
+from tests.engine import Crash, OpenTyped, ScriptedFiles, Start, config_for
 from tests.postgres_servers import postgres, postgres_proxy
 from tests.redis_servers import (
     cluster,
@@ -183,6 +183,30 @@ async def start(tmp_path: Path, clock: Clock, files: ScriptedFiles) -> AsyncIter
 async def state(start: Start) -> StateManager:
     """An open manager with the default configuration."""
     return await start()
+
+
+@pytest.fixture
+async def open_typed(
+    tmp_path: Path, clock: ManualClock, files: ScriptedFiles
+) -> AsyncIterator[OpenTyped]:
+    """Open a manager with a schema on the test's directory, closing the one before."""
+    opened: list[StateManager] = []
+
+    async def close_all() -> None:
+        while opened:
+            await opened.pop().close()
+
+    async def open_typed(schema: object) -> StateManager:
+        await close_all()
+        state = StateManager(
+            config=config_for(tmp_path / "state"), clock=clock, files=files, schema=schema
+        )
+        await state.open()
+        opened.append(state)
+        return state
+
+    yield open_typed
+    await close_all()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ DAY: Final = 86_400.0
 _PATIENCE_SECONDS: Final = 20.0
 
 Start = Callable[..., Awaitable[StateManager]]
+OpenTyped = Callable[..., Awaitable[Any]]  # a StateManager whose sessions have a schema
 """Opens a manager on a directory of the test; see the fixture `start`."""
 
 Crash = Callable[[StateManager], Path]

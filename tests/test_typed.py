@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -13,10 +13,10 @@ import msgspec
 import pydantic
 import pytest
 
-from persistence import ManualClock, StateManager, worker
-from persistence.disk.files import Files
+from persistence import StateManager, worker
 from persistence.errors import ConflictError, InvalidArgument, SchemaMismatch, SessionNotFound
 from persistence.typed import Schema, plain
+from tests.engine import OpenTyped as Open
 from tests.engine import config_for, data_of
 
 
@@ -69,30 +69,6 @@ class ModelCart(pydantic.BaseModel):
 ALL = [(DataCart, DataItem), (StructCart, StructItem), (ModelCart, ModelItem)]
 NAMES = ["dataclass", "msgspec", "pydantic"]
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-async def open_typed(tmp_path: Path, clock: ManualClock, files: Files) -> AsyncIterator[Open]:
-    """Open a manager with a schema on the test's directory, closing the one before."""
-    opened: list[StateManager] = []
-
-    async def close_all() -> None:
-        while opened:
-            await opened.pop().close()
-
-    async def open_typed(schema: object) -> StateManager:
-        await close_all()
-        state = StateManager(
-            config=config_for(tmp_path / "state"), clock=clock, files=files, schema=schema
-        )
-        await state.open()
-        opened.append(state)
-        return state
-
-    yield open_typed
-    await close_all()
 
 
 @pytest.mark.parametrize(("cart_type", "item_type"), ALL, ids=NAMES)
