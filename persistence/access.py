@@ -68,7 +68,7 @@ class Sessions:
         scratch_dir: returns the scratch directory of a session if it is that incarnation.
         watch: listens to a session if its record passes a check, and as long as a guard lets it.
         plain_data: returns the fields of an object of the manager's schema, or of a mapping.
-        plain_value: returns what is stored of a value, which may be an object of that schema.
+        plain_value: returns what is stored of a field's value, which may be an object.
     """
 
     current: Callable[[], Awaitable[tuple[Updates, Residency]]]
@@ -85,8 +85,8 @@ class Sessions:
     watch: Callable[
         [str, int | None, int, Callable[[bytes | None], None], Callable[[], None]], Watch
     ]
-    plain_data: Callable[[object], Mapping[Any, Any]]
-    plain_value: Callable[[Any], Any]
+    plain_data: Callable[[str, object], Mapping[Any, Any]]
+    plain_value: Callable[[str, str, Any], Any]
 
 
 class Access:
@@ -221,12 +221,14 @@ class SessionHandle:
 
     async def update_data(self, field: str, value: Any) -> Session:
         """Set one field. If it is that already, there is no new version."""
-        plain = self._sessions.plain_value(value)
+        plain = self._sessions.plain_value(self.id, field, value)
         return await self.update(lambda data: data.update({field: plain}))
 
     async def replace(self, data: Mapping[str, Any], ttl_seconds: float | None = None) -> Session:
         """Replace all fields, and the TTL unless it is None; see `StateManager.replace_session`."""
-        return await self._apply(whole_change(self._sessions.plain_data(data), ttl_seconds))
+        return await self._apply(
+            whole_change(self._sessions.plain_data(self.id, data), ttl_seconds)
+        )
 
     async def set_ttl(self, ttl_seconds: float) -> None:
         """Set the TTL, from now on; see `StateManager.set_ttl`."""

@@ -8,7 +8,7 @@
     │   ├── InvalidArgument         an argument is of the wrong type or out of its range
     │   ├── InvalidSessionId        not a non-empty string of at most 512 bytes of UTF-8
     │   ├── ValueNotSerializable    a value cannot be stored as what it is
-    │   ├── SchemaMismatch          a stored field is of another type than the schema says
+    │   ├── SchemaMismatch          a field is of another type than the schema says
     │   ├── ValueTooLarge           a session would exceed ``session.max_bytes``
     │   ├── SessionNotFound         missing, expired or terminated
     │   ├── SessionExists           the id belongs to a live session
@@ -95,27 +95,27 @@ class ValueNotSerializable(PersistenceError, TypeError):
 
 
 class SchemaMismatch(PersistenceError, TypeError):
-    """What is stored of a session is not what its schema says. The stored data are unchanged.
+    """What is stored of a session, or was to be stored, is not what its schema says.
+
+    The stored data are unchanged.
 
     Attributes:
         session_id: the session.
-        field: the field, with the place in it: ``items[0].qty``.
-        stored_type: what is stored there; "nothing" if it is missing and has no default.
+        field: the field, with the place in it: ``items[0].qty``; empty: all fields together.
+        stored_type: what is stored there, or was to be, or what a ``migrate`` hook has made of it;
+            "nothing" if it is missing and has no default.
         wanted_type: what the schema says.
     """
 
     def __init__(
-        self, session_id: str, field: str, stored_type: str, wanted_type: str, schema: str
+        self, session_id: str, field: str, stored_type: str, wanted_type: str, reason: str
     ) -> None:
         self.session_id = session_id
         self.field = field
         self.stored_type = stored_type
         self.wanted_type = wanted_type
-        super().__init__(
-            f"session {printable(session_id)}, field {printable(field)}: stored is {stored_type}, "
-            f"and {schema} wants {wanted_type}; the stored data are unchanged: give {schema} a "
-            "migrate(data) class method, or a default, or read the session with get_session()"
-        )
+        place = f", field {printable(field)}" if field else ""
+        super().__init__(f"session {printable(session_id)}{place}: {reason}")
 
 
 class ValueTooLarge(PersistenceError, ValueError):

@@ -345,7 +345,8 @@ class Facilities(Lifecycle):
         class, if that is one for all fields, is stored instead.
 
         Raises:
-            SchemaMismatch: a stored field is of another type; nothing was written.
+            SchemaMismatch: a field is of another type, as it is stored or as it was to be written;
+                nothing was written.
             InvalidArgument: the manager has no schema.
             SessionNotFound, …: as `update_session`.
         """
@@ -370,7 +371,8 @@ class Facilities(Lifecycle):
         As `edit`: leaving the block commits what was changed, also inside the object.
 
         Raises:
-            SchemaMismatch: a stored field is of another type; nothing was written.
+            SchemaMismatch: a field is of another type, as it is stored or as it was to be written;
+                nothing was written.
             InvalidArgument: the manager has no schema.
             SessionNotFound, …: as `edit`.
         """
@@ -384,15 +386,17 @@ class Facilities(Lifecycle):
             )
         return self._schema
 
-    def _plain_data(self, data: object) -> Mapping[Any, Any]:
-        """Return the fields that a caller's data stand for."""
+    def _plain_data(self, session_id: str, data: object) -> Mapping[Any, Any]:
+        """Return the fields that a caller's data for a session stand for."""
         if self._schema is not None:
-            return self._schema.plain_data(data)
+            return self._schema.plain_data(session_id, data)
         return check_mapping("data", data)
 
-    def _plain_value(self, value: Any) -> Any:
-        """Return the value that a caller's value stands for."""
-        return value if self._schema is None else self._schema.plain_value(value)
+    def _plain_value(self, session_id: str, field: str, value: Any) -> Any:
+        """Return the value that a caller's value for a field stands for."""
+        if self._schema is None:
+            return value
+        return self._schema.plain_value(session_id, field, value)
 
 
 @asynccontextmanager

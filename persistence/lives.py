@@ -33,7 +33,7 @@ class Lives:
         config: what a session is unless its creator says otherwise, and how many there may be.
         begin: raises ManagerClosed; waits for a turn, and while a checkpoint is being put in place.
         lookup: brings here what lives elsewhere.
-        plain_data: returns the fields that a caller's data stand for.
+        plain_data: returns the fields that a caller's data for a session stand for.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Lives:
         config: SessionConfig,
         begin: Callable[[], Awaitable[None]],
         lookup: Lookup,
-        plain_data: Callable[[object], Mapping[Any, Any]],
+        plain_data: Callable[[str, object], Mapping[Any, Any]],
     ) -> None:
         self._config = config
         self._begin = begin
@@ -73,7 +73,7 @@ class Lives:
             session_id = new_session_id()
         key = check_session_id(session_id)
         meta = _packed_meta(user_id, metadata, max_requests)
-        fields = packed_data({} if data is None else self._plain_data(data))
+        fields = packed_data({} if data is None else self._plain_data(session_id, data))
         ttl = self._config.ttl_seconds if ttl_seconds is None else check_ttl(ttl_seconds)
         check_switch_or_none("auto_renew", auto_renew)
         renews = self._config.auto_renew if auto_renew is None else auto_renew

@@ -286,8 +286,9 @@ class StateManager(Assembly):
         """
         await self._begin()
         # Not by `_plain_value`: this is a hot path.
-        plain = value if self._schema is None else self._schema.plain_value(value)
-        return await self._updates.apply(session_id, field_change(field, plain))
+        if self._schema is not None:
+            value = self._schema.plain_value(session_id, field, value)
+        return await self._updates.apply(session_id, field_change(field, value))
 
     async def update_session(
         self, session_id: str, function: Callable[[SessionDraft], object]
@@ -334,7 +335,7 @@ class StateManager(Assembly):
         """
         await self._begin()
         return await self._updates.apply(
-            session_id, whole_change(self._plain_data(data), ttl_seconds)
+            session_id, whole_change(self._plain_data(session_id, data), ttl_seconds)
         )
 
     async def update_session_metadata(self, /, session_id: str, **changes: Any) -> Session:
