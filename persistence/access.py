@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from persistence.updates import (
     ttl_change,
     whole_change,
 )
-from persistence.watching.stream import Watch
+from persistence.watching.stream import Permit, Watch
 from persistence.watching.watching import MAX_PENDING
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Sessions:
         request: handles a request of the session that a function returns.
         resource: returns a live resource of a session if it is that incarnation.
         scratch_dir: returns the scratch directory of a session if it is that incarnation.
-        watch: listens to a session if its record passes a check, and as long as a guard lets it.
+        watch: listens to a session as far as a permit lets it.
         plain_data: returns the fields of an object of the manager's schema, or of a mapping.
         plain_value: returns what is stored of a field's value, which may be an object.
     """
@@ -82,9 +83,7 @@ class Sessions:
         [str, str, Callable[[], Any], Callable[[Any], Any] | None, bytes], Awaitable[Any]
     ]
     scratch_dir: Callable[[str, bytes], Awaitable[Path]]
-    watch: Callable[
-        [str, int | None, int, Callable[[bytes | None], None], Callable[[], None]], Watch
-    ]
+    watch: Callable[[str, int | None, int, Permit], Watch]
     plain_data: Callable[[str, object], Mapping[Any, Any]]
     plain_value: Callable[[str, str, Any], Any]
 
@@ -288,10 +287,13 @@ class SessionHandle:
     def watch(self, *, after: int | None = None, max_pending: int = MAX_PENDING) -> Watch:
         """Listen to its changes: ``async for change in handle.watch()``; see `StateManager.watch`.
 
-        Asking for a change raises `TokenInvalid` once the token has expired. The end of the session
-        is a change like others, and ends the stream.
+        Asking for a change, `Watch.waiting` too, raises `TokenInvalid` once the token has expired,
+        and where the session had ended before. An end that it hears of is a change like others, and
+        ends the stream. Of another session under the same id it hears nothing.
         """
-        return self._sessions.watch(self.id, after, max_pending, self._check_read, self._check_time)
+        access, claims = self._access, self._claims
+        permit = Permit(claims.incarnation, partial(access.is_over, claims), access.refuse)
+        return self._sessions.watch(self.id, after, max_pending, permit)
 
     async def terminate(self) -> None:
         """End it; every token for it ends with it."""
@@ -315,15 +317,6 @@ class SessionHandle:
 
     def _check(self, record: bytes) -> None:
         if not self._access.opens(self._claims, record):
-            raise self._access.refuse()
-
-    def _check_read(self, record: bytes | None) -> None:
-        if record is None:
-            raise self._access.refuse()
-        self._check(record)
-
-    def _check_time(self) -> None:
-        if self._access.is_over(self._claims):
             raise self._access.refuse()
 
     async def _apply(self, change: Change) -> Session:

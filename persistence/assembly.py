@@ -35,7 +35,7 @@ from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.tiers import Tiers
 from persistence.updates import Updates
-from persistence.watching.stream import Watch
+from persistence.watching.stream import Permit, Watch
 from persistence.watching.watching import Watching
 
 if TYPE_CHECKING:
@@ -230,11 +230,10 @@ class Assembly(Facilities):
         session_id: str,
         after: int | None,
         max_pending: int,
-        check: Callable[[bytes | None], None],
-        guard: Callable[[], None],
+        permit: Permit,
     ) -> Watch:
         self._check_open()
-        return self._watching.watch(session_id, after, max_pending, check=check, guard=guard)
+        return self._watching.watch(session_id, after, max_pending, permit)
 
     async def _rotate(self, session_id: str) -> str:
         """Do what `StateManager.rotate_session_id` says."""

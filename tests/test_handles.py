@@ -4,14 +4,16 @@ session only."""
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from persistence import ClientInfo, ManualClock, StateManager, errors
+from persistence import ClientInfo, ManualClock, SessionChange, StateManager, Watch, errors
 from persistence.access import SessionHandle
-from tests.engine import Start
+from tests.engine import Start, eventually
 
 CLIENT = ClientInfo("203.0.113.9", "Mozilla/5.0")
 
@@ -105,6 +107,101 @@ async def test_a_stream_ends_when_its_token_has_expired(start: Start, clock: Man
     clock.advance(61)
     with pytest.raises(errors.TokenInvalid):
         await anext(watch)
+
+
+async def by_reading(watch: Watch) -> list[SessionChange]:
+    async with asyncio.timeout(5):
+        return [change async for change in watch]
+
+
+async def by_taking(watch: Watch) -> list[SessionChange]:
+    return watch.waiting()
+
+
+@pytest.mark.parametrize("read", [by_reading, by_taking])
+@pytest.mark.parametrize("is_cold", [False, True])
+async def test_a_handle_hears_nothing_of_another_session_under_its_id(
+    state: StateManager, read: Callable[[Watch], Any], is_cold: bool
+) -> None:
+    sid = await state.create_session()
+    handle = await a_handle(state, sid)
+    await state.terminate_session(sid)
+    await state.create_session(session_id=sid, user_id="bob")
+    if is_cold:
+        await state.spill_session(sid)
+    watch = handle.watch()
+    await state.update_session_data(sid, "diagnosis", 1)
+    await state.terminate_session(sid)
+    for _ in range(2):
+        with pytest.raises(errors.TokenInvalid):
+            await read(watch)
+
+
+@pytest.mark.parametrize("read", [by_reading, by_taking])
+async def test_of_a_cold_session_that_ends_unread_nobody_knows_whose_it_was(
+    state: StateManager, read: Callable[[Watch], Any]
+) -> None:
+    sid = await state.create_session()
+    handle = await a_handle(state, sid)
+    await state.terminate_session(sid)
+    await state.create_session(session_id=sid, user_id="bob")
+    await state.spill_session(sid)
+    watch = handle.watch()
+    await state.terminate_session(sid)
+    with pytest.raises(errors.TokenInvalid):
+        await read(watch)
+
+
+async def test_a_stream_of_a_handle_ends_where_another_session_takes_the_place(
+    start: Start, tmp_path: Path
+) -> None:
+    """A restored session is another one: its tokens are over, and so are their streams."""
+    state = await start(checkpoint={"store": str(tmp_path / "store")})
+    sid = await state.create_session(data={"n": 0})
+    info = await state.create_checkpoint()
+    handle = await a_handle(state, sid)
+    watch = handle.watch()
+    await handle.update_data("n", 1)
+    assert (await anext(watch)).version == 2
+    await handle.update_data("n", 2)
+    await state.restore_checkpoint(info.id)
+    await state.update_session_data(sid, "diagnosis", 1)
+    assert (await anext(watch)).version == 3
+    for _ in range(2):
+        with pytest.raises(errors.TokenInvalid):
+            await anext(watch)
+    assert [change.kind for change in watch._mailbox._pending] == []
+
+
+async def test_a_refused_stream_is_no_burden_once_its_reader_lets_go(state: StateManager) -> None:
+    sid = await state.create_session()
+    handle = await a_handle(state, sid)
+    await state.terminate_session(sid)
+    await state.create_session(session_id=sid)
+    with pytest.raises(errors.TokenInvalid):
+        await anext(handle.watch())
+    gc.collect()
+    await eventually(lambda: not state._watching.is_on)
+
+
+@pytest.mark.parametrize("is_read_before", [False, True])
+async def test_what_waits_in_a_stream_is_not_taken_once_its_token_has_expired(
+    start: Start, clock: ManualClock, is_read_before: bool
+) -> None:
+    state = await start()
+    sid = await state.create_session(ttl_seconds=600)
+    handle = await a_handle(state, sid, ttl_seconds=60)
+    watch = handle.watch()
+    if is_read_before:
+        await handle.update_data("n", 1)
+        assert (await anext(watch)).version == 2
+    await handle.update_data("n", 2)
+    clock.advance(61)
+    for each in (watch, handle.watch()):
+        with pytest.raises(errors.TokenInvalid):
+            each.waiting()
+        with pytest.raises(errors.TokenInvalid):
+            await anext(each)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

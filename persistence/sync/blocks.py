@@ -87,6 +87,7 @@ class Stream(Iterator[T], Generic[T]):
     def __init__(self, thread: LoopThread, source: AsyncIterator[T]) -> None:
         self._thread = thread
         self._source = source
+        self._permit = source.permit if isinstance(source, Watch) else None
         self._ready: deque[T] = deque()
         self._error: BaseException | None = None
         self._closed = False
@@ -106,6 +107,8 @@ class Stream(Iterator[T], Generic[T]):
         if not self._ready:
             self._closed = True
             raise StopIteration
+        if self._permit is not None:
+            self._permit.check()  # they may have been fetched long ago
         return self._ready.popleft()
 
     async def _some(self) -> list[T]:

@@ -11,10 +11,32 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from persistence.record import NO_ID
 from persistence.watching.changes import SessionChange, coalesced, gap
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """Lets somebody hear of one incarnation of a session, and of no other, for a time.
+
+    Attributes:
+        incarnation: of the session.
+        is_over: whether the time is over. From any thread.
+        refusal: returns the error for whatever is refused.
+    """
+
+    incarnation: bytes
+    is_over: Callable[[], bool]
+    refusal: Callable[[], Exception]
+
+    def check(self) -> None:
+        """Raise if the time is over. From any thread."""
+        if self.is_over():
+            raise self.refusal()
 
 
 class Mailbox:
@@ -23,19 +45,40 @@ class Mailbox:
     Args:
         max_pending: changes that wait at most; the end of a session, or a gap, may be one more.
         of_all: whether it is for the changes of all sessions.
+        permit: what the reader may have; None: everything.
     """
 
-    __slots__ = ("_arrived", "_ended", "_max_pending", "_of_all", "_pending")
+    __slots__ = (
+        "_arrived",
+        "_ended",
+        "_is_refused",
+        "_max_pending",
+        "_of_all",
+        "_pending",
+        "permit",
+    )
 
-    def __init__(self, max_pending: int, *, of_all: bool) -> None:
+    def __init__(self, max_pending: int, *, of_all: bool, permit: Permit | None = None) -> None:
+        self.permit = permit
         self._pending: deque[SessionChange] = deque()
         self._max_pending = max_pending
         self._of_all = of_all
         self._arrived = asyncio.Event()
         self._ended = False
+        self._is_refused = False
 
-    def put(self, change: SessionChange) -> None:
-        """Let the reader have a change; never waits."""
+    def put(self, change: SessionChange, incarnation: bytes = NO_ID) -> None:
+        """Let the reader have a change; never waits.
+
+        Args:
+            change: what to tell.
+            incarnation: of the session that it is about; `NO_ID`: of all, or not known.
+        """
+        if self._ended:
+            return
+        if self.permit is not None and self.permit.incarnation != incarnation:
+            self.refuse()
+            return
         pending = self._pending
         if len(pending) < self._max_pending or (change.is_end and not self._of_all):
             pending.append(change)  # behind the end of its session nothing comes
@@ -57,32 +100,56 @@ class Mailbox:
         """Let this one, or none, stand for all that has come until now."""
         self._pending.clear()
         if change is not None:
-            self.put(change)
+            self._pending.append(change)
+            self._arrived.set()
 
     def end(self) -> None:
         """Nothing more will come; what is there can still be read."""
         self._ended = True
         self._arrived.set()
 
+    def refuse(self) -> None:
+        """What comes now is not for the reader, who is told so behind what was."""
+        self._is_refused = True
+        self.end()
+
     def has_ended(self) -> bool:
         """Whether nothing more will come."""
         return self._ended
+
+    def check(self) -> None:
+        """Raise what the permit says if the reader may have nothing any more."""
+        permit = self.permit
+        if permit is None:
+            return
+        if self._pending or not self._ended:
+            permit.check()
+        elif self._is_refused:
+            raise permit.refusal()
 
     async def take(self) -> SessionChange:
         """Return the next change.
 
         Raises:
             StopAsyncIteration: there will be none.
+            Exception: what the permit says.
         """
-        while not self._pending:
+        while True:
+            self.check()  # again after each wait: what it says may be another thing by then
+            if self._pending:
+                return self._pending.popleft()
             if self._ended:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
-        return self._pending.popleft()
 
     def take_all(self) -> list[SessionChange]:
-        """Return what is there."""
+        """Return what is there.
+
+        Raises:
+            Exception: what the permit says.
+        """
+        self.check()
         changes = list(self._pending)
         self._pending.clear()
         return changes
@@ -101,7 +168,6 @@ class Watch(AsyncIterator[SessionChange]):
         mailbox: Mailbox,
         begin: Callable[[], Awaitable[None]] | None,
         leave: Callable[[], None],
-        guard: Callable[[], None] | None = None,
     ) -> None:
         """Listen.
 
@@ -109,13 +175,16 @@ class Watch(AsyncIterator[SessionChange]):
             mailbox: where changes arrive.
             begin: what the first reading does before; None: nothing.
             leave: ends it.
-            guard: raises if the reader may not read any more; None: he always may.
         """
-        self._guard = guard
         self._mailbox = mailbox
         self._begin = begin
         self._leave: Callable[[], None] | None = leave
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def permit(self) -> Permit | None:
+        """What the reader may have; None: everything."""
+        return self._mailbox.permit
 
     def __aiter__(self) -> Self:
         return self
@@ -126,7 +195,9 @@ class Watch(AsyncIterator[SessionChange]):
         Raises:
             SessionNotFound: there is no such session (only the first call).
             CorruptionError: its stored bytes are damaged (only the first call).
+            TokenInvalid: it was begun with a token, which does not hold any more.
         """
+        self._mailbox.check()
         if self._begin is not None:
             begin, self._begin = self._begin, None
             try:
@@ -137,13 +208,14 @@ class Watch(AsyncIterator[SessionChange]):
             except BaseException:
                 await self.aclose()
                 raise
-        change = await self._mailbox.take()
-        if self._guard is not None:
-            self._guard()
-        return change
+        return await self._mailbox.take()
 
     def waiting(self) -> list[SessionChange]:
-        """Return the changes that wait to be read, and take them; never waits itself."""
+        """Return the changes that wait to be read, and take them; never waits itself.
+
+        Raises:
+            TokenInvalid: it was begun with a token, which does not hold any more.
+        """
         return self._mailbox.take_all()
 
     async def aclose(self) -> None:
@@ -169,7 +241,7 @@ class Watch(AsyncIterator[SessionChange]):
         # Whoever breaks out of the loop only lets go of it. That may be in any thread, and in the
         # middle of anything.
         leave = getattr(self, "_leave", None)
-        if leave is None or self._mailbox.has_ended() or self._loop.is_closed():
+        if leave is None or self._loop.is_closed():
             return
         try:
             self._loop.call_soon_threadsafe(leave)

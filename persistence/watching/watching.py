@@ -29,7 +29,7 @@ from persistence.commit import Commit
 from persistence.disk.format import DELETE, TOUCH
 from persistence.errors import CorruptionError, InvalidArgument, ManagerClosed, SessionNotFound
 from persistence.ids import check_session_id
-from persistence.record import NEVER, NO_ID
+from persistence.record import ID_BYTES, NEVER, NO_ID
 from persistence.remote.contract import Announcement
 from persistence.residency import Residency
 from persistence.watching.changes import (
@@ -41,7 +41,7 @@ from persistence.watching.changes import (
     reset_of_all,
 )
 from persistence.watching.everywhere import Everywhere
-from persistence.watching.stream import Mailbox, Watch
+from persistence.watching.stream import Mailbox, Permit, Watch
 
 _log = logging.getLogger("persistence.watching")
 
@@ -77,9 +77,9 @@ class _Topic:
         self.version = rec.version_of(record)
 
     def tell(self, change: SessionChange) -> None:
-        """Tell everybody who watches it."""
+        """Tell everybody who watches it, and may hear of this incarnation."""
         for mailbox in self.mailboxes:
-            mailbox.put(change)
+            mailbox.put(change, self.incarnation)
 
 
 class Watching:
@@ -119,9 +119,7 @@ class Watching:
         session_id: str | None,
         after: int | None,
         max_pending: int,
-        *,
-        check: Callable[[bytes | None], None] | None = None,
-        guard: Callable[[], None] | None = None,
+        permit: Permit | None = None,
     ) -> Watch:
         """Begin to listen; see `StateManager.watch`.
 
@@ -129,9 +127,7 @@ class Watching:
             session_id: as there.
             after: as there.
             max_pending: as there.
-            check: gets the record of the session, None if it is not there, when the first change is
-                asked for; raises if it may not be watched.
-            guard: raises, before a change is handed out, if it may not be watched any more.
+            permit: what the reader may hear; None: everything.
         """
         if type(max_pending) is not int or not 1 <= max_pending <= MAX_COUNT:
             raise refused("max_pending", max_pending, f"a whole number from 1 to {MAX_COUNT}")
@@ -145,15 +141,15 @@ class Watching:
         key = None if session_id is None else check_session_id(session_id)
         if self._closed:
             raise ManagerClosed("the manager is closing: watch again with the next worker")
-        mailbox = Mailbox(max_pending, of_all=session_id is None)
+        mailbox = Mailbox(max_pending, of_all=session_id is None, permit=permit)
         begin = None
         if session_id is None or key is None:
             self._everywhere.mailboxes.append(mailbox)
         else:
             self._join(session_id, mailbox)
-            begin = partial(self._begin, session_id, key, mailbox, after, check)
+            begin = partial(self._begin, session_id, key, mailbox, after)
         self.is_on = True
-        return Watch(mailbox, begin, partial(self._leave, session_id, mailbox), guard)
+        return Watch(mailbox, begin, partial(self._leave, session_id, mailbox))
 
     def _join(self, session_id: str, mailbox: Mailbox) -> None:
         topic = self.topics.get(session_id)
@@ -185,7 +181,6 @@ class Watching:
         key: bytes,
         mailbox: Mailbox,
         after: int | None,
-        check: Callable[[bytes | None], None] | None,
     ) -> None:
         """See that the session is there, and catch up with what came after version `after`."""
         if mailbox.has_ended():
@@ -205,12 +200,15 @@ class Watching:
             return  # it has ended meanwhile, and that can be read
         if record is None:
             await residency.expire_if_over(session_id, key)
-        if check is not None:
-            check(record)
-        if record is None:
-            raise SessionNotFound(session_id)
+            if mailbox.permit is None:
+                raise SessionNotFound(session_id)
+            mailbox.refuse()
+            return
         if topic.commit == NO_ID:
             topic.follow(record)
+        if mailbox.permit is not None and mailbox.permit.incarnation != topic.incarnation:
+            mailbox.refuse()  # it is another session under the same id
+            return
         if after is not None:
             mailbox.begin_with(_catch_up(session_id, after, topic.version))
         self._expire_at(session_id, topic, residency.acknowledged_deadline(session_id, key))
@@ -262,10 +260,10 @@ class Watching:
             kind = self._kind_of_next(topic, record, before)
             if commit.creates:
                 kind = "created"
-            if kind is not None:
-                fields = _fields(commit, before) if kind != "reset" else None
-                self._tell_next(commit.session_id, topic, record, kind, fields, local=is_own)
-            topic.follow(record)
+            fields = None
+            if kind is not None and kind != "reset":
+                fields = _fields(commit, before)
+            self._tell_next(commit.session_id, topic, record, kind, fields, local=is_own)
             if commit.deadline < topic.due:
                 self._expire_at(commit.session_id, topic, commit.deadline)
         if is_own and self._everywhere.mailboxes:
@@ -279,15 +277,14 @@ class Watching:
         topic = self.topics.get(session_id)
         if topic is None:
             return
+        kind: Kind | None = None
+        fields = None
         if topic.commit != NO_ID:  # else it is what the watcher begins with
             before = self._residency.readable(session_id, session_id.encode())
             kind = self._kind_of_next(topic, record, before)
-            if kind is not None:
-                fields = None
-                if before is not None and kind != "reset":
-                    fields = changed_fields(before, record)
-                self._tell_next(session_id, topic, record, kind, fields, local=False)
-        topic.follow(record)
+            if kind is not None and kind != "reset" and before is not None:
+                fields = changed_fields(before, record)
+        self._tell_next(session_id, topic, record, kind, fields, local=False)
         if deadline < topic.due:
             self._expire_at(session_id, topic, deadline)
 
@@ -309,20 +306,25 @@ class Watching:
         session_id: str,
         topic: _Topic,
         record: bytes,
-        kind: Kind,
+        kind: Kind | None,
         fields: frozenset[str] | None,
         *,
         local: bool,
     ) -> None:
+        """Let `record` be what readers see, and tell of it; `kind` None: that is nothing new."""
         version = rec.version_of(record)
         skipped = 0
         if kind == "updated" and topic.commit != NO_ID:
             skipped = version - topic.version - 1
-        topic.tell(SessionChange(session_id, version, kind, fields, skipped, local))
+        topic.follow(record)  # first: who may not hear of this incarnation is told nothing of it
+        if kind is not None:
+            topic.tell(SessionChange(session_id, version, kind, fields, skipped, local))
 
     def _ended(self, topic: _Topic | None, commit: Commit) -> None:
         kind: Kind = "expired" if commit.expired else "terminated"
         if topic is not None:
+            if topic.incarnation == NO_ID:
+                topic.incarnation = commit.ids[:ID_BYTES]
             self._end_topic(
                 commit.session_id, topic, kind, local=not commit.local or commit.expired
             )

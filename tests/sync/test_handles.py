@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from persistence import ClientInfo, sync
+from persistence import ClientInfo, ManualClock, sync
 from persistence.errors import TokenInvalid
 
 ADA = ClientInfo(ip="203.0.113.9", user_agent="a")
@@ -27,3 +27,18 @@ def test_a_handle_has_requests_resources_directory_and_changes(state: sync.State
     handle.terminate()
     with pytest.raises(TokenInvalid):
         handle.scratch_dir()
+
+
+def test_what_a_stream_has_fetched_is_not_handed_out_once_its_token_has_expired(
+    state: sync.StateManager, clock: ManualClock
+) -> None:
+    sid = state.create_session(ttl_seconds=600)
+    handle = state.open_session(sid, state.issue_token(sid, ADA, ttl_seconds=60), ADA)
+    changes = handle.watch()
+    for count in range(3):
+        handle.update_data("n", count)
+    assert next(changes).version == 2
+    clock.advance(61)
+    for _ in range(2):
+        with pytest.raises(TokenInvalid):
+            next(changes)
