@@ -51,11 +51,7 @@ class Lifecycle:
             self._refuse()
         # Not get_running_loop(): on some Pythons that asks the system for the process each time.
         if get_ident() != self._thread or not self._loop.is_running():
-            raise WrongEventLoop(
-                "this manager was opened in another event loop: use persistence.sync.StateManager, "
-                "which any thread can use, or hand the call to that loop "
-                "(asyncio.run_coroutine_threadsafe), or open one of your own with its own disk.path"
-            )
+            raise wrong_loop()
 
     async def _ready(self) -> None:
         """Raise ManagerClosed if it is closed; wait while a checkpoint is being put in place."""
@@ -85,6 +81,15 @@ class Lifecycle:
             "this manager was opened by another process; after a fork, open one of your own "
             "with its own disk.path"
         )
+
+
+def wrong_loop() -> WrongEventLoop:
+    """Return the error for a call from another event loop or thread than the manager's."""
+    return WrongEventLoop(
+        "this manager was opened in another event loop: use persistence.sync.StateManager, which "
+        "any thread can use, or hand the call to that loop (asyncio.run_coroutine_threadsafe), or "
+        "open one of your own with its own disk.path"
+    )
 
 
 def _after_fork_in_child() -> None:

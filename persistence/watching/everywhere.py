@@ -20,7 +20,7 @@ from persistence.commit import Commit
 from persistence.record import ID_BYTES, NO_ID
 from persistence.remote.contract import Announcement
 from persistence.watching.changes import NO_FIELDS, Kind, SessionChange
-from persistence.watching.stream import Mailbox
+from persistence.watching.stream import Mailbox, put_all
 
 _REMEMBERED: Final = 32_768
 
@@ -49,8 +49,7 @@ class Everywhere:
 
     def tell(self, change: SessionChange) -> None:
         """Tell all of them."""
-        for mailbox in self.mailboxes:
-            mailbox.put(change)
+        put_all(self.mailboxes, change)
 
     def forget(self) -> None:
         """What was told before is no measure any more."""

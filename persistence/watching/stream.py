@@ -9,14 +9,19 @@ are missing there. So what a reader gets is in order, and whatever it does not g
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from threading import get_ident
 from types import TracebackType
 from typing import Self
 
+from persistence.lifecycle import wrong_loop
 from persistence.record import NO_ID
 from persistence.watching.changes import SessionChange, coalesced, gap
+
+_log = logging.getLogger("persistence.watching")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +160,28 @@ class Mailbox:
         return changes
 
 
+def put_all(
+    mailboxes: Iterable[Mailbox], change: SessionChange, incarnation: bytes = NO_ID
+) -> None:
+    """Let several readers have a change; see `Mailbox.put`.
+
+    One that cannot take it is ended, rather than missing it in silence; nobody else suffers.
+    """
+    for mailbox in mailboxes:
+        try:
+            mailbox.put(change, incarnation)
+        except Exception:  # noqa: BLE001 - logged; who commits must not fail for who listens
+            _log.exception("a stream of changes is ended, for one could not be put into it")
+            mailbox.end()
+
+
 class Watch(AsyncIterator[SessionChange]):
     """A stream of changes: what `StateManager.watch` returns.
 
     It listens from the moment it is made, so whoever reads the session after that misses nothing.
     It ends with the session and with the manager. `aclose`, the end of ``async with``, or letting
-    go of it, end it sooner.
+    go of it, end it sooner. It belongs to the manager's event loop: from elsewhere, each call
+    raises WrongEventLoop.
     """
 
     def __init__(
@@ -180,6 +201,7 @@ class Watch(AsyncIterator[SessionChange]):
         self._begin = begin
         self._leave: Callable[[], None] | None = leave
         self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
 
     @property
     def permit(self) -> Permit | None:
@@ -196,7 +218,9 @@ class Watch(AsyncIterator[SessionChange]):
             SessionNotFound: there is no such session (only the first call).
             CorruptionError: its stored bytes are damaged (only the first call).
             TokenInvalid: it was begun with a token, which does not hold any more.
+            WrongEventLoop: called in another event loop than the manager's.
         """
+        self._check_loop()
         self._mailbox.check()
         if self._begin is not None:
             begin, self._begin = self._begin, None
@@ -215,16 +239,29 @@ class Watch(AsyncIterator[SessionChange]):
 
         Raises:
             TokenInvalid: it was begun with a token, which does not hold any more.
+            WrongEventLoop: called in another event loop than the manager's.
         """
+        self._check_loop()
         return self._mailbox.take_all()
 
     async def aclose(self) -> None:
-        """Listen no more. Idempotent."""
+        """Listen no more. Idempotent.
+
+        Raises:
+            WrongEventLoop: called in another event loop than the manager's.
+        """
+        self._check_loop()
         self._mailbox.begin_with(None)
         self._mailbox.end()
         if self._leave is not None:
             self._leave()
             self._leave = None
+
+    def _check_loop(self) -> None:
+        # A reader that waits in another loop would be woken from this one: too late, or, where the
+        # loop notices, with an error in the middle of what told it.
+        if get_ident() != self._thread or not self._loop.is_running():
+            raise wrong_loop()
 
     async def __aenter__(self) -> Self:
         return self

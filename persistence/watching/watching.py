@@ -10,7 +10,8 @@ Watching all sessions does not bring those of other workers here: see `everywher
 Invariants:
 - the version in a `_Topic` is the one that readers see;
 - who does not watch pays one look at `is_on` for each piece of a batch;
-- nothing here waits for a reader.
+- nothing here waits for a reader;
+- what goes wrong here ends streams, and never fails who commits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from persistence.arguments import MAX_COUNT, refused
 from persistence.clock import EngineTime
 from persistence.commit import Commit
 from persistence.disk.format import DELETE, TOUCH
-from persistence.errors import CorruptionError, InvalidArgument, ManagerClosed, SessionNotFound
+from persistence.errors import (
+    CorruptionError,
+    InvalidArgument,
+    ManagerClosed,
+    SessionNotFound,
+    printable,
+)
 from persistence.ids import check_session_id
 from persistence.record import ID_BYTES, NEVER, NO_ID
 from persistence.remote.contract import Announcement
@@ -41,7 +48,7 @@ from persistence.watching.changes import (
     reset_of_all,
 )
 from persistence.watching.everywhere import Everywhere
-from persistence.watching.stream import Mailbox, Permit, Watch
+from persistence.watching.stream import Mailbox, Permit, Watch, put_all
 
 _log = logging.getLogger("persistence.watching")
 
@@ -78,8 +85,7 @@ class _Topic:
 
     def tell(self, change: SessionChange) -> None:
         """Tell everybody who watches it, and may hear of this incarnation."""
-        for mailbox in self.mailboxes:
-            mailbox.put(change, self.incarnation)
+        put_all(self.mailboxes, change, self.incarnation)
 
 
 class Watching:
@@ -241,10 +247,13 @@ class Watching:
             if commit.kind == TOUCH or commit.spills:
                 continue
             topic = self.topics.get(commit.session_id)
-            if commit.kind == DELETE:
-                self._ended(topic, commit)
-            else:
-                self._put(topic, commit)
+            try:
+                if commit.kind == DELETE:
+                    self._ended(topic, commit)
+                else:
+                    self._put(topic, commit)
+            except Exception:  # noqa: BLE001 - logged, and the streams end
+                self._give_up(commit.session_id)
 
     def _put(self, topic: _Topic | None, commit: Commit) -> None:
         record = commit.record
@@ -277,6 +286,12 @@ class Watching:
         topic = self.topics.get(session_id)
         if topic is None:
             return
+        try:
+            self._take_over(session_id, topic, record, deadline)
+        except Exception:  # noqa: BLE001 - logged, and the streams end
+            self._give_up(session_id)
+
+    def _take_over(self, session_id: str, topic: _Topic, record: bytes, deadline: float) -> None:
         kind: Kind | None = None
         fields = None
         if topic.commit != NO_ID:  # else it is what the watcher begins with
@@ -339,6 +354,20 @@ class Watching:
             mailbox.end()
         del self.topics[session_id]
         self.is_on = bool(self.topics or self._everywhere.mailboxes)
+
+    def _give_up(self, session_id: str) -> None:
+        """End the streams that a change could not be worked out for: they would miss it."""
+        _log.exception(
+            "what changed in session %s cannot be told: the streams that would have to are ended",
+            printable(session_id),
+        )
+        topic = self.topics.pop(session_id, None)
+        everywhere = self._everywhere.mailboxes
+        for mailbox in [*everywhere, *(() if topic is None else topic.mailboxes)]:
+            mailbox.end()
+        everywhere.clear()
+        self._everywhere.forget()
+        self.is_on = bool(self.topics)
 
     async def restored(self) -> None:
         """A restored state is in place of all sessions."""

@@ -7,6 +7,8 @@ import gc
 import os
 import random
 import signal
+from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from persistence.errors import (
     InvalidSessionId,
     ManagerClosed,
     SessionNotFound,
+    WrongEventLoop,
 )
 from tests.engine import ScriptedFiles, Start, commits_of, config_for, eventually, residency_of
 
@@ -374,6 +377,75 @@ def test_a_worker_is_not_held_up_by_its_streams(tmp_path: Path) -> None:
     worker.run(main, config)
     assert ended == [[]]
     assert SystemClock.monotonic() - began < 10
+
+
+async def on_another_loop(call: Callable[[], Awaitable[object]]) -> None:
+    """Make a call in a thread that runs an event loop of its own."""
+
+    async def made() -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await call()
+
+    await asyncio.to_thread(asyncio.run, made())
+
+
+@pytest.mark.parametrize("is_of_all", [False, True])
+async def test_a_stream_is_read_on_its_managers_loop_only(
+    state: StateManager, is_of_all: bool
+) -> None:
+    sid = await state.create_session()
+    watch = state.watch(None if is_of_all else sid)
+
+    async def take() -> None:
+        watch.waiting()
+
+    for call in (lambda: anext(watch), take, watch.aclose):
+        with pytest.raises(WrongEventLoop, match="another event loop"):
+            await on_another_loop(call)
+    await state.update_session_data(sid, "n", 1)
+    assert [change.version for change in await following(watch, 1)] == [2]
+
+
+@pytest.mark.parametrize("is_of_all", [False, True])
+async def test_a_reader_that_cannot_be_told_is_ended_and_hurts_nobody(
+    state: StateManager, caplog: pytest.LogCaptureFixture, is_of_all: bool
+) -> None:
+    sid = await state.create_session()
+    session_id = None if is_of_all else sid
+    broken, healthy = state.watch(session_id), state.watch(session_id)
+
+    class Full(deque[SessionChange]):
+        def append(self, change: SessionChange) -> None:
+            raise MemoryError
+
+    broken._mailbox._pending = Full()
+    await state.update_session_data(sid, "n", 1)
+    await state.update_session_data(sid, "n", 2)
+    assert [change.version for change in await following(healthy, 2)] == [2, 3]
+    assert await rest_of(broken) == []
+    assert "a stream of changes is ended" in caplog.text
+
+
+async def test_a_change_that_cannot_be_worked_out_fails_no_update(
+    state: StateManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await state.create_session(), await state.create_session()
+    ended, everything, other = state.watch(one), state.watch(), state.watch(two)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("persistence.watching.watching._fields", broken)
+        await state.update_session_data(one, "n", 1)
+    assert await rest_of(ended) == await rest_of(everything) == []
+    assert "ZeroDivisionError" in caplog.text
+    await state.update_session_data(one, "n", 2)
+    await state.update_session_data(two, "n", 1)
+    assert [change.version for change in await following(other, 1)] == [2]
+    again = state.watch(one)
+    await state.update_session_data(one, "n", 3)
+    assert [change.version for change in await following(again, 1)] == [4]
 
 
 async def test_who_lets_go_of_a_stream_costs_nothing_any_more(state: StateManager) -> None:
