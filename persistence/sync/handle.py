@@ -12,7 +12,8 @@ from persistence.errors import Overtaken
 from persistence.requests import Request
 from persistence.session import Session, SessionDraft
 from persistence.sync.blocks import Block, Stream
-from persistence.sync.loop import LoopThread, off_loop
+from persistence.sync.loop import LoopThread
+from persistence.sync.offload import off_loop
 from persistence.updates import change_draft
 from persistence.watching.changes import SessionChange
 from persistence.watching.watching import MAX_PENDING
@@ -80,7 +81,7 @@ class SessionHandle:
         close: Callable[[Any], Any] | None = None,
     ) -> Any:
         """Return a live resource of it; see `StateManager.resources` of this module."""
-        make, end = off_loop(factory), off_loop(close)
+        make, end = off_loop(factory), off_loop(close, self._thread.closes)
         return self._thread.run(partial(self._handle.resources, name, make, end))
 
     def scratch_dir(self) -> Path:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import inspect
 import logging
 import os
 import threading
@@ -27,12 +26,14 @@ from typing import Any, Final, TypeVar, cast
 
 from persistence.errors import ManagerClosed, WrongEventLoop
 from persistence.locks import OWNER
+from persistence.sync.offload import Places
 
 T = TypeVar("T")
 
 _log = logging.getLogger("persistence.sync")
 
 _LEFT_OVER_SECONDS: Final = 0.5
+_CLOSES_AT_ONCE: Final = 32
 _OWN_THREADS: Final = "persistence-"  # the loop's, the writer, the readers
 running_loop = asyncio._get_running_loop
 """Returns the running event loop of this thread, or None; in C, where there is C."""
@@ -117,6 +118,9 @@ class LoopThread:
     Args:
         finish: ends what runs on the loop; called on it. Gets `grace_seconds` of `end`.
         before_calls: called on the loop before each bunch of calls.
+
+    Attributes:
+        closes: places for the closes of resources, which may block; see `offload`.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class LoopThread:
         before_calls: Callable[[], None],
     ) -> None:
         self.loop = asyncio.new_event_loop()
+        self.closes = Places(_CLOSES_AT_ONCE)
         self._finish = finish
         self._before_calls = before_calls
         self._calls: deque[_Call] = deque()
@@ -285,26 +290,6 @@ class LoopThread:
             "this manager was opened by another process; after a fork, open one of your own with "
             "its own disk.path"
         )
-
-
-def off_loop(function: Any) -> Any:
-    """Return what calls a function in a thread, where it may block, and is awaited.
-
-    What is no function, or a coroutine function, is returned as it is.
-    """
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        return function
-
-    async def call(*arguments: Any) -> Any:
-        try:
-            result = await asyncio.to_thread(function, *arguments)
-        except RuntimeError:
-            if threading.main_thread().is_alive():
-                raise
-            result = function(*arguments)  # at exit: all executors have ended
-        return await result if inspect.isawaitable(result) else result
-
-    return call
 
 
 def refuse_event_loop() -> None:

@@ -20,8 +20,9 @@ from persistence.session import ClientInfo, Session, SessionDraft
 from persistence.sync.blocks import Block, Stream
 from persistence.sync.glance import Glances
 from persistence.sync.handle import SessionHandle
-from persistence.sync.loop import LoopThread, off_loop, refuse_event_loop, running_loop
+from persistence.sync.loop import LoopThread, refuse_event_loop, running_loop
 from persistence.sync.mapping import SessionMapping
+from persistence.sync.offload import off_loop
 from persistence.updates import Edit, change_draft, drafted
 from persistence.watching.changes import SessionChange
 from persistence.watching.watching import MAX_PENDING
@@ -271,11 +272,12 @@ class StateManager:
     ) -> Any:
         """Return a live resource of a session; see `persistence.StateManager.resources`.
 
-        `factory` and `close` are called in some thread, and may block there. Coroutine functions
-        run on the engine's loop.
+        `factory` and `close` are called in a thread of their own each, and may block there, ask for
+        other resources, too. Coroutine functions run on the engine's loop.
         """
-        make, end = off_loop(factory), off_loop(close)
-        return self._on_loop().run(partial(self._manager.resources, session_id, name, make, end))
+        thread = self._on_loop()
+        make, end = off_loop(factory), off_loop(close, thread.closes)
+        return thread.run(partial(self._manager.resources, session_id, name, make, end))
 
     # --- watching and listing -----------------------------------------------------------------
 

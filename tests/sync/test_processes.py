@@ -23,16 +23,16 @@ config = StateConfig(
 )
 state = sync.StateManager(config=config)
 state.open()
-sid = state.create_session(session_id="s", data={"n": 0})
+sid = state.get_or_create_session(session_id="s", data={"n": 0}).id
 def add_one(data):
     data["n"] += 1
 """
 
 
-def run(program: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def run(program: str, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environ = {name: text for name, text in os.environ.items() if "PERSISTENCE_" not in name}
     return subprocess.run(
-        [sys.executable, "-c", BEGIN + program, str(directory)],
+        [sys.executable, "-c", BEGIN + program, str(directory), *arguments],
         env={**environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -83,6 +83,22 @@ threading.Thread(target=work).start()
     ended = run(program, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "worked\n", "")
     assert await counted(tmp_path) == 5
+
+
+async def test_a_close_that_hangs_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
+    program = """
+state._manager._resources._timeout_seconds = 0.1
+state.resources(sid, "page", object, lambda page: threading.Event().wait())
+state.update_session(sid, add_one)
+if "--close" in sys.argv:
+    state.close()
+print("end")
+"""
+    for count, arguments in enumerate(([], ["--close"]), 1):
+        ended = run(program, tmp_path, *arguments)
+        assert (ended.returncode, ended.stdout) == (0, "end\n")
+        assert "given up" in ended.stderr
+        assert await counted(tmp_path) == count
 
 
 async def test_the_child_of_a_fork_is_refused_and_its_parent_goes_on(tmp_path: Path) -> None:
