@@ -42,7 +42,7 @@ PACKAGE = "persistence"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices", "turns"), 0),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
-    **dict.fromkeys(("resources", "typed", "background", "lifecycle"), 0),
+    **dict.fromkeys(("resources", "typed", "background", "lifecycle", "own_threads"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
     **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
     **dict.fromkeys(("renewals", "keys", "stats"), 3),

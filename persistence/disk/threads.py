@@ -21,6 +21,7 @@ from threading import Thread, main_thread
 from typing import Any, Final, ParamSpec, TypeVar
 
 from persistence.errors import ManagerClosed
+from persistence.own_threads import mark_own_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class _Lane:
         return done
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        mark_own_thread()
         while (item := self._calls.get()) is not None:
             call, done = item
             try:
@@ -76,7 +78,7 @@ class Threads:
         self._writer = _Lane("persistence-writer")
         self._syncer = _Lane("persistence-syncer")
         self._closed = False
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="persistence-reader")
+        self._readers = ThreadPoolExecutor(_READERS, "persistence-reader", mark_own_thread)
 
     def write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` in the writer thread, after all earlier ones."""

@@ -26,6 +26,7 @@ from typing import Any, Final, TypeVar, cast
 
 from persistence.errors import ManagerClosed, WrongEventLoop
 from persistence.locks import OWNER
+from persistence.own_threads import is_own_thread, mark_own_thread
 from persistence.sync.offload import Places
 
 T = TypeVar("T")
@@ -34,7 +35,6 @@ _log = logging.getLogger("persistence.sync")
 
 _LEFT_OVER_SECONDS: Final = 0.5
 _CLOSES_AT_ONCE: Final = 32
-_OWN_THREADS: Final = "persistence-"  # the loop's, the writer, the readers
 running_loop = asyncio._get_running_loop
 """Returns the running event loop of this thread, or None; in C, where there is C."""
 
@@ -44,12 +44,9 @@ class _Caller(threading.local):
 
     Attributes:
         context: its calls run in it; in it, `OWNER` is this thread's own object.
-        is_engines: it is one of the engine's own threads, which must never wait for the engine. The
-            finalizers that a garbage collection calls may be called there, and may call anything.
     """
 
     def __init__(self) -> None:
-        self.is_engines = threading.current_thread().name.startswith(_OWN_THREADS)
         self.context = Context()
         self.context.run(OWNER.set, object())
 
@@ -163,7 +160,7 @@ class LoopThread:
             WrongEventLoop, ManagerClosed: see `run`.
         """
         refuse_event_loop()
-        if _caller.is_engines:
+        if is_own_thread():
             raise WrongEventLoop(
                 "this is one of the engine's own threads, which would wait for itself: make the "
                 "call in another thread (a finalizer may close a manager, and call nothing else)"
@@ -224,7 +221,7 @@ class LoopThread:
         if self not in _running:
             return  # ended, or this is the child of a fork
         self._post(lambda: self._begin_end(grace_seconds))
-        if _caller.is_engines:
+        if is_own_thread():
             return
         self._thread.join()
         error, self._end_error = self._end_error, None
@@ -256,6 +253,7 @@ class LoopThread:
             self.loop.stop()
 
     def _main(self) -> None:
+        mark_own_thread()
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()

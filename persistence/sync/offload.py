@@ -97,7 +97,7 @@ class _Call:
     def _begin(self) -> None:
         if self._places is not None:
             self._losing_place = self._loop.call_later(_HELD_SECONDS, self._leave_place)
-        thread = threading.Thread(target=self._run, name="resource", daemon=True)
+        thread = threading.Thread(target=self._run, name="persistence-resource", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:

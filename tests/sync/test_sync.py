@@ -429,6 +429,16 @@ def test_a_callback_on_the_engines_own_thread_is_refused_and_not_stuck(
     assert "own thread" in str(errors[0])
 
 
+@pytest.mark.parametrize("name", ["persistence-api", "persistence-loop"])
+def test_a_thread_of_the_application_may_have_any_name(state: sync.StateManager, name: str) -> None:
+    with ThreadPoolExecutor(1, thread_name_prefix=name) as threads:
+        sid = threads.submit(state.create_session).result(PATIENCE_SECONDS)
+    named = threading.Thread(target=lambda: state.terminate_session(sid), name=name)
+    named.start()
+    named.join(PATIENCE_SECONDS)
+    assert not state.has_session(sid)
+
+
 def test_an_asynchronous_manager_in_another_loop_names_the_way_out(tmp_path: Path) -> None:
     state = StateManager(config=config_for(tmp_path / "state"))
     theirs = asyncio.new_event_loop()
