@@ -31,6 +31,7 @@ from persistence.errors import (
     SessionNotFound,
 )
 from persistence.ids import check_session_id
+from persistence.lifecycle import wrong_loop
 from persistence.memory.budget import MemoryReader
 from persistence.memory.watch import MemoryWatch
 from persistence.session import (
@@ -134,9 +135,22 @@ class StateManager(Assembly):
         await asyncio.shield(self._closing)
 
     def start_grace(self) -> None:
-        """Let the grace period of the close that will follow begin now, and end all watches."""
+        """Let the grace period of the close that will follow begin now, and end all watches.
+
+        A signal handler may call it at any time, in the thread of the event loop. Like `close`, it
+        does nothing to a manager that is not open.
+
+        Raises:
+            WrongEventLoop: called in another thread than the one that opened the manager.
+        """
+        if not self._is_open:
+            return
+        if get_ident() != self._thread:
+            raise wrong_loop()
         self._grace.begin()
-        self._watching.close()
+        # Not here: a handler may have interrupted whoever is at work on the streams this moment.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._watching.close)
 
     # --- creating -----------------------------------------------------------------------------
 

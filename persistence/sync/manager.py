@@ -140,8 +140,15 @@ class StateManager:
         return self._thread
 
     def start_grace(self) -> None:
-        """Let the grace period of the close that will follow begin now, and end all watches."""
-        self._on_loop().ask(self._manager.start_grace)
+        """Let the grace period of the close that will follow begin now, and end all watches.
+
+        It waits for nothing, so any thread may call it, and any signal handler at any time. Like
+        `close`, it does nothing to a manager that is not open.
+        """
+        # Not `ask`: a handler may have interrupted this very thread while it was handing over a
+        # call, and would wait for what only that thread can go on with.
+        if self._thread is not None:
+            self._thread.post(self._manager.start_grace)
 
     # --- reading ------------------------------------------------------------------------------
 

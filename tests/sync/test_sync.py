@@ -364,6 +364,34 @@ def test_a_waiting_watcher_is_ended_by_close_of_either(opened: Opened) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_a_signal_handler_begins_the_grace_period_whatever_it_interrupts(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, a call of its own thread that has not been handed over yet."""
+    state = opened()
+    thread = state._thread
+    assert thread is not None
+    stream = state.watch()
+    post = thread._post
+
+    def interrupted(callback: Callable[[], Any]) -> None:
+        monkeypatch.setattr(thread, "_post", post)
+        state.start_grace()
+        post(callback)
+
+    monkeypatch.setattr(thread, "_post", interrupted)
+    found: list[bool] = []
+    calling = in_thread(lambda: found.append(state.has_session("s")))
+    calling.join(PATIENCE_SECONDS)
+    assert found == [False]
+    assert list(stream) == []
+    other = sync.StateManager(config=config_for(tmp_path / "other"))
+    other.start_grace()  # of one that is not open: nothing
+    with other:
+        other.watch().close()
+    other.start_grace()
+
+
 def test_wrong_arguments_of_a_watch_are_refused_by_the_call(state: sync.StateManager) -> None:
     with pytest.raises(InvalidSessionId):
         state.watch("")

@@ -359,6 +359,40 @@ async def test_streams_end_when_the_grace_period_begins(state: StateManager) -> 
         state.watch(sid)
 
 
+async def test_the_grace_period_is_begun_in_the_managers_thread_only(state: StateManager) -> None:
+    watch = state.watch(await state.create_session(session_id="s"))
+    with pytest.raises(WrongEventLoop, match="another event loop"):
+        await asyncio.to_thread(state.start_grace)
+    await state.update_session_data("s", "n", 1)
+    assert [change.version for change in await following(watch, 1)] == [2]
+
+
+async def test_a_signal_handler_begins_the_grace_period(state: StateManager) -> None:
+    sid = await state.create_session()
+    reading = asyncio.create_task(rest_of(state.watch(sid)))
+    before = signal.signal(signal.SIGUSR1, lambda *_: state.start_grace())
+    try:
+        for _ in range(2):  # a second signal does no harm
+            signal.raise_signal(signal.SIGUSR1)
+        assert await reading == []
+        await state.close()
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+async def test_a_manager_that_is_not_open_has_no_grace_period(tmp_path: Path) -> None:
+    state = StateManager(config=config_for(tmp_path / "state"))
+    state.start_grace()
+    async with state:
+        assert state._grace._end is None
+        sid = await state.create_session()
+        watch = state.watch(sid)
+        await state.update_session_data(sid, "n", 1)
+        assert [change.version for change in await following(watch, 1)] == [2]
+    state.start_grace()
+
+
 def test_a_worker_is_not_held_up_by_its_streams(tmp_path: Path) -> None:
     """Its handlers are tasks of their own, which nobody cancels; main waits for them."""
     ended: list[list[SessionChange]] = []
