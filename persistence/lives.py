@@ -15,7 +15,7 @@ from persistence.arguments import (
 )
 from persistence.commit import Commit, committed
 from persistence.config import SessionConfig
-from persistence.errors import Overtaken, SessionExists, SessionLimitReached
+from persistence.errors import Overtaken, SessionExists, SessionLimitReached, SessionNotFound
 from persistence.ids import check_session_id, new_session_id
 from persistence.lookup import Lookup
 from persistence.record import NEVER
@@ -171,6 +171,35 @@ class Lives:
             await self._commits.decided(session_id)
         await committed(self._residency.submit_delete(session_id, key))
         return True
+
+    async def take(self, session_id: str) -> Session | None:
+        """End a session, and return it as it was in the end; None: it was not alive.
+
+        Of several calls of this worker one gets it, and what it gets is the last version.
+
+        Raises:
+            InvalidSessionId, CorruptionError: it is still what it was.
+            DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
+        """
+        key = check_session_id(session_id)
+        while True:
+            await self._begin()
+            await self._lookup.bring_here(session_id)
+            try:
+                (record, life, cap), accessed = await self._residency.aside_base(session_id, key)
+            except SessionNotFound:
+                if session_id not in self._commits.tails:
+                    await self._residency.expire_if_over(session_id, key)
+                    return None
+                # As when it is terminated: should its end fail, it is still alive.
+                await self._commits.decided(session_id)
+                continue
+            try:
+                # Nothing has been awaited since it was looked at: it is this version that ends.
+                await committed(self._residency.submit_delete(session_id, key, exact=True))
+            except Overtaken:
+                continue  # another worker has made a newer one
+            return Session.view(session_id, record, accessed, life, cap, self._time)
 
 
 def _packed_meta(

@@ -333,6 +333,10 @@ class StateManager:
         """Return all sessions as a mutable mapping: id -> dict of the session's fields."""
         return SessionMapping(self)
 
+    def _take(self, session_id: str) -> Session | None:
+        """End a session and return its last version; None: it was not alive."""
+        return self._on_loop().run(partial(self._manager._lives.take, session_id))
+
     # --- what only has to be waited for -------------------------------------------------------
 
     create_session = _blocking(AsyncManager.create_session)

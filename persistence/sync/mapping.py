@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, Mapping, MutableMapping, ValuesView
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from persistence.errors import InvalidSessionId, SessionExists, SessionNotFound
+from persistence.ids import check_session_id
 
 if TYPE_CHECKING:
     from persistence.sync.manager import StateManager
 
 Data = dict[str, Any]
+T = TypeVar("T")
+
+_NOTHING: Final[Any] = object()
 
 
 class SessionMapping(MutableMapping[str, Data]):
@@ -20,6 +24,9 @@ class SessionMapping(MutableMapping[str, Data]):
     ``sessions[sid]["cart"].append(1)`` changes nothing; put the dict back, or use `update_session`,
     which is safe beside other writers. Setting an item replaces all fields of a session, or creates
     it under that id with the configured TTL; deleting one terminates it.
+
+    `setdefault`, `pop` and `popitem` are one step each, whatever others do: of the threads that pop
+    a session, one gets it, as it was in the end.
 
     Reading an item renews the session, as `get_session` does; all that goes over many sessions, and
     ``in``, does not. Sessions may come and go during an iteration: what lives all the while is
@@ -97,8 +104,49 @@ class SessionMapping(MutableMapping[str, Data]):
 
     def setdefault(self, session_id: str, default: Mapping[str, Any] | None = None) -> Data:
         """Return a session's data; where there is none, create it with `default` (None: empty)."""
+        check_session_id(session_id)  # None would be a fresh id
         data = {} if default is None else default
         return self._state.get_or_create_session(session_id, data=data).data
+
+    @overload
+    def pop(self, session_id: str, /) -> Data: ...
+    @overload
+    def pop(self, session_id: str, /, default: Data) -> Data: ...
+    @overload
+    def pop(self, session_id: str, /, default: T) -> Data | T: ...
+    def pop(self, session_id: str, /, default: Any = _NOTHING) -> Any:
+        """Terminate a session and return its data; where there is none, return `default`.
+
+        Raises:
+            KeyError: there is none, and no default.
+        """
+        data = self._taken(session_id)
+        if data is not None:
+            return data
+        if default is _NOTHING:
+            raise KeyError(session_id)
+        return default
+
+    def popitem(self) -> tuple[str, Data]:
+        """Terminate any session; return its id and data.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._state.iter_sessions() as session_ids:
+            for session_id in session_ids:
+                data = self._taken(session_id)
+                if data is not None:
+                    return session_id, data
+        raise KeyError("there is no session")
+
+    def _taken(self, session_id: str) -> Data | None:
+        hash(session_id)
+        try:
+            session = self._state._take(session_id)
+        except InvalidSessionId:
+            return None
+        return None if session is None else session.data
 
     def clear(self) -> None:
         """Terminate all sessions that there are now."""

@@ -415,6 +415,31 @@ async def test_however_many_are_pipelined_none_is_accepted_behind_a_refused_one(
     assert (session["n"], session.version) == (35, 36)
 
 
+async def test_what_one_worker_takes_has_every_update_of_the_others_in_it(pair: Pair) -> None:
+    a, b = pair
+    updates, taken = 60, 0
+
+    async def count_up() -> None:
+        for _ in range(updates):
+            while True:
+                await a.get_or_create_session("one", data={"n": 0})
+                try:
+                    await a.update_session("one", add_one)
+                    break
+                except SessionNotFound:
+                    continue
+
+    counting = asyncio.create_task(count_up())
+    while not counting.done():
+        session = await b._lives.take("one")
+        if session is not None:
+            taken += session["n"]
+        await asyncio.sleep(0)
+    await counting
+    last = await b._lives.take("one")
+    assert taken + (0 if last is None else last["n"]) == updates
+
+
 async def test_terminating_an_id_that_has_begun_anew_elsewhere_ends_what_it_is_now(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from persistence import ManualClock, sync
-from persistence.errors import InvalidArgument, InvalidSessionId
+from persistence.errors import InvalidArgument, InvalidSessionId, SessionNotFound
 
 Data = dict[str, Any]
 
@@ -162,6 +162,78 @@ def test_going_over_it_renews_nothing_and_reading_an_item_does(
     assert "a" in sessions
     clock.advance(60)
     assert dict(sessions) == {}
+
+
+@pytest.mark.parametrize("wrong", [None, 7, "", ("a",), ["a"]])
+def test_a_default_under_what_is_no_id_is_refused_as_an_item_is(
+    sessions: sync.SessionMapping, wrong: Any
+) -> None:
+    with pytest.raises(InvalidSessionId):
+        sessions[wrong] = {}
+    with pytest.raises(InvalidSessionId):
+        sessions.setdefault(wrong, {"orphan": 1})
+    assert dict(sessions) == {}
+
+
+@pytest.mark.parametrize("way", ["pop", "popitem"])
+def test_of_many_threads_that_pop_a_session_one_gets_it(
+    sessions: sync.SessionMapping, way: str
+) -> None:
+    numbers = range(60)
+    sessions.update({f"k{number}": {"n": number} for number in numbers})
+
+    def pop_all(_: int) -> list[Data | None]:
+        if way == "pop":
+            return [sessions.pop(f"k{number}", None) for number in numbers]
+        got: list[Data | None] = []
+        while True:
+            try:
+                got.append(sessions.popitem()[1])
+            except KeyError:
+                return got
+
+    with ThreadPoolExecutor(6) as threads:
+        got = [data["n"] for some in threads.map(pop_all, range(6)) for data in some if data]
+    assert sorted(got) == list(numbers)
+    assert not sessions
+
+
+def test_what_is_popped_has_every_update_in_it(
+    sessions: sync.SessionMapping, state: sync.StateManager
+) -> None:
+    each = 60
+
+    def count(_: int) -> int:
+        """Count in the session, which others take away all the time; and take it away."""
+        popped = 0
+        for number in range(each):
+            while True:
+                sessions.setdefault("k", {"n": 0})
+                try:
+                    state.update_session("k", lambda data: data.update(n=data["n"] + 1))
+                    break
+                except SessionNotFound:
+                    continue
+            if number % 3 == 0:
+                popped += sessions.pop("k", {"n": 0})["n"]
+        return popped
+
+    with ThreadPoolExecutor(4) as threads:
+        popped = sum(threads.map(count, range(4)))
+    assert popped + sessions.pop("k", {"n": 0})["n"] == 4 * each
+
+
+def test_popping_takes_what_is_cold_and_not_what_has_expired(
+    sessions: sync.SessionMapping, state: sync.StateManager, clock: ManualClock
+) -> None:
+    state.create_session(session_id="cold", data={"n": 1}, ttl_seconds=0)
+    state.create_session(session_id="over", data={"n": 2}, ttl_seconds=10)
+    state.spill_session("cold")
+    clock.advance(11)
+    assert sessions.pop("over", None) is None
+    assert sessions.pop("cold") == {"n": 1}
+    with pytest.raises(KeyError):
+        sessions.pop("cold")
 
 
 def test_one_of_many_threads_creates_a_default(sessions: sync.SessionMapping) -> None:
