@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
@@ -42,6 +43,7 @@ from persistence.errors import (
     printable,
 )
 from persistence.ids import check_session_id
+from persistence.lifecycle import wrong_loop
 from persistence.limits import block_size, refuse_request
 from persistence.observe.digest import WORKER_CENTROIDS, Digest
 from persistence.observe.health import SessionHealth, score
@@ -633,6 +635,7 @@ class Request:
         "_requests",
         "_session_id",
         "_started",
+        "_thread",
         "seconds",
         "session",
     )
@@ -680,6 +683,7 @@ class Request:
                 else:
                     await requests.admit(session_id, entry)
             entry.running += 1
+            self._thread = get_ident()
         self.session = session
         self._started = requests.monotonic()
         return self
@@ -693,6 +697,8 @@ class Request:
         entry = self._entry
         if entry is None:
             return
+        if get_ident() != self._thread:
+            raise wrong_loop()
         requests = self._requests
         entry.running -= 1
         if requests.tracks:

@@ -17,6 +17,7 @@ from persistence.errors import (
     RequestLimitReached,
     SessionNotFound,
     ValueTooLarge,
+    WrongEventLoop,
 )
 from persistence.requests import Requests, _Noted
 from tests.engine import (
@@ -132,6 +133,18 @@ async def test_a_cancelled_request_is_counted_and_no_error(state: StateManager) 
         await task
     found = await state.session_metrics(sid)
     assert (found.requests, found.errors, found.running) == (1, 0, 0)
+
+
+async def test_a_request_is_left_where_it_was_entered(state: StateManager) -> None:
+    sid = await state.create_session()
+    request = await state.request(sid).__aenter__()
+    with pytest.raises(WrongEventLoop, match="another event loop"):
+        await asyncio.to_thread(asyncio.run, request.__aexit__(None, None, None))
+    metrics = await state.session_metrics(sid)
+    assert (metrics.running, metrics.requests) == (1, 0)
+    await request.__aexit__(None, None, None)
+    metrics = await state.session_metrics(sid)
+    assert (metrics.running, metrics.requests) == (0, 1)
 
 
 async def test_a_request_accesses_the_session(state: StateManager, clock: ManualClock) -> None:
