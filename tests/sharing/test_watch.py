@@ -6,14 +6,15 @@ import asyncio
 
 import pytest
 
-from persistence import SessionChange, StateManager, Watch
-from persistence.errors import SessionNotFound
+from persistence import ClientInfo, SessionChange, StateManager, Watch
+from persistence.errors import SessionNotFound, TokenInvalid
 from tests.engine import eventually
 from tests.redis_servers import Group, Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import add_one, until_delivered, until_down, until_up, value
 
 PATIENCE_SECONDS = 20
+CLIENT = ClientInfo("203.0.113.9", "Mozilla/5.0")
 
 Pair = tuple[StateManager, StateManager]
 
@@ -130,6 +131,27 @@ async def test_a_session_that_was_restored_elsewhere_is_reset(pair: Pair) -> Non
         change = await waiting
     assert (change.kind, change.version) == ("reset", 1)
     assert await value(b, sid) == 0
+
+
+async def test_a_handle_hears_nothing_of_what_another_worker_has_put_in_its_place(
+    pair: Pair,
+) -> None:
+    a, b = pair
+    sid = await a.create_session(data={"n": 0})
+    info = await a.create_checkpoint()
+    assert await value(b, sid) == 0
+    handle = await b.open_session(sid, b.issue_token(sid, CLIENT), CLIENT)
+    watch = handle.watch()
+    await a.update_session_data(sid, "n", 1)
+    assert [change.version for change in await following(watch, 1)] == [2]
+    waiting = asyncio.ensure_future(following(watch, 1))
+    await asyncio.sleep(0)
+    await a.restore_checkpoint(info.id)
+    with pytest.raises(TokenInvalid):
+        await waiting
+    await a.update_session_data(sid, "n", 2)
+    with pytest.raises(TokenInvalid):
+        watch.waiting()
 
 
 async def test_what_was_missed_while_the_connection_was_down_is_told_afterwards(
