@@ -173,6 +173,17 @@ async def test_a_stream_of_a_handle_ends_where_another_session_takes_the_place(
     assert [change.kind for change in watch._mailbox._pending] == []
 
 
+async def test_a_stream_of_what_has_expired_tells_nothing(start: Start, clock: ManualClock) -> None:
+    state = await start()
+    sid = await state.create_session(ttl_seconds=60)
+    handle = await a_handle(state, sid)
+    clock.advance(61)
+    watch = handle.watch()
+    for _ in range(2):
+        with pytest.raises(errors.TokenInvalid):
+            await anext(watch)
+
+
 async def test_a_refused_stream_is_no_burden_once_its_reader_lets_go(state: StateManager) -> None:
     sid = await state.create_session()
     handle = await a_handle(state, sid)

@@ -208,6 +208,7 @@ class Watching:
             await residency.expire_if_over(session_id, key)
             if mailbox.permit is None:
                 raise SessionNotFound(session_id)
+            mailbox.begin_with(None)
             mailbox.refuse()
             return
         if topic.commit == NO_ID:
