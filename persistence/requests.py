@@ -1,6 +1,6 @@
 """Requests of sessions: admitted, counted, timed, stored with the session.
 
-What happens at a request is kept in memory, in one `_Entry` for each session that had one lately.
+What happens at a request is kept in memory, in one `Entry` for each session that had one lately.
 It goes into the session's metadata with a commit of its own (`Updates.annotate`), which is no
 access and no version: when it is half a minute old, when the session has been idle, at `flush`,
 before a checkpoint and at close. So it is where the session is: in the log, in the shared tier, in
@@ -21,25 +21,25 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from functools import partial
 from math import inf
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 import msgpack
 
 from persistence import record as rec
+from persistence.admission import Waiting, is_admitted
 from persistence.arguments import MAX_TTL_SECONDS, check_seconds, check_text
 from persistence.clock import Clock, EngineTime
 from persistence.config import SessionConfig
+from persistence.entries import Entry
 from persistence.errors import (
     CorruptionError,
     Overtaken,
     PersistenceError,
     SessionNotFound,
     WriteOutcomeUnknown,
-    again,
     printable,
 )
 from persistence.ids import check_session_id
@@ -52,6 +52,7 @@ from persistence.residency import Residency
 from persistence.session import MAX_REQUESTS, REQUESTS, Session
 from persistence.slices import Slices
 from persistence.stats import Latencies, RequestStats
+from persistence.turns import Turns
 from persistence.updates import Updates
 
 _log = logging.getLogger("persistence.requests")
@@ -69,62 +70,8 @@ _NO_META: Final = bytes(3)
 _META_AT: Final = rec.FLAGS_AT + 1
 
 
-class _Entry:
-    """One session's requests that are not in its record yet. Times are of the process clock.
-
-    Attributes:
-        incarnation: of the session.
-        limit: its ``max_requests``; 0: none.
-        left: what it may admit of the block that is reserved.
-        waiting: how many requests wait for the next block.
-        running: how many requests are under way.
-        durations: of requests that are not in `tally` yet, seconds.
-        name, ended: of the last of them.
-        stored: when it was last stored, or made.
-        reserving: the task that reserves the next block.
-    """
-
-    __slots__ = (
-        "durations",
-        "ended",
-        "incarnation",
-        "left",
-        "limit",
-        "name",
-        "reserving",
-        "running",
-        "stored",
-        "tally",
-        "waiting",
-    )
-
-    def __init__(self, incarnation: bytes, limit: int, now: float) -> None:
-        self.incarnation = incarnation
-        self.limit = limit
-        self.left = 0
-        self.waiting = 0
-        self.running = 0
-        self.durations: list[float] = []
-        self.name = ""
-        self.ended = now
-        self.stored = now
-        self.tally = Tally()
-        self.reserving: asyncio.Task[int] | None = None
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is anything to store."""
-        return bool(self.durations or self.tally)
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether anything would be lost with it."""
-        return self.has_news or self.is_used or self.left > 0
-
-    @property
-    def is_used(self) -> bool:
-        """Whether somebody is at it right now."""
-        return bool(self.running or self.waiting or self.reserving is not None)
+Get: TypeAlias = Callable[[str], Awaitable[Session | None]]
+"""Accesses a session; None: missing, expired or terminated."""
 
 
 class _Noted(NamedTuple):
@@ -176,14 +123,14 @@ class Requests:
         self,
         config: SessionConfig,
         clock: Clock,
-        get_session: Callable[[str], Awaitable[Session | None]],
+        get_session: Get,
         has_session: Callable[[str], Awaitable[bool]],
         *,
         gathers: bool,
     ) -> None:
         self._beside = _STORED_AT_ONCE if gathers else _STORED_BESIDE
         self.tracks = config.track_metrics
-        self.entries: dict[str, _Entry] = {}
+        self.entries: dict[str, Entry] = {}
         self.on_idle: Callable[[str], None] | None = None
         self.monotonic = clock.monotonic
         self.get_session = get_session
@@ -193,6 +140,7 @@ class Requests:
         self._updates: Updates
         self._residency: Residency
         self._time: EngineTime
+        self._turns: Turns
         self._some = asyncio.Event()
         self._too_many = asyncio.Event()
         self._making_room = asyncio.Lock()
@@ -207,11 +155,28 @@ class Requests:
     def attach(self, updates: Updates, residency: Residency, time: EngineTime) -> None:
         """Work on these tiers. What was counted of the sessions before is theirs."""
         self._updates, self._residency, self._time = updates, residency, time
+        self._turns = Turns()
         self.entries.clear()
 
     # --- one request --------------------------------------------------------------------------
 
-    def enter(self, session_id: str, record: bytes) -> _Entry | None:
+    async def enter_anew(
+        self, session_id: str, session: Session, get: Get
+    ) -> tuple[Session, Entry | None]:
+        """Return the entry of a session that has none, once there is room for it, and the session.
+
+        Raises:
+            SessionNotFound: it ended, or got another id, while it waited for room.
+        """
+        if self.is_crowded:
+            await self.make_room()
+            found = await get(session_id)
+            if found is None:
+                raise SessionNotFound(session_id)
+            session = found
+        return session, self._enter(session_id, session._record)
+
+    def _enter(self, session_id: str, record: bytes) -> Entry | None:
         """Return the entry of a session, a fresh one if there is none; None: it needs none."""
         known = self.entries.get(session_id)
         if known is not None and known.incarnation == record[: rec.ID_BYTES]:
@@ -221,7 +186,7 @@ class Requests:
             limit = self._limit_of(rec.meta_of(record))
         if not limit and not self.tracks:
             return None
-        entry = _Entry(rec.incarnation_of(record), limit, self.monotonic())
+        entry = Entry(session_id, rec.incarnation_of(record), limit, self.monotonic())
         self.entries[session_id] = entry
         self._some.set()
         if len(self.entries) > _MAX_ENTRIES:
@@ -232,28 +197,50 @@ class Requests:
         own = meta.get(MAX_REQUESTS)
         return self._limit if own is None else int(own)
 
-    async def admit(self, session_id: str, entry: _Entry) -> None:
+    async def admit(self, session_id: str, entry: Entry) -> None:
         """Charge the limit of a session with one request.
 
         Raises:
             RequestLimitReached: nothing is left.
             SessionNotFound, DiskFull, WriteOutcomeUnknown: no block could be reserved.
         """
-        while not entry.left:
-            if entry.reserving is None:
-                entry.reserving = self._start(self._reserve(session_id, entry))
-                entry.reserving.add_done_callback(partial(_reserved, entry))
-            entry.waiting += 1
-            try:
-                granted = await asyncio.shield(entry.reserving)
-            except PersistenceError as error:
-                raise again(error) from None
-            finally:
-                entry.waiting -= 1
-            if not granted:
-                self._refused += 1
-                refuse_request(session_id, entry.limit)
-        entry.left -= 1
+        waiting = entry.waiting
+        if waiting is None:
+            waiting = Waiting()
+            self._start(self._serve(entry, waiting))
+            entry.waiting = waiting
+        turn = waiting.join()
+        try:
+            may_pass = await turn
+        except asyncio.CancelledError:
+            if is_admitted(turn):  # it was admitted, and had not got round to it
+                entry.left += 1
+            raise
+        if not may_pass:
+            self._refused += 1
+            refuse_request(session_id, entry.limit)
+
+    async def _serve(self, entry: Entry, waiting: Waiting) -> None:
+        """Reserve one block after the other, until nobody waits any more.
+
+        Whoever comes meanwhile joins the queue; the step that finds it empty takes it away. So
+        nobody ever waits for a task that has ended, which would answer at once, for ever.
+        """
+        try:
+            while waiting:
+                try:
+                    granted = await self._reserve(entry, waiting)
+                except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                    await waiting.refuse(error)
+                    continue
+                block, entry.left = entry.left + granted, 0
+                if block:
+                    entry.left += await waiting.admit(block)
+                else:
+                    await waiting.refuse()
+        finally:
+            entry.waiting = None
+            waiting.give_up()  # only a task that is cancelled leaves anybody
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run `work` in a task that no caller's cancellation ends: a commit is decided anyway."""
@@ -262,7 +249,7 @@ class Requests:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _reserve(self, session_id: str, entry: _Entry) -> int:
+    async def _reserve(self, entry: Entry, waiting: Waiting) -> int:
         """Reserve the next block; return how many requests it is, 0: none are left."""
         granted = 0
         taken = Tally()
@@ -270,29 +257,43 @@ class Requests:
         def change(record: bytes) -> bytes | None:
             nonlocal granted, taken
             if rec.incarnation_of(record) != entry.incarnation:
-                raise SessionNotFound(session_id)
+                raise SessionNotFound(entry.session_id)
             meta = rec.meta_of(record)
             noted = _Noted.of(meta)
-            granted = block_size(entry.limit - noted.mark, entry.waiting)
+            granted = block_size(entry.limit - noted.mark, len(waiting))
             if not granted:
                 return None
             taken = self._take(entry)
             noted.tally.add(taken)
             return noted._replace(mark=noted.mark + granted).packed_with(meta)
 
-        while True:
-            try:
-                await self._updates.annotate(session_id, change)
-            except Overtaken:
-                taken = self._put_back(entry, taken)
-            except BaseException:
-                self._put_back(entry, taken)
-                raise
-            else:
-                entry.left += granted
-                return granted
+        def undo() -> None:
+            nonlocal taken
+            taken = self._put_back(entry, taken)
 
-    def fold(self, entry: _Entry) -> None:
+        try:
+            await self._annotate(entry, change, undo)
+        except BaseException:
+            undo()
+            raise
+        return granted
+
+    async def _annotate(
+        self, entry: Entry, change: Callable[[bytes], bytes | None], undo: Callable[[], None]
+    ) -> None:
+        """Commit what `change` makes of the metadata of a session, and again after `undo`.
+
+        Again when another worker's commit came first. Only so many begin in one turn of the loop.
+        """
+        while True:
+            await self._turns.enter()
+            try:
+                await self._updates.annotate(entry.session_id, change)
+                return
+            except Overtaken:
+                undo()
+
+    def fold(self, entry: Entry) -> None:
         """Take the durations of an entry into its tally, and into the worker's."""
         durations = entry.durations
         if not durations:
@@ -309,7 +310,7 @@ class Requests:
             self._digest.add(durations)
             durations.clear()
 
-    def failed(self, entry: _Entry, error: object) -> None:
+    def failed(self, entry: Entry, error: object) -> None:
         """Note a failure."""
         self._errors += 1
         entry.tally.failed(error_text(error), self._wall(self.monotonic()))
@@ -334,9 +335,7 @@ class Requests:
             raise SessionNotFound(session_id)
         entry = self.entries.get(session_id)
         if entry is None or entry.incarnation != session._record[: rec.ID_BYTES]:
-            if self.is_crowded:
-                await self.make_room()
-            entry = self.enter(session_id, session._record)
+            _, entry = await self.enter_anew(session_id, session, self.get_session)
         if entry is not None and self.tracks:
             self.failed(entry, error)
 
@@ -351,7 +350,7 @@ class Requests:
                 return record
         raise SessionNotFound(session_id)
 
-    def _of(self, session_id: str, record: bytes) -> tuple[_Entry | None, Tally, int, int]:
+    def _of(self, session_id: str, record: bytes) -> tuple[Entry | None, Tally, int, int]:
         """Return the entry, everything counted, the limit and its mark of a session."""
         meta = rec.meta_of(record)
         noted = _Noted.of(meta)
@@ -436,7 +435,7 @@ class Requests:
         """A session has ended: nothing of it is stored any more."""
         self.entries.pop(session_id, None)
 
-    def follow(self, entry: _Entry | None, session_id: str) -> None:
+    def follow(self, entry: Entry | None, session_id: str) -> None:
         """A session goes on as `session_id`: what is under way and counted goes with it.
 
         What is reserved has been charged already, in the record that it took along.
@@ -445,7 +444,7 @@ class Requests:
             return
         record = self._residency.readable(session_id, session_id.encode())
         if record is not None:
-            entry.incarnation = rec.incarnation_of(record)
+            entry.session_id, entry.incarnation = session_id, rec.incarnation_of(record)
             self.entries[session_id] = entry
             self._some.set()
 
@@ -464,24 +463,25 @@ class Requests:
         everything = len(self.entries) > _MAX_ENTRIES
         self._too_many.clear()
         now = self.monotonic()
-        due: list[tuple[str, _Entry]] = []
+        due: list[Entry] = []
         slices = Slices(self.monotonic)
-        for session_id, entry in list(self.entries.items()):
+        for entry in list(self.entries.values()):
             if not entry.is_needed:
-                self._drop(session_id, entry)
+                self._drop(entry)
             elif everything or self._is_due(entry, now):
-                due.append((session_id, entry))
+                due.append(entry)
             await slices.give_way_if_due()
         await self._store(due, gives_back=everything, at_once=at_once)
-        for session_id, entry in due:
+        for entry in due:
             if not entry.is_needed:
-                self._drop(session_id, entry)
+                self._drop(entry)
+            await slices.give_way_if_due()
         if not self.entries:
             self._some.clear()
 
-    def _drop(self, session_id: str, entry: _Entry) -> None:
-        if self.entries.get(session_id) is entry:
-            del self.entries[session_id]
+    def _drop(self, entry: Entry) -> None:
+        if self.entries.get(entry.session_id) is entry:
+            del self.entries[entry.session_id]
 
     @property
     def is_crowded(self) -> bool:
@@ -496,30 +496,32 @@ class Requests:
             if not self.is_crowded:
                 return
             forgotten = 0
-            for session_id, entry in list(self.entries.items()):
+            slices = Slices(self.monotonic)
+            for entry in list(self.entries.values()):
                 if not entry.is_used:
-                    self._drop(session_id, entry)
+                    self._drop(entry)
                     forgotten += 1
+                await slices.give_way_if_due()
             _log.warning("what %d sessions requested lately cannot be stored: forgotten", forgotten)
 
-    def _is_due(self, entry: _Entry, now: float) -> bool:
+    def _is_due(self, entry: Entry, now: float) -> bool:
         if entry.has_news and now - entry.stored >= _STORED_AFTER_SECONDS:
             return True
         return self._is_idle(entry, now) and bool(entry.left)
 
-    def _is_idle(self, entry: _Entry, now: float) -> bool:
+    def _is_idle(self, entry: Entry, now: float) -> bool:
         return not entry.is_used and now - entry.ended >= _GIVEN_BACK_AFTER_SECONDS
 
     async def store_all(self) -> None:
         """Store everything now: for `flush`, checkpoints and close."""
         if self.entries:
-            await self._store(list(self.entries.items()))
+            await self._store(list(self.entries.values()))
 
     async def store(self, session_id: str) -> None:
         """Store what is known of one session and give back what is reserved for it."""
         entry = self.entries.get(session_id)
         if entry is not None:
-            await self._store([(session_id, entry)], gives_back=True)
+            await self._store([entry], gives_back=True)
 
     async def close(self) -> None:
         """Store everything and give back what is reserved; wait for what is under way.
@@ -528,7 +530,7 @@ class Requests:
         """
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await self._store(list(self.entries.items()), gives_back=True)
+        await self._store(list(self.entries.values()), gives_back=True)
 
     async def gone(self) -> None:
         """Wait until nothing of it runs any more."""
@@ -536,28 +538,25 @@ class Requests:
             await asyncio.wait(self._tasks)
 
     async def _store(
-        self,
-        entries: list[tuple[str, _Entry]],
-        *,
-        gives_back: bool = False,
-        at_once: int = _STORED_AT_ONCE,
+        self, entries: list[Entry], *, gives_back: bool = False, at_once: int = _STORED_AT_ONCE
     ) -> None:
         """Store entries, many with one sync; those that are idle give back what they reserved."""
         now = self.monotonic()
-        for start in range(0, len(entries), at_once):
-            storing = [
-                self._start(
-                    self._store_one(
-                        session_id, entry, gives_back=gives_back or self._is_idle(entry, now)
-                    )
-                )
-                for session_id, entry in entries[start : start + at_once]
-                if entry.has_news or entry.left
-            ]
-            if storing:
+        slices = Slices(self.monotonic)
+        storing: list[asyncio.Task[None]] = []
+        for entry in entries:
+            if entry.has_news or entry.left:
+                self.fold(entry)  # here, where it is done in slices
+                gives = gives_back or self._is_idle(entry, now)
+                storing.append(self._start(self._store_one(entry, gives_back=gives)))
+            if len(storing) == at_once:
                 await asyncio.wait(storing)
+                storing = []
+            await slices.give_way_if_due()
+        if storing:
+            await asyncio.wait(storing)
 
-    async def _store_one(self, session_id: str, entry: _Entry, *, gives_back: bool) -> None:
+    async def _store_one(self, entry: Entry, *, gives_back: bool) -> None:
         """Store one entry. What fails is logged, and stays in the entry."""
         taken = Tally()
         rest = 0
@@ -584,39 +583,28 @@ class Requests:
 
         entry.stored = self.monotonic()
         try:
-            while True:
-                try:
-                    await self._updates.annotate(session_id, change)
-                    return
-                except Overtaken:
-                    undo()
+            await self._annotate(entry, change, undo)
         except SessionNotFound:
-            self._drop(session_id, entry)
+            self._drop(entry)
         except WriteOutcomeUnknown as error:
             # It may be stored: counting it twice, or giving back twice, would be worse.
-            _log.warning("requests of %s: %s", printable(session_id), error)
+            _log.warning("requests of %s: %s", printable(entry.session_id), error)
         except CorruptionError as error:
             _log.warning("requests of a damaged session are not stored: %s", error)
         except PersistenceError as error:
             undo()
-            _log.warning("requests of %s are not stored: %s", printable(session_id), error)
+            _log.warning("requests of %s are not stored: %s", printable(entry.session_id), error)
 
-    def _take(self, entry: _Entry) -> Tally:
+    def _take(self, entry: Entry) -> Tally:
         self.fold(entry)
         taken, entry.tally = entry.tally, Tally()
         return taken
 
-    def _put_back(self, entry: _Entry, taken: Tally) -> Tally:
+    def _put_back(self, entry: Entry, taken: Tally) -> Tally:
         """Let an entry have again what could not be stored; return an empty tally."""
         taken.add(entry.tally)
         entry.tally = taken
         return Tally()
-
-
-def _reserved(entry: _Entry, task: asyncio.Task[int]) -> None:
-    entry.reserving = None
-    if not task.cancelled():
-        task.exception()  # whoever waits raises it; perhaps nobody does any more
 
 
 class Request:
@@ -647,7 +635,7 @@ class Request:
         requests: Requests,
         session_id: str,
         name: str,
-        get_session: Callable[[str], Awaitable[Session | None]] | None = None,
+        get_session: Get | None = None,
     ) -> None:
         """Prepare it.
 
@@ -669,12 +657,9 @@ class Request:
         session = await self._get_session(session_id)
         if session is None:
             raise SessionNotFound(session_id)
-        record = session._record
         entry = requests.entries.get(session_id)
-        if entry is None or entry.incarnation != record[: rec.ID_BYTES]:
-            if requests.is_crowded:
-                await requests.make_room()
-            entry = requests.enter(session_id, record)
+        if entry is None or entry.incarnation != session._record[: rec.ID_BYTES]:
+            session, entry = await requests.enter_anew(session_id, session, self._get_session)
         self._entry = entry
         if entry is not None:
             if entry.limit:

@@ -2,9 +2,9 @@
 
 Imports point one way, from the bottom up::
 
-    errors, clock, config, record, session, slices, turns, sealer
+    errors, clock, config, record, session, slices, turns, admission, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
-            checkpoint | commit | providers
+            checkpoint | commit | providers | entries
                 renewals | keys
                 spilling
                 residency
@@ -41,10 +41,10 @@ PACKAGE = "persistence"
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices", "turns"), 0),
-    **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer"), 0),
+    **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer", "admission"), 0),
     **dict.fromkeys(("resources", "typed", "background", "lifecycle", "own_threads"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),
-    **dict.fromkeys(("checkpoint", "commit", "providers"), 2),
+    **dict.fromkeys(("checkpoint", "commit", "providers", "entries"), 2),
     **dict.fromkeys(("renewals", "keys", "stats"), 3),
     "spilling": 4,
     "residency": 5,

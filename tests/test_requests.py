@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from persistence import ManualClock, StateManager
 from persistence import record as rec
+from persistence.admission import Waiting
 from persistence.errors import (
     DiskFull,
     InvalidArgument,
@@ -20,6 +22,7 @@ from persistence.errors import (
     WrongEventLoop,
 )
 from persistence.requests import Requests, _Noted
+from persistence.turns import CALLS_PER_TURN
 from tests.engine import (
     Crash,
     ScriptedFiles,
@@ -29,6 +32,7 @@ from tests.engine import (
     loop_steps,
     residency_of,
 )
+from tests.test_turns import Ticks
 
 
 def requests_of(state: StateManager) -> Requests:
@@ -341,6 +345,48 @@ async def test_whoever_gives_up_waiting_for_a_block_uses_nothing_up(
     assert await passed(state, sid, 50) == 10
 
 
+@pytest.mark.timeout(20)  # a loop that spins is ended by nothing else
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_requests_that_keep_arriving_at_a_limit_never_stop_the_loop(
+    state: StateManager, limit: int
+) -> None:
+    """Some of them arrive just as the last block is used up, and its task has ended."""
+    sid = await state.create_session(max_requests=limit)
+    arrived: list[asyncio.Task[bool]] = []
+    for _ in range(100):
+        arrived += [asyncio.create_task(outcome(state, sid)) for _ in range(limit + 1)]
+        await asyncio.sleep(0)
+    assert sum(await asyncio.gather(*arrived)) == limit
+
+
+async def test_whoever_comes_after_all_others_have_been_served_is_served(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session(max_requests=10)
+    for expected in (4, 6, 0):
+        async with asyncio.timeout(10):
+            assert await passed(state, sid, 4 if expected == 4 else 20) == expected
+
+
+async def test_whoever_is_cancelled_as_it_is_admitted_uses_nothing_up(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sid = await state.create_session(max_requests=10)
+    waiting = [asyncio.create_task(outcome(state, sid)) for _ in range(5)]
+    admit = Waiting.admit
+
+    async def until_one_is_cancelled(queue: Waiting, count: int) -> int:
+        left = await admit(queue, count)
+        waiting[0].cancel()  # it has been admitted, and does not know it yet
+        return left
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Waiting, "admit", until_one_is_cancelled)
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(each) for each in found] == [asyncio.CancelledError] + [bool] * 4
+    assert await passed(state, sid, 50) == 6
+
+
 async def test_a_full_disk_refuses_the_request_and_uses_nothing_up(
     state: StateManager, files: ScriptedFiles
 ) -> None:
@@ -566,6 +612,26 @@ async def test_entries_are_bounded_and_nothing_is_lost(
     assert [await passed(state, sid, 9) for sid in sids] == [3] * 25
 
 
+async def test_a_session_that_ends_while_a_request_waits_for_room_admits_nobody(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.requests._MOST_ENTRIES", 2)
+    sids = [await state.create_session() for _ in range(3)]
+    for sid in sids[:2]:
+        await state.record_request(sid, "one", 1.0)
+    requests, make_room = requests_of(state), requests_of(state).make_room
+
+    async def meanwhile() -> None:
+        await make_room()
+        await state.terminate_session(sids[2])
+
+    monkeypatch.setattr(requests, "make_room", meanwhile)
+    for call in (outcome(state, sids[2]), state.record_error(sids[2], "bad")):
+        with pytest.raises(SessionNotFound):
+            await call
+    assert sids[2] not in requests.entries
+
+
 async def test_entries_are_bounded_on_a_full_disk_too(
     state: StateManager,
     files: ScriptedFiles,
@@ -610,6 +676,27 @@ async def test_updates_wait_for_few_of_the_requests_that_the_background_stores(
     files.open_gates()
     await storing
     assert not any(entry.has_news for entry in requests.entries.values())
+
+
+async def test_storing_is_spread_over_turns_of_the_loop(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sids = [await state.create_session(max_requests=50) for _ in range(200)]
+    for sid in sids:
+        await state.record_request(sid, "one", 1.0)
+    ticks = Ticks()
+    begun: Counter[int] = Counter()
+    annotate = state._updates.annotate
+
+    async def counted(*args: Any) -> bool:
+        begun[ticks.now] += 1
+        return await annotate(*args)
+
+    monkeypatch.setattr(state._updates, "annotate", counted)
+    await requests_of(state).store_all()
+    ticks.stop()
+    assert begun.total() == 200
+    assert max(begun.values()) <= CALLS_PER_TURN
 
 
 async def test_requests_are_stored_in_one_batch(state: StateManager, files: ScriptedFiles) -> None:

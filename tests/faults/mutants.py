@@ -710,6 +710,13 @@ MUTANTS: Final = (
         (REQUESTING,),
     ),
     Mutant(
+        "a request waits in a queue that nobody serves any more",
+        REQUESTS,
+        "            entry.waiting = None\n",
+        "            pass\n",
+        (f"{REQUESTING}::test_whoever_comes_after_all_others_have_been_served_is_served",),
+    ),
+    Mutant(
         "storing requests renews the session",
         UPDATES,
         "session_id, key, record, accessed, life, cap, rec.commit_of(before)",
