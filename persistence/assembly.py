@@ -239,15 +239,11 @@ class Assembly(Facilities):
         """Do what `StateManager.rotate_session_id` says."""
         while True:
             await self._ready()
-            await self._requests.store(session_id)  # what is counted moves with the session
             tiers = Rotating(self._updates, self._residency, self._commits)
-            under_way = self._requests.entries.get(session_id)
             try:
-                new_id = await self._rotations.rotate(tiers, session_id)
+                return await self._rotations.rotate(tiers, session_id)
             except Overtaken:
                 continue  # on the version that another worker has made
-            self._requests.follow(under_way, new_id)
-            return new_id
 
     # --- what the rooms ask -------------------------------------------------------------------
 

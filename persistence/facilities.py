@@ -98,8 +98,8 @@ class Facilities(Lifecycle):
     async def _open_facilities(self, *, sync: bool) -> None:
         """Find the scratch directories, and remove those whose sessions are gone."""
         self._scratch = Scratch(self._disk, self._facility_files, sync=sync)
-        self._rotations.follow = self._scratch.follow
-        self._rotations.turn_back = self._scratch.turn_back
+        self._rotations.follow = self._session_goes_on
+        self._rotations.turn_back = self._session_stays
         await self._scratch.open(self._living_incarnation)
 
     async def _replaced_all(self) -> None:
@@ -150,6 +150,17 @@ class Facilities(Lifecycle):
 
     def _watch_leaving(self, has_resources: bool) -> None:
         self._residency.on_leave = self._resources.left if has_resources else None
+
+    async def _session_goes_on(self, old_id: str, new_id: str, incarnation: bytes) -> None:
+        """A session is about to go on under another id, with all that is said of it here."""
+        if self._scratch is not None:
+            await self._scratch.follow(old_id, new_id, incarnation)
+        self._requests.follow(old_id, new_id, incarnation)
+
+    def _session_stays(self, old_id: str, new_id: str, incarnation: bytes) -> None:
+        self._requests.turn_back(old_id)
+        if self._scratch is not None:
+            self._scratch.turn_back(old_id, new_id, incarnation)
 
     def _session_ended(self, session_id: str) -> None:
         self._requests.ended(session_id)

@@ -74,6 +74,13 @@ Get: TypeAlias = Callable[[str], Awaitable[Session | None]]
 """Accesses a session; None: missing, expired or terminated."""
 
 
+class _Move(NamedTuple):
+    """Where a session goes on."""
+
+    session_id: str
+    incarnation: bytes
+
+
 class _Noted(NamedTuple):
     """What is stored about a session's requests.
 
@@ -131,6 +138,7 @@ class Requests:
         self._beside = _STORED_AT_ONCE if gathers else _STORED_BESIDE
         self.tracks = config.track_metrics
         self.entries: dict[str, Entry] = {}
+        self._moves: dict[str, _Move] = {}
         self.on_idle: Callable[[str], None] | None = None
         self.monotonic = clock.monotonic
         self.get_session = get_session
@@ -157,6 +165,7 @@ class Requests:
         self._updates, self._residency, self._time = updates, residency, time
         self._turns = Turns()
         self.entries.clear()
+        self._moves.clear()
 
     # --- one request --------------------------------------------------------------------------
 
@@ -283,14 +292,20 @@ class Requests:
     ) -> None:
         """Commit what `change` makes of the metadata of a session, and again after `undo`.
 
-        Again when another worker's commit came first. Only so many begin in one turn of the loop.
+        Again when another worker's commit came first, or the session got another id meanwhile.
+        Only so many begin in one turn of the loop.
         """
         while True:
             await self._turns.enter()
+            session_id = entry.session_id
             try:
-                await self._updates.annotate(entry.session_id, change)
+                await self._updates.annotate(session_id, change)
                 return
             except Overtaken:
+                undo()
+            except SessionNotFound:
+                if entry.session_id == session_id:
+                    raise
                 undo()
 
     def fold(self, entry: Entry) -> None:
@@ -432,21 +447,25 @@ class Requests:
     # --- storing ------------------------------------------------------------------------------
 
     def ended(self, session_id: str) -> None:
-        """A session has ended: nothing of it is stored any more."""
-        self.entries.pop(session_id, None)
+        """A session has ended: nothing of it is stored any more, unless it goes on elsewhere."""
+        entry = self.entries.pop(session_id, None)
+        move = self._moves.pop(session_id, None)
+        if entry is not None and move is not None:
+            entry.session_id, entry.incarnation = move
+            self.entries[entry.session_id] = entry
 
-    def follow(self, entry: Entry | None, session_id: str) -> None:
-        """A session goes on as `session_id`: what is under way and counted goes with it.
+    def follow(self, old_id: str, new_id: str, incarnation: bytes) -> None:
+        """A session goes on as `new_id` as soon as `old_id` has ended; or `turn_back` is called.
 
-        What is reserved has been charged already, in the record that it took along.
+        In that very moment all that is under way, counted and held in reserve goes with it: until
+        then requests of the old id begin. What is held in reserve has been charged in the record
+        that the session took along.
         """
-        if entry is None or not entry.is_needed or session_id in self.entries:
-            return
-        record = self._residency.readable(session_id, session_id.encode())
-        if record is not None:
-            entry.session_id, entry.incarnation = session_id, rec.incarnation_of(record)
-            self.entries[session_id] = entry
-            self._some.set()
+        self._moves[old_id] = _Move(new_id, incarnation)
+
+    def turn_back(self, old_id: str) -> None:
+        """The session has kept its old id after all."""
+        self._moves.pop(old_id, None)
 
     async def store_due(self) -> None:
         """Store what is due, once it is time: a step of the manager's background work."""
@@ -517,12 +536,6 @@ class Requests:
         if self.entries:
             await self._store(list(self.entries.values()))
 
-    async def store(self, session_id: str) -> None:
-        """Store what is known of one session and give back what is reserved for it."""
-        entry = self.entries.get(session_id)
-        if entry is not None:
-            await self._store([entry], gives_back=True)
-
     async def close(self) -> None:
         """Store everything and give back what is reserved; wait for what is under way.
 
@@ -585,7 +598,8 @@ class Requests:
         try:
             await self._annotate(entry, change, undo)
         except SessionNotFound:
-            self._drop(entry)
+            if entry.session_id not in self._moves:
+                self._drop(entry)
         except WriteOutcomeUnknown as error:
             # It may be stored: counting it twice, or giving back twice, would be worse.
             _log.warning("requests of %s: %s", printable(entry.session_id), error)
@@ -702,7 +716,7 @@ class Request:
             if len(requests.durations) >= _FOLD_ALL_AT:
                 requests.fold_all()
         if requests.on_idle is not None and not entry.running:
-            requests.on_idle(self._session_id)
+            requests.on_idle(entry.session_id)
 
     def failed(self, error: object) -> None:
         """Count this request as failed, though nothing is raised: a reply with status 500, say.

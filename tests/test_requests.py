@@ -794,3 +794,78 @@ async def test_a_request_in_which_its_session_gets_another_id_is_counted(start: 
     await state.close()
     state = await start()
     assert (await state.session_metrics(new)).requests == 10
+
+
+@pytest.mark.parametrize("steps", range(0, 60, 3))
+async def test_requests_that_begin_while_the_id_is_rotated_are_counted(
+    state: StateManager, steps: int
+) -> None:
+    old = await state.create_session(max_requests=10)
+    may_end = asyncio.Event()
+    admitted = 0
+
+    async def request() -> None:
+        nonlocal admitted
+        await loop_steps(steps)
+        with contextlib.suppress(SessionNotFound):
+            async with state.request(old, "r"):
+                admitted += 1
+                await may_end.wait()
+
+    requests = [asyncio.create_task(request()) for _ in range(3)]
+    new = await state.rotate_session_id(old)
+    assert (await state.session_metrics(new)).running == admitted
+    may_end.set()
+    await asyncio.gather(*requests)
+    assert (await state.session_metrics(new)).requests == admitted
+    assert await passed(state, new, 20) == 10 - admitted
+    assert old not in requests_of(state).entries
+
+
+async def test_requests_of_a_session_that_keeps_its_id_after_all_stay_with_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await start()
+    sid = await state.create_session(max_requests=10)
+    follow = state._rotations.follow
+    assert follow is not None
+
+    async def until_it_is_about_to_end(old_id: str, new_id: str, incarnation: bytes) -> None:
+        await follow(old_id, new_id, incarnation)
+        raise DiskFull("no space left")
+
+    monkeypatch.setattr(state._rotations, "follow", until_it_is_about_to_end)
+    async with state.request(sid, "one"):
+        with pytest.raises(DiskFull):
+            await state.rotate_session_id(sid)
+    assert (await state.session_metrics(sid)).requests == 1
+    await state.terminate_session(sid)
+    assert not requests_of(state).entries
+
+
+async def test_a_session_whose_id_is_being_rotated_keeps_what_cannot_be_stored_meanwhile(
+    state: StateManager, files: ScriptedFiles
+) -> None:
+    old = await state.create_session()
+    await state.record_request(old, "one", 1.0)
+    commits = commits_of(state)
+    rotating = asyncio.create_task(state.rotate_session_id(old))
+    tail = None
+    while tail is None or tail.record is not None:  # until the end of the old id is submitted
+        await asyncio.sleep(0)
+        tail = commits.tails.get(old)
+    await requests_of(state).store_all()
+    assert (await state.session_metrics(await rotating)).requests == 1
+
+
+async def test_resources_are_closed_after_a_request_in_which_the_session_got_another_id(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session()
+    closed: list[str] = []
+    async with state.request(sid, "POST /login"):
+        new = await state.rotate_session_id(sid)
+        await state.resources(new, "page", lambda: "page", closed.append)
+        await state.spill_session(new)
+        assert not closed
+    await eventually(lambda: closed == ["page"])

@@ -717,6 +717,13 @@ MUTANTS: Final = (
         (f"{REQUESTING}::test_whoever_comes_after_all_others_have_been_served_is_served",),
     ),
     Mutant(
+        "a session that gets another id leaves its requests behind",
+        REQUESTS,
+        "        if entry is not None and move is not None:\n",
+        "        if False:\n",
+        (REQUESTING,),
+    ),
+    Mutant(
         "storing requests renews the session",
         UPDATES,
         "session_id, key, record, accessed, life, cap, rec.commit_of(before)",
