@@ -281,6 +281,9 @@ class Facilities(Lifecycle):
         Raises:
             SessionNotFound: missing, expired or terminated, also while it was being made.
             ManagerClosed: the manager closes.
+            ConflictError: `factory` asks for what waits for it, this resource first of all, or
+                writes to a session whose edit the caller holds.
+            InvalidArgument: something that `factory` awaited was cancelled.
             Exception: whatever `factory` raises.
         """
         return await self._resource(session_id, name, factory, close)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Final
@@ -13,6 +13,14 @@ from persistence.errors import ConflictError, printable
 
 OWNER: Final[ContextVar[object]] = ContextVar("persistence-owner", default=None)
 """Who calls, where that is not the task: a thread, each of whose calls is a task of its own."""
+
+ASKERS: Final[ContextVar[Sequence[object]]] = ContextVar("persistence-askers", default=())
+"""Who waits right now, as `OWNER` or task, for what this code does in a task of its own."""
+
+
+def caller() -> object:
+    """Return who calls."""
+    return OWNER.get() or asyncio.current_task()
 
 
 class _Holder:
@@ -54,9 +62,10 @@ class SessionLocks:
         """Take the lock of a session, after everybody who asked before.
 
         Raises:
-            ConflictError: this very task holds it already; waiting would never end.
+            ConflictError: this very task holds it already, or whoever waits for what it does;
+                waiting would never end.
         """
-        owner = OWNER.get() or asyncio.current_task()
+        owner = caller()
         holder = self.holders.get(session_id)
         if holder is None:
             self.holders[session_id] = _Holder(owner)
@@ -66,6 +75,12 @@ class SessionLocks:
             raise ConflictError(
                 f"session {printable(session_id)} is being edited by this very task or thread; "
                 "change the draft instead, or write after the edit has ended"
+            )
+        if holder.owner in ASKERS.get():
+            raise ConflictError(
+                f"session {printable(session_id)} is being edited by whoever asked for this "
+                "resource, and waits for it; let the factory write nothing to it, or ask for the "
+                "resource before or after the edit"
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         holder.waiters.append((turn, owner))

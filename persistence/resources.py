@@ -10,6 +10,7 @@ Invariants:
 - what a factory has made is closed, whatever happens to who asked for it: it is made in a task of
   its own, and if the session has gone by then it is closed at once.
 - a factory runs again only after the close of what it had made before has ended or timed out.
+- nobody waits for what waits for him: for a factory that asks for what is being made for it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
 
-from persistence.errors import ManagerClosed, PersistenceError, SessionNotFound, again, printable
+from persistence.errors import (
+    ConflictError,
+    InvalidArgument,
+    ManagerClosed,
+    PersistenceError,
+    SessionNotFound,
+    again,
+    printable,
+)
+from persistence.locks import ASKERS, caller
 
 _log = logging.getLogger("persistence.resources")
 
@@ -35,16 +46,64 @@ class _Resource:
     """One of them.
 
     Attributes:
+        name: of the session's resources.
         making: makes it; its result is the resource.
+        ready: what those who ask wait for: the resource, or why there is none. Also resolved when
+            it is being closed before it was made: then they look again.
         close: what closes it; None: nothing has to.
+        askers: who waits for it to be made; see `locks.ASKERS`.
+        needs: the resources that its factory waits for.
     """
 
-    __slots__ = ("close", "incarnation", "making")
+    __slots__ = ("askers", "close", "incarnation", "making", "name", "needs", "ready")
 
-    def __init__(self, incarnation: bytes, making: asyncio.Task[Any], close: Close | None) -> None:
+    making: asyncio.Task[Any]
+
+    def __init__(self, name: str, incarnation: bytes, close: Close | None) -> None:
+        self.name = name
         self.incarnation = incarnation
-        self.making = making
         self.close = close
+        self.ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.askers: list[object] = []
+        self.needs: list[_Resource] = []
+
+    def waits_for(self, other: _Resource) -> bool:
+        """Whether it cannot be made before the other one is."""
+        return self is other or any(each.waits_for(other) for each in self.needs)
+
+    async def made(self, session_id: str) -> Any:
+        """Wait until it is made, and return it; also when it is being closed before that.
+
+        Raises:
+            ConflictError: a factory asks for what cannot be made before that factory has ended.
+            Exception: what its factory raises.
+        """
+        if self.ready.done():
+            return await self.ready
+        maker = _MAKING.get()
+        if maker is not None and maker.ready.done():
+            maker = None  # a task that a factory has left behind
+        if maker is not None and self.waits_for(maker):
+            raise ConflictError(
+                f"resource {self.name!a} of session {printable(session_id)} cannot be made: the "
+                f"factory of {maker.name!a} asks for it, and it waits for that one; let a factory "
+                "ask only for resources that do without its own"
+            )
+        askers = [caller(), *ASKERS.get()]
+        self.askers += askers
+        if maker is not None:
+            maker.needs.append(self)
+        try:
+            return await asyncio.shield(self.ready)
+        finally:
+            for asker in askers:
+                self.askers.remove(asker)
+            if maker is not None:
+                maker.needs.remove(self)
+
+
+_MAKING: Final[ContextVar[_Resource | None]] = ContextVar("persistence-making", default=None)
+"""The resource that this code is part of the making of."""
 
 
 class Resources:
@@ -108,6 +167,8 @@ class Resources:
         Raises:
             SessionNotFound: missing, expired or terminated, also while it was being made.
             ManagerClosed: the manager closes.
+            ConflictError: a factory asks for what waits for that factory.
+            InvalidArgument: something that the factory awaited was cancelled.
             Exception: what the factory raises; then there is none, and the next one tries again.
         """
         while True:
@@ -128,16 +189,12 @@ class Resources:
             if resource is None:
                 resource = self._make(session_id, incarnation, name, factory, close)
             try:
-                made = await asyncio.shield(resource.making)
+                made = await resource.made(session_id)
                 if self._of.get(session_id, {}).get(name) is resource:
                     return made
                 # The session ended or left memory meanwhile, and it is being closed.
             except PersistenceError as error:
                 raise again(error) from None
-            except asyncio.CancelledError:
-                if resource.making.cancelled():
-                    raise ManagerClosed("the manager is closed: no more resources") from None
-                raise
 
     def _make(
         self,
@@ -147,23 +204,28 @@ class Resources:
         factory: Factory,
         close: Close | None,
     ) -> _Resource:
-        making = self._start(_called(factory))
-        resource = _Resource(incarnation, making, close)
+        resource = _Resource(name, incarnation, close)
+        resource.making = self._start(_made_for(resource, factory))
         self._of.setdefault(session_id, {})[name] = resource
-        making.add_done_callback(partial(self._is_made, session_id, name, resource))
+        resource.making.add_done_callback(partial(self._is_made, session_id, resource))
         self._watch(True)
         return resource
 
-    def _is_made(
-        self, session_id: str, name: str, resource: _Resource, making: asyncio.Task[Any]
-    ) -> None:
-        """A factory has ended: forget what it did not make."""
-        if not making.cancelled() and making.exception() is None:
+    def _is_made(self, session_id: str, resource: _Resource, making: asyncio.Task[Any]) -> None:
+        """A factory has ended: tell those who wait, and forget what it did not make."""
+        ready = resource.ready
+        error = _why_not_made(session_id, resource)
+        if error is None:
             self.made += 1
+            if not ready.done():
+                ready.set_result(making.result())
             return
+        if not ready.done():
+            ready.set_exception(error)
+            ready.exception()  # perhaps nobody waits any more
         mine = self._of.get(session_id, {})
-        if mine.get(name) is resource:
-            del mine[name]
+        if mine.get(resource.name) is resource:
+            del mine[resource.name]
             self._forget_if_empty(session_id)
 
     def _start(self, work: Any) -> asyncio.Task[Any]:
@@ -189,6 +251,8 @@ class Resources:
         """Close everything that a session has, in the background. The reverse order of making."""
         mine = self._of.pop(session_id, {})
         for name, resource in reversed(mine.items()):
+            if not resource.ready.done():
+                resource.ready.set_result(None)  # whoever waits finds out what has become of it
             key = (session_id, name)
             before = self._closing.get(key)
             task = self._start(self._close_one(session_id, name, resource, before))
@@ -267,6 +331,24 @@ def _look_at(task: asyncio.Task[Any]) -> None:
     """Look at how a task ended, so that nobody complains that nobody did."""
     if not task.cancelled():
         task.exception()
+
+
+def _why_not_made(session_id: str, resource: _Resource) -> BaseException | None:
+    """Return why a factory that has ended has made nothing; None: it has."""
+    if not resource.making.cancelled():
+        return resource.making.exception()
+    return InvalidArgument(
+        f"the factory of resource {resource.name!a} of session {printable(session_id)} ended in a "
+        "cancellation: something that it awaited was cancelled; there is no resource, and the next "
+        "call tries again"
+    )
+
+
+async def _made_for(resource: _Resource, factory: Factory) -> Any:
+    """Call a factory, so that what it does can be told from what others do."""
+    _MAKING.set(resource)
+    ASKERS.set(resource.askers)
+    return await _called(factory)
 
 
 async def _called(function: Callable[[], Any]) -> Any:

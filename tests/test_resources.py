@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from persistence import ManualClock, StateManager
-from persistence.errors import InvalidArgument, ManagerClosed, SessionNotFound
+from persistence.errors import ConflictError, InvalidArgument, ManagerClosed, SessionNotFound
 from persistence.resources import Resources
 from tests.engine import Start, eventually, loop_steps, residency_of
 
@@ -313,6 +313,144 @@ async def test_what_is_made_for_a_session_that_ended_meanwhile_is_closed(
     await all_closed(state)
     assert len(pool.made) == 1
     assert not pool.open
+
+
+async def hang() -> None:
+    await asyncio.Event().wait()
+
+
+async def test_whoever_asks_is_told_at_once_of_a_session_that_ends_while_a_factory_hangs(
+    state: StateManager,
+) -> None:
+    resources_of(state)._timeout_seconds = 0.02  # for the close of the manager
+    sid = await state.create_session()
+    asking = [asyncio.create_task(state.resources(sid, "db", hang)) for _ in range(3)]
+    await loop_steps(5)
+    await state.terminate_session(sid)
+    found = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(each) for each in found] == [SessionNotFound] * 3
+    assert resources_of(state).has_any, "the factory is still running"
+
+
+async def test_whoever_asks_is_told_at_once_of_a_manager_that_closes_while_a_factory_hangs(
+    start: Start,
+) -> None:
+    state = await start()
+    resources_of(state)._timeout_seconds = 0.02
+    sid = await state.create_session()
+    asking = asyncio.create_task(state.resources(sid, "db", hang))
+    await loop_steps(5)
+    closing = asyncio.create_task(state.close())
+    with pytest.raises(ManagerClosed):
+        await asking
+    await closing
+
+
+async def test_a_factory_that_is_cancelled_says_so_and_is_tried_again(state: StateManager) -> None:
+    sid = await state.create_session()
+
+    async def connect() -> None:
+        inner = asyncio.create_task(hang())
+        await loop_steps(1)
+        inner.cancel()
+        await inner
+
+    with pytest.raises(InvalidArgument, match=r"'db' of session .* cancellation"):
+        await state.resources(sid, "db", connect)
+    assert await state.resources(sid, "db", lambda: "connected") == "connected"
+
+
+async def test_a_factory_that_asks_for_its_own_resource_is_refused(state: StateManager) -> None:
+    sid = await state.create_session()
+
+    async def connect() -> Any:
+        async with asyncio.timeout(5):
+            return await asyncio.gather(state.resources(sid, "db", connect))
+
+    with pytest.raises(ConflictError, match=r"'db' of session .* the factory of 'db' asks for it"):
+        await state.resources(sid, "db", connect)
+    assert (await state.stats()).resources == 0
+
+
+async def test_factories_that_wait_for_each_other_are_refused(state: StateManager) -> None:
+    sid = await state.create_session()
+    have_begun = asyncio.Barrier(2)
+
+    async def make(other: str) -> Any:
+        async with asyncio.timeout(5):
+            await have_begun.wait()
+            return await state.resources(sid, other, hang)
+
+    found = await asyncio.gather(
+        state.resources(sid, "a", lambda: make("b")),
+        state.resources(sid, "b", lambda: make("a")),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in found] == [ConflictError] * 2
+
+
+async def test_a_factory_may_ask_for_another_resource(state: StateManager) -> None:
+    sid = await state.create_session()
+
+    async def page() -> list[str]:
+        return [await state.resources(sid, "browser", lambda: "browser"), "page"]
+
+    both = [state.resources(sid, "page", page), state.resources(sid, "browser", lambda: "browser")]
+    assert await asyncio.gather(*both) == [["browser", "page"], "browser"]
+
+
+async def test_a_task_that_a_factory_leaves_behind_may_ask_for_its_resource(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session()
+    left: list[asyncio.Task[Any]] = []
+
+    async def reconnect() -> Any:
+        await loop_steps(10)
+        return await state.resources(sid, "db", hang)
+
+    def connect() -> str:
+        left.append(asyncio.create_task(reconnect()))
+        return "connected"
+
+    assert await state.resources(sid, "db", connect) == "connected"
+    assert await left[0] == "connected"
+
+
+async def test_a_factory_that_writes_to_a_session_whose_edit_its_caller_holds_is_refused(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session()
+
+    async def count() -> None:
+        async with asyncio.timeout(5):
+            await state.update_session_data(sid, "n", 1)
+
+    async def count_in_another() -> None:
+        await state.resources(sid, "inner", count)
+
+    for factory in (count, count_in_another):
+        async with state.edit(sid):
+            with pytest.raises(ConflictError, match="resource"):
+                await state.resources(sid, "counter", factory)
+    await state.resources(sid, "counter", count)
+
+
+async def test_a_factory_waits_for_the_edit_of_somebody_who_does_not_wait_for_it(
+    state: StateManager,
+) -> None:
+    sid = await state.create_session()
+
+    async def count() -> str:
+        await state.update_session_data(sid, "n", 1)
+        return "counted"
+
+    async with state.edit(sid) as draft:
+        asking = asyncio.create_task(state.resources(sid, "counter", count))
+        await loop_steps(10)
+        assert not asking.done()
+        draft["m"] = 1
+    assert await asking == "counted"
 
 
 async def test_another_session_of_the_same_id_gets_its_own(state: StateManager) -> None:
