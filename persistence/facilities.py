@@ -314,6 +314,7 @@ class Facilities(Lifecycle):
         Raises:
             SessionNotFound: missing, expired or terminated.
             DiskFull, WriteOutcomeUnknown: it cannot be made.
+            DirectoryNotUsable: something is in its way.
         """
         return await self._scratch_dir(session_id)
 

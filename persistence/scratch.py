@@ -20,9 +20,15 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from persistence.disk.filenames import SCRATCH, SCRATCH_DIRECTORY
-from persistence.disk.files import Files
+from persistence.disk.files import NO_SPACE, Files
 from persistence.disk.tier import DiskTier
-from persistence.errors import DiskFull, PersistenceError, SessionNotFound, printable
+from persistence.errors import (
+    DirectoryNotUsable,
+    DiskFull,
+    PersistenceError,
+    SessionNotFound,
+    printable,
+)
 
 _log = logging.getLogger("persistence.scratch")
 
@@ -122,8 +128,9 @@ class Scratch:
         """Return the path of the directory of a session that is there; it exists.
 
         Raises:
-            SessionNotFound: it ended meanwhile.
+            SessionNotFound: it ended, or got another id, meanwhile.
             DiskFull: there is no room for it.
+            DirectoryNotUsable: something is in its way.
             WriteOutcomeUnknown: the journal takes no entries.
         """
         async with self._lock:
@@ -136,18 +143,26 @@ class Scratch:
                 await self._log([_entry(_MADE, place, session_id)])
                 self._places[session_id] = place
         path = f"{self._root}/{place.name.hex()}"
-        await asyncio.shield(self._disk.threads.read(self._make, path))
-        if self._places.get(session_id) != place:
-            # It ended meanwhile, and its directory may have been removed before it was made.
-            self._start(self._remove(session_id, place))
-            raise SessionNotFound(session_id)
+        await asyncio.shield(self._start(self._make(session_id, place, path)))
         return path
 
-    def _make(self, path: str) -> None:
+    async def _make(self, session_id: str, place: _Place, path: str) -> None:
+        """Make a directory. In a task of its own: whoever gives up waiting leaves nothing behind.
+
+        While the thread makes it, the session may end, and another thread remove it: it may be
+        there afterwards, and this may fail in any way.
+        """
+        failure = None
         try:
-            self._files.make_directory(path)
+            await self._disk.threads.read(self._files.make_directory, path)
         except OSError as error:
-            raise DiskFull(f"{path} cannot be made: {error.strerror}") from error
+            failure = error
+        if self._places.get(session_id) != place:
+            if not any(each.name == place.name for each in self._places.values()):
+                self._start(self._remove(session_id, place))
+            raise SessionNotFound(session_id)
+        if failure is not None:
+            raise _not_made(session_id, path, failure) from failure
 
     async def _log(self, entries: list[bytes]) -> None:
         await asyncio.shield(
@@ -190,10 +205,16 @@ class Scratch:
         if place is not None:
             self._start(self._remove(session_id, place))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name="persistence-scratch")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits is told; perhaps nobody does any more
 
     async def _remove(self, session_id: str, place: _Place) -> None:
         try:
@@ -216,6 +237,19 @@ class Scratch:
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._disk.threads.write(self._journal.close)
+
+
+def _not_made(session_id: str, path: str, error: OSError) -> PersistenceError:
+    """Return the error to raise when the directory of a session cannot be made."""
+    what = (
+        f"the scratch directory of session {printable(session_id)} cannot be made: {path}: "
+        f"{error.strerror}"
+    )
+    if error.errno in NO_SPACE:
+        return DiskFull(f"{what}; free some space")
+    return DirectoryNotUsable(
+        f"{what}; remove what is in its way, and let only sessions write there"
+    )
 
 
 def _entry(kind: int, place: _Place, session_id: str) -> bytes:

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import stat
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from persistence import ManualClock, StateManager
-from persistence.errors import DiskFull, SessionNotFound
+from persistence.errors import DirectoryNotUsable, DiskFull, SessionNotFound
 from persistence.scratch import Scratch
-from tests.engine import Crash, ScriptedFiles, Start, directory_of, eventually, names_in
+from tests.engine import (
+    Crash,
+    Gate,
+    ScriptedFiles,
+    Start,
+    config_for,
+    directory_of,
+    eventually,
+    names_in,
+)
 
 
 def is_directory(path: Path | str) -> bool:
@@ -152,6 +163,109 @@ async def test_a_full_disk_makes_none_and_forgets_nothing(
     assert await state.scratch_dir(first) == path
     files.full = False
     assert await state.scratch_dir(second) != path
+
+
+class SlowDirectories(ScriptedFiles):
+    """A disk on which a directory is made only once a test lets it, or cannot be made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.makes = Gate()
+        self.error: OSError | None = None
+
+    def make_directory(self, path: str) -> None:
+        if "/scratch/" in path:
+            self.makes.go_through()
+            if self.error is not None:
+                raise self.error
+        super().make_directory(path)
+
+
+@pytest.fixture
+async def slow(
+    tmp_path: Path, clock: ManualClock
+) -> AsyncIterator[tuple[StateManager, SlowDirectories]]:
+    files = SlowDirectories()
+    async with StateManager(
+        config=config_for(tmp_path / "slow"), clock=clock, files=files
+    ) as state:
+        yield state, files
+        files.open_gates()
+        files.makes.let_pass()
+
+
+Slow = tuple[StateManager, SlowDirectories]
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOENT, 0])
+async def test_a_session_that_ends_while_its_directory_is_made_is_not_found(
+    slow: Slow, number: int
+) -> None:
+    """The directory is removed and made at the same time, and what the system says depends."""
+    state, files = slow
+    sid = await state.create_session()
+    files.makes.hold()
+    asking = asyncio.create_task(state.scratch_dir(sid))
+    await files.makes.reached()
+    await state.terminate_session(sid)
+    files.error = OSError(number, "in between") if number else None
+    files.makes.let_pass()
+    with pytest.raises(SessionNotFound):
+        await asking
+    await eventually(lambda: not directories(state))
+
+
+async def test_whoever_gives_up_waiting_for_the_directory_leaves_none_of_a_session_that_ended(
+    slow: Slow,
+) -> None:
+    state, files = slow
+    sid = await state.create_session()
+    files.makes.hold()
+    asking = asyncio.create_task(state.scratch_dir(sid))
+    await files.makes.reached()
+    asking.cancel()
+    await asyncio.wait([asking])
+    await state.terminate_session(sid)
+    files.makes.let_pass()
+    await eventually(lambda: not state._scratch._tasks)  # type: ignore[union-attr]
+    assert not directories(state)
+
+
+async def test_the_directory_of_a_session_that_gets_another_id_while_it_is_made_stays(
+    slow: Slow,
+) -> None:
+    state, files = slow
+    old = await state.create_session()
+    path = await state.scratch_dir(old)
+    (path / "draft").write_text("half")
+    files.makes.hold()
+    asking = asyncio.create_task(state.scratch_dir(old))
+    await files.makes.reached()
+    new = await state.rotate_session_id(old)
+    files.makes.let_pass()
+    with pytest.raises(SessionNotFound):
+        await asking
+    await eventually(lambda: not state._scratch._tasks)  # type: ignore[union-attr]
+    assert await state.scratch_dir(new) == path
+    assert (path / "draft").read_text() == "half"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+async def test_a_disk_without_room_for_a_directory_is_full(slow: Slow, number: int) -> None:
+    state, files = slow
+    sid = await state.create_session()
+    files.error = OSError(number, "no room")
+    with pytest.raises(DiskFull, match=f"session '{sid}'.*: no room; free some space"):
+        await state.scratch_dir(sid)
+
+
+async def test_what_is_in_the_way_of_a_directory_is_named(state: StateManager) -> None:
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    path.rmdir()
+    path.write_text("a file")
+    with pytest.raises(DirectoryNotUsable, match=rf"session '{sid}'.*{path}: File exists; remove"):
+        await state.scratch_dir(sid)
 
 
 async def test_a_worker_without_any_has_no_files_for_it(start: Start) -> None:
