@@ -5,6 +5,12 @@ that there is a t-digest (Dunning 2019), that of `fastdigest`. It loads in 2 ms 
 because of Protocol Buffers) and takes 0.15 µs for a value when it gets 64 at once (ddsketch: 2.8
 µs). It is loaded when it is needed.
 
+What it is exact about is the rank: what it gives for the 95th percentile of a session lies between
+the 92nd and the 98th. How far off that is in seconds depends on the durations. Where they are
+spread out, the 50th and the 95th are less than a tenth off; the 99th is one of the few largest.
+Where a few per cent of the requests take a hundred times as long as the others, and the percentile
+that is asked for lies at that step, it may be a value of either side, or one in between.
+
 Packed: how many (1 byte), then as many durations, or means of clusters, as 4-byte floats; for
 clusters, as many weights follow.
 """
@@ -20,8 +26,11 @@ if TYPE_CHECKING:
     from fastdigest import TDigest
 
 MAX_CENTROIDS: Final = 48
-"""Of a session: 385 bytes stored, and the 99th percentile off by a few per cent at most."""
+"""Of a session: 393 bytes stored at most. Ranks are less than 3 percentage points off (50th, 95th
+percentile) and less than 1 (99th), in all that was tried. With 96 it is half as much, for another
+384 bytes in each record that an update of such a session writes."""
 WORKER_CENTROIDS: Final = 200
+"""Of a worker, stored nowhere: less than 0.75 percentage points, and less than 0.25."""
 
 
 class Digest:

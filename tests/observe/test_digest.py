@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from struct import pack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persistence.observe.digest import MAX_CENTROIDS, Digest
+from persistence.observe.digest import MAX_CENTROIDS, WORKER_CENTROIDS, Digest
 
 DURATIONS = st.lists(st.floats(0, 1e6, width=32), max_size=300)
 
@@ -36,6 +38,59 @@ def test_parts_that_are_merged_say_what_the_whole_says() -> None:
     exact = sorted(value for part in parts for value in part)
     for share in (0.5, 0.95, 0.99):
         assert merged.quantile(share) == pytest.approx(exact[int(share * len(exact))], rel=0.10)
+
+
+def steps(share: float) -> Callable[[random.Random], float]:
+    """Return durations of which a share takes a hundred times as long as the others."""
+
+    def duration(rng: random.Random) -> float:
+        return 1 + 0.1 * rng.random() if rng.random() < share else 0.01 + 0.001 * rng.random()
+
+    return duration
+
+
+SHAPES: dict[str, Callable[[random.Random], float]] = {
+    "lognormal": lambda rng: rng.lognormvariate(-3, 1),
+    "exponential": lambda rng: rng.expovariate(100),
+    "heavy tail": lambda rng: 0.01 * rng.paretovariate(1.5),
+    "1 % misses": steps(0.01),
+    "3 % misses": steps(0.03),
+    "5 % misses": steps(0.05),
+    "6 % misses": steps(0.06),
+}
+RANK_ERRORS = {0.5: 0.03, 0.95: 0.03, 0.99: 0.01}
+
+
+def stored(values: list[float], max_centroids: int) -> Digest:
+    """Return the digest of values that came some at a time, and was stored now and then."""
+    known, news = Digest(max_centroids), Digest(max_centroids)
+    for start in range(0, len(values), 64):
+        news.add(values[start : start + 64])
+        if start % 512 == 448:
+            known.merge(news)
+            known, news = Digest.unpack(known.pack(), max_centroids), Digest(max_centroids)
+    known.merge(news)
+    return known
+
+
+def rank_error(values: list[float], share: float, found: float) -> float:
+    """Return how far the rank of a value is from what was asked for."""
+    exact = sorted(values)
+    low, high = bisect_left(exact, found) / len(exact), bisect_right(exact, found) / len(exact)
+    return max(0.0, low - share, share - high)
+
+
+@pytest.mark.parametrize("count", [200, 1000, 10_000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranks_are_as_near_as_promised_whatever_the_shape(shape: str, count: int) -> None:
+    for seed in range(3):
+        rng = random.Random(seed)
+        values = [SHAPES[shape](rng) for _ in range(count)]
+        for max_centroids, sharper in ((MAX_CENTROIDS, 1), (WORKER_CENTROIDS, 4)):
+            digest = stored(values, max_centroids)
+            for share, most in RANK_ERRORS.items():
+                error = rank_error(values, share, digest.quantile(share))
+                assert error <= max(most / sharper, 1 / count), (seed, share, error)
 
 
 def test_few_values_are_kept_exactly() -> None:
