@@ -1,9 +1,15 @@
-"""What a worker keeps of the requests of one session until that is in the session's record."""
+"""What is known of the requests of one session: in its record, and what is not there yet."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import msgpack
+
+from persistence import record as rec
 from persistence.admission import Waiting
 from persistence.observe.metrics import Tally
+from persistence.session import REQUESTS
 
 
 class Entry:
@@ -15,6 +21,7 @@ class Entry:
         left: what it may admit of the block that is reserved.
         waiting: the requests that wait for the next block, and a task serves; None: none do.
         running: how many requests are under way.
+        started: the sum of the times at which they have begun.
         durations: of requests that are not in `tally` yet, seconds.
         name, ended: of the last of them.
         stored: when it was last stored, or made.
@@ -29,6 +36,7 @@ class Entry:
         "name",
         "running",
         "session_id",
+        "started",
         "stored",
         "tally",
         "waiting",
@@ -41,6 +49,7 @@ class Entry:
         self.left = 0
         self.waiting: Waiting | None = None
         self.running = 0
+        self.started = 0.0
         self.durations: list[float] = []
         self.name = ""
         self.ended = now
@@ -61,3 +70,35 @@ class Entry:
     def is_used(self) -> bool:
         """Whether somebody is at it right now."""
         return bool(self.running) or self.waiting is not None
+
+    def cut_short(self, now: float) -> None:
+        """Count what is under way as if it ended now, each after what all have taken on average."""
+        average_seconds = now - self.started / self.running
+        self.durations += [max(0.0, average_seconds)] * self.running
+        self.ended = now
+
+
+class Noted(NamedTuple):
+    """What is stored about a session's requests.
+
+    Attributes:
+        mark: high-water mark of the limit.
+        tally: what was counted.
+    """
+
+    mark: int
+    tally: Tally
+
+    @staticmethod
+    def of(meta: dict[str, Any]) -> Noted:
+        """Return what the metadata of a record hold."""
+        try:
+            mark, *parts = msgpack.unpackb(meta[REQUESTS])
+        except (KeyError, ValueError, TypeError):  # nothing, or nothing that anybody wrote so
+            return Noted(0, Tally())
+        return Noted(int(mark), Tally.of_parts(parts) if parts else Tally())
+
+    def packed_with(self, meta: dict[str, Any]) -> bytes:
+        """Return the metadata with this in it, packed."""
+        parts = self.tally.parts() if self.tally else []
+        return rec.pack_meta({**meta, REQUESTS: msgpack.packb([self.mark, *parts])})

@@ -26,14 +26,12 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
-import msgpack
-
 from persistence import record as rec
 from persistence.admission import Waiting, is_admitted
 from persistence.arguments import MAX_TTL_SECONDS, check_seconds, check_text
 from persistence.clock import Clock, EngineTime
 from persistence.config import SessionConfig
-from persistence.entries import Entry
+from persistence.entries import Entry, Noted
 from persistence.errors import (
     CorruptionError,
     Overtaken,
@@ -49,7 +47,7 @@ from persistence.observe.digest import WORKER_CENTROIDS, Digest
 from persistence.observe.health import SessionHealth, score
 from persistence.observe.metrics import RequestMetrics, Tally, error_text, metrics_of, name_text
 from persistence.residency import Residency
-from persistence.session import MAX_REQUESTS, REQUESTS, Session
+from persistence.session import MAX_REQUESTS, Session
 from persistence.slices import Slices
 from persistence.stats import Latencies, RequestStats
 from persistence.turns import Turns
@@ -81,32 +79,6 @@ class _Move(NamedTuple):
     incarnation: bytes
 
 
-class _Noted(NamedTuple):
-    """What is stored about a session's requests.
-
-    Attributes:
-        mark: high-water mark of the limit.
-        tally: what was counted.
-    """
-
-    mark: int
-    tally: Tally
-
-    @staticmethod
-    def of(meta: dict[str, Any]) -> _Noted:
-        """Return what the metadata of a record hold."""
-        try:
-            mark, *parts = msgpack.unpackb(meta[REQUESTS])
-        except (KeyError, ValueError, TypeError):  # nothing, or nothing that anybody wrote so
-            return _Noted(0, Tally())
-        return _Noted(int(mark), Tally.of_parts(parts) if parts else Tally())
-
-    def packed_with(self, meta: dict[str, Any]) -> bytes:
-        """Return the metadata with this in it, packed."""
-        parts = self.tally.parts() if self.tally else []
-        return rec.pack_meta({**meta, REQUESTS: msgpack.packb([self.mark, *parts])})
-
-
 class Requests:
     """All requests of this worker.
 
@@ -120,7 +92,7 @@ class Requests:
             session written, and the updates of that moment would wait behind hundreds of them.
 
     Attributes:
-        tracks: ``session.track_metrics``.
+        tracks: ``session.track_metrics``, until it closes.
         entries: session id -> what is not stored yet.
         durations: of requests that are not in the worker's totals yet, seconds.
         on_idle: told of a session whose last request of this worker has ended; None: nobody asks.
@@ -268,7 +240,7 @@ class Requests:
             if rec.incarnation_of(record) != entry.incarnation:
                 raise SessionNotFound(entry.session_id)
             meta = rec.meta_of(record)
-            noted = _Noted.of(meta)
+            noted = Noted.of(meta)
             granted = block_size(entry.limit - noted.mark, len(waiting))
             if not granted:
                 return None
@@ -368,7 +340,7 @@ class Requests:
     def _of(self, session_id: str, record: bytes) -> tuple[Entry | None, Tally, int, int]:
         """Return the entry, everything counted, the limit and its mark of a session."""
         meta = rec.meta_of(record)
-        noted = _Noted.of(meta)
+        noted = Noted.of(meta)
         entry = self.entries.get(session_id)
         if entry is not None and entry.incarnation == rec.incarnation_of(record):
             self.fold(entry)
@@ -537,12 +509,19 @@ class Requests:
             await self._store(list(self.entries.values()))
 
     async def close(self) -> None:
-        """Store everything and give back what is reserved; wait for what is under way.
+        """Store everything and give back what is reserved; wait for what is being stored.
 
-        The manager admits no more requests.
+        The manager admits no more requests. Those under way have been charged, so they are counted:
+        as if they ended now, since nothing is stored any more when they do.
         """
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self.tracks:
+            self.tracks = False
+            now = self.monotonic()
+            for entry in self.entries.values():
+                if entry.running:
+                    entry.cut_short(now)
         await self._store(list(self.entries.values()), gives_back=True)
 
     async def gone(self) -> None:
@@ -584,7 +563,7 @@ class Requests:
             if not taken and not rest:
                 return None
             meta = rec.meta_of(record)
-            noted = _Noted.of(meta)
+            noted = Noted.of(meta)
             noted.tally.add(taken)
             return noted._replace(mark=max(0, noted.mark - rest)).packed_with(meta)
 
@@ -683,8 +662,9 @@ class Request:
                     await requests.admit(session_id, entry)
             entry.running += 1
             self._thread = get_ident()
+            self._started = started = requests.monotonic()
+            entry.started += started
         self.session = session
-        self._started = requests.monotonic()
         return self
 
     async def __aexit__(
@@ -700,6 +680,7 @@ class Request:
             raise wrong_loop()
         requests = self._requests
         entry.running -= 1
+        entry.started -= self._started
         if requests.tracks:
             entry.ended = now = requests.monotonic()
             entry.name = self._name

@@ -12,6 +12,7 @@ import pytest
 from persistence import ManualClock, StateManager
 from persistence import record as rec
 from persistence.admission import Waiting
+from persistence.entries import Noted
 from persistence.errors import (
     DiskFull,
     InvalidArgument,
@@ -21,7 +22,7 @@ from persistence.errors import (
     ValueTooLarge,
     WrongEventLoop,
 )
-from persistence.requests import Requests, _Noted
+from persistence.requests import Requests
 from persistence.turns import CALLS_PER_TURN
 from tests.engine import (
     Crash,
@@ -60,7 +61,7 @@ async def record_of(state: StateManager, session_id: str) -> bytes:
 
 
 async def mark_of(state: StateManager, session_id: str) -> int:
-    return _Noted.of(rec.meta_of(await record_of(state, session_id))).mark
+    return Noted.of(rec.meta_of(await record_of(state, session_id))).mark
 
 
 async def fail(state: StateManager, session_id: str, error: BaseException) -> None:
@@ -149,6 +150,30 @@ async def test_a_request_is_left_where_it_was_entered(state: StateManager) -> No
     await request.__aexit__(None, None, None)
     metrics = await state.session_metrics(sid)
     assert (metrics.running, metrics.requests) == (0, 1)
+
+
+async def test_requests_under_way_at_close_are_counted_as_if_they_ended_then(
+    start: Start, clock: ManualClock, files: ScriptedFiles
+) -> None:
+    state = await start()
+    sid = await state.create_session(max_requests=10)
+    async with state.request(sid, "short"):
+        clock.advance(1)
+    async with state.request(sid, "long"):
+        clock.advance(2)
+        async with state.request(sid, "longer"):
+            clock.advance(3)
+            files.syncs.hold()
+            closing = asyncio.create_task(state.close())
+            await files.syncs.reached()
+        # It ends while it is being stored as if it had ended before.
+        files.syncs.let_pass()
+        await closing
+        clock.advance(10)
+    state = await start()
+    found = await state.session_metrics(sid)
+    assert (found.requests, found.admitted, found.running) == (3, 3, 0)
+    assert found.total_seconds == pytest.approx(1 + 5 + 3)
 
 
 async def test_a_request_accesses_the_session(state: StateManager, clock: ManualClock) -> None:
