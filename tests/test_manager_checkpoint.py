@@ -345,6 +345,19 @@ async def test_no_more_is_left_unshipped_than_a_shutdown_can_ship(
         assert {info.reason for info in await state.list_checkpoints()} == {"unshipped"}
 
 
+async def test_one_that_fails_counts_as_failed_whatever_the_reason(
+    start: Start, store: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise ValueError("of a kind that nobody expects")
+
+    state = await start(checkpoint=store, shutdown={"checkpoint": False})
+    monkeypatch.setattr("persistence.checkpoint.keeper.create_checkpoint", broken)
+    with pytest.raises(ValueError, match="nobody expects"):
+        await state.create_checkpoint()
+    assert (await state.stats()).checkpoints.failed == 1
+
+
 async def test_a_store_in_redis_without_one_is_a_configuration_error(tmp_path: Path) -> None:
     config = config_for(tmp_path / "state", checkpoint={"store": "redis"})
     with pytest.raises(ConfigError, match=r"redis\.url"):

@@ -216,12 +216,13 @@ async def sweep(store: CheckpointStore, catalogue: Catalogue, worker: str, now: 
     if not catalogue.is_complete:
         _log.warning("unused chunks are kept: some manifest cannot be read, and may list them")
         return 0
-    orphans = [
-        key
-        for key in unlisted(catalogue, await store.chunks())
-        if worker_of(key.checkpoint) == worker[:8]
-        or _time_in(key.checkpoint).timestamp() < now - _ABANDONED_SECONDS
-    ]
+    keys = await store.chunks()
+    over = {  # of these none is under way
+        one
+        for one in {key.checkpoint for key in keys}
+        if worker_of(one) == worker[:8] or _time_in(one).timestamp() < now - _ABANDONED_SECONDS
+    }
+    orphans = [key for key in unlisted(catalogue, keys) if key.checkpoint in over]
     if orphans:
         await store.remove_chunks(orphans)
     return len(orphans)

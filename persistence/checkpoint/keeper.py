@@ -157,7 +157,7 @@ class Keeper:
                     on_progress,
                     is_last=is_last,
                 )
-            except PersistenceError:
+            except Exception:
                 self._failed += 1
                 raise
             finally:

@@ -18,6 +18,8 @@ Commands: GET, SET, STRLEN, UNLINK, HSET, HGET, HGETALL, HDEL; each may be sent 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
@@ -28,11 +30,14 @@ from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing
-from persistence.errors import RemoteUnavailable
+from persistence.errors import RemoteUnavailable, printable
 from persistence.remote.keys import Keys
+
+_log = logging.getLogger("persistence.checkpoint")
 
 _ANNOUNCED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
 _KEYS_PER_PIPELINE: Final = 500
+_COUNT: Final = re.compile(rb"[0-9]{1,5}")  # with 2 MiB each: up to 195 GiB of log
 
 
 class RedisStore:
@@ -128,13 +133,27 @@ class RedisStore:
         """Return the keys of all chunks that were ever announced and not removed."""
         async with self._translated():
             started = await self._client.hgetall(self._started)
-        counts = {_text(key): int(value) for key, value in started.items()}
-        return [
-            ChunkKey(checkpoint_id, number)
-            for checkpoint_id, count in sorted(counts.items())
-            if is_id(checkpoint_id)
-            for number in range(count)
-        ]
+        keys: list[ChunkKey] = []
+        for checkpoint_id, value in sorted((_text(key), each) for key, each in started.items()):
+            if is_id(checkpoint_id):
+                count = self._count_in(checkpoint_id, value) or 0
+                keys += [ChunkKey(checkpoint_id, number) for number in range(count)]
+                await asyncio.sleep(0)
+        return keys
+
+    def _count_in(self, checkpoint_id: str, value: bytes) -> int | None:
+        """Return how many chunk keys are announced; None: somebody else wrote something there.
+
+        Then nothing is known of that checkpoint's chunks. They stay, and so does what stands there.
+        """
+        if _COUNT.fullmatch(value):
+            return int(value)
+        _log.warning(
+            "checkpoints in Redis: key %a, field %s holds %s, which is no number of chunks: unused "
+            "chunks of that checkpoint are kept; delete the field if nobody needs it",
+            self._started, checkpoint_id, printable(value),
+        )  # fmt: skip
+        return None
 
     async def remove_chunks(self, keys: Iterable[ChunkKey]) -> None:
         """Remove chunks; announced keys behind the last one that is left are forgotten."""
@@ -153,7 +172,10 @@ class RedisStore:
 
     async def _shrink(self, checkpoint_id: str, removed: set[int]) -> None:
         announced = await self._client.hget(self._started, checkpoint_id)
-        count = left = int(announced or 0)
+        count = None if announced is None else self._count_in(checkpoint_id, announced)
+        if count is None:
+            return
+        left = count
         while left and left - 1 in removed:
             left -= 1
         if not left:

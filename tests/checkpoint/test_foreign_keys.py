@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from persistence import ManualClock
+from persistence.checkpoint.manifest import make_id
 from persistence.checkpoint.redis_store import RedisStore
+from persistence.checkpoint.stores import ChunkKey
 from persistence.config import RedisConfig
 from persistence.errors import ConfigError, RemoteUnavailable
 from persistence.remote.redis import RedisTier
+from tests.engine import Start
 from tests.redis_servers import RedisServer
 
+ID = make_id(1, "20260101T000000Z", "0" * 8, bytes(4))
 PLACES = ["checkpoints", "checkpoints:started"]
 USES: list[Callable[[RedisStore], Awaitable[Any]]] = [
     lambda store: store.manifests(),
@@ -44,3 +49,29 @@ async def test_a_foreign_key_that_came_later_is_named_by_whoever_meets_it(
     with pytest.raises(RemoteUnavailable, match=f"key '{key}' is a string .* delete that key"):
         await use(RedisStore(redis, namespace))
     assert await redis.get(key) == b"mine"
+
+
+@pytest.mark.parametrize("value", ["else", "", "-1", " 3", "1_0", "100000", "9" * 5000])
+async def test_what_is_no_number_of_chunks_is_passed_over_and_left_as_it_is(
+    redis: Any, namespace: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = f"{namespace}:checkpoints:started"
+    store = RedisStore(redis, namespace)
+    await redis.hset(started, ID, value)
+    with caplog.at_level(logging.WARNING, "persistence.checkpoint"):
+        assert await store.chunks() == []
+    [told] = caplog.messages
+    assert f"key '{started}', field {ID} holds" in told
+    await store.remove_chunks([ChunkKey(ID, 0)])
+    assert await redis.hget(started, ID) == value.encode()
+
+
+async def test_checkpoints_are_made_beside_what_is_no_number_of_chunks(
+    start: Start, shared_server: RedisServer, redis: Any, namespace: str
+) -> None:
+    await redis.hset(f"{namespace}:checkpoints:started", ID, "30000000")
+    shared = {"url": shared_server.url, "namespace": namespace, "write": "checkpoint"}
+    state = await start(redis=shared)
+    info = await state.create_checkpoint()
+    assert [each.id for each in await state.list_checkpoints()] == [info.id]
+    assert await redis.hget(f"{namespace}:checkpoints:started", ID) == b"30000000"
