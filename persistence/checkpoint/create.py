@@ -204,7 +204,9 @@ async def _parent(
         return None
     keys = [ChunkKey(chunk.checkpoint, chunk.number) for chunk in parent.chunks]
     if await store.chunk_bytes(keys) != [chunk.stored_bytes for chunk in parent.chunks]:
-        _log.warning("checkpoint %s has lost chunks: the next one is full", parent.id)
+        _log.warning(
+            "checkpoint %s has lost chunks or cannot read them: the next one is full", parent.id
+        )
         return None
     return parent
 

@@ -8,22 +8,40 @@ which have one fixed form (`manifest.is_id`), and numbers; nothing else in the d
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 from persistence.checkpoint.manifest import is_id
-from persistence.checkpoint.stores import ChunkKey, ChunkMissing
+from persistence.checkpoint.stores import ChunkKey, ChunkMissing, ChunkUnreadable
 from persistence.disk.directory import make_directory
 from persistence.disk.filenames import TEMPORARY_SUFFIX, temporary_name
 from persistence.disk.files import NO_SPACE, Files, read_all, replace_file
 from persistence.disk.threads import Threads, undisturbed
 from persistence.errors import DirectoryNotUsable, DiskFull
 
+_log = logging.getLogger("persistence.checkpoint")
+
 T = TypeVar("T")
 
 _MANIFEST_SUFFIX: Final = ".manifest"
 _CHUNK: Final = re.compile(r"(.+)\.(\d{6,10})\.chunk", re.ASCII)
+# What the system says when one file is damaged, or no file. Not when it is the process (too many
+# open files), the user or the whole file system: then it would be read another time.
+_DAMAGED: Final = frozenset(
+    {
+        errno.EIO,
+        errno.EINVAL,  # not a regular file
+        errno.EISDIR,
+        errno.ENXIO,
+        errno.ELOOP,
+        errno.EBADMSG,
+        errno.EILSEQ,
+        errno.ENODATA,
+        *(getattr(errno, name) for name in ("EUCLEAN", "EREMOTEIO") if hasattr(errno, name)),
+    }
+)
 
 
 def beside(disk_path: str) -> str:
@@ -71,7 +89,7 @@ class DirectoryStore:
         return await self._run(self._read_chunk, chunk_name(key))
 
     async def chunk_bytes(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """Return the length of each chunk, 0 for one that is missing."""
+        """Return the length of each chunk, 0 for one that is missing or cannot be read."""
         return await self._run(self._sizes, [chunk_name(key) for key in keys])
 
     async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
@@ -84,7 +102,7 @@ class DirectoryStore:
 
     async def withdraw(self, checkpoint_id: str) -> bool:
         """Remove a manifest, durably; return whether it was there."""
-        return await self._run(self._remove, [manifest_name(checkpoint_id)])
+        return await self._run(self._remove_manifest, manifest_name(checkpoint_id))
 
     async def chunks(self) -> list[ChunkKey]:
         """Return the keys of all chunks; of half-written ones too."""
@@ -93,7 +111,7 @@ class DirectoryStore:
     async def remove_chunks(self, keys: Iterable[ChunkKey]) -> None:
         """Remove chunks, and what is left of half-written ones."""
         names = [chunk_name(key) for key in keys]
-        await self._run(self._remove, [*names, *map(temporary_name, names)])
+        await self._run(self._remove_chunks, [*names, *map(temporary_name, names)])
 
     # --- in a thread --------------------------------------------------------------------------
 
@@ -101,7 +119,8 @@ class DirectoryStore:
         try:
             return await undisturbed(self._threads.read(call, *args))
         except OSError as error:
-            what = f"checkpoints in {self._directory}: {error.strerror}"
+            name = f" ({error.filename!a})" if isinstance(error.filename, str) else ""
+            what = f"checkpoints in {self._directory}: {error.strerror}{name}"
             if error.errno in NO_SPACE:
                 raise DiskFull(f"{what}; free some space") from error
             raise DirectoryNotUsable(f"{what}; look at checkpoint.store") from error
@@ -125,6 +144,10 @@ class DirectoryStore:
             return read_all(self._files, self._path(name))
         except FileNotFoundError:
             raise ChunkMissing(self._path(name)) from None
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            raise ChunkUnreadable(f"{self._path(name)}: {error.strerror}") from error
 
     def _sizes(self, names: list[str]) -> list[int]:
         return [self._size(self._path(name)) for name in names]
@@ -132,12 +155,14 @@ class DirectoryStore:
     def _size(self, path: str) -> int:
         try:
             fd = self._files.open_read(path)
-        except FileNotFoundError:
+            try:
+                return self._files.size(fd)
+            finally:
+                self._files.close(fd)
+        except OSError as error:
+            if error.errno != errno.ENOENT and error.errno not in _DAMAGED:
+                raise
             return 0
-        try:
-            return self._files.size(fd)
-        finally:
-            self._files.close(fd)
 
     def _read_manifests(self) -> dict[str, bytes]:
         found = {}
@@ -147,10 +172,10 @@ class DirectoryStore:
                 try:
                     found[checkpoint_id] = read_all(self._files, self._path(name))
                 except OSError as error:
-                    if error.errno not in (errno.ENOENT, errno.EIO):
-                        raise
-                    if error.errno == errno.EIO:
+                    if error.errno in _DAMAGED:
                         found[checkpoint_id] = b""  # it is there, and cannot be read
+                    elif error.errno != errno.ENOENT:
+                        raise
         return found
 
     def _list_chunks(self) -> list[ChunkKey]:
@@ -161,10 +186,20 @@ class DirectoryStore:
                 keys.add(ChunkKey(match[1], int(match[2])))
         return sorted(keys)
 
-    def _remove(self, names: list[str]) -> bool:
+    def _remove_manifest(self, name: str) -> bool:
+        if not self._files.exists(self._path(name)):
+            return False
+        self._files.remove(self._path(name))
+        self._files.sync_directory(self._directory)
+        return True
+
+    def _remove_chunks(self, names: list[str]) -> None:
         found = [name for name in names if self._files.exists(self._path(name))]
         for name in found:
-            self._files.remove(self._path(name))
+            try:
+                self._files.remove(self._path(name))
+            except IsADirectoryError:
+                # Not of our making. It must not keep the next checkpoint from being made.
+                _log.warning("%s is a directory and no chunk: it is kept", self._path(name))
         if found:
             self._files.sync_directory(self._directory)
-        return bool(found)

@@ -29,7 +29,7 @@ from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from persistence.checkpoint.manifest import is_id
-from persistence.checkpoint.stores import ChunkKey, ChunkMissing
+from persistence.checkpoint.stores import ChunkKey, ChunkMissing, ChunkUnreadable
 from persistence.errors import RemoteUnavailable, printable
 from persistence.remote.keys import Keys
 
@@ -91,20 +91,25 @@ class RedisStore:
     async def get_chunk(self, key: ChunkKey) -> bytes:
         """Return a chunk."""
         async with self._translated():
-            data = await self._client.get(self.chunk_key(key))
+            try:
+                data = await self._client.get(self.chunk_key(key))
+            except ResponseError as error:
+                if _is_wrong_type(error):
+                    raise ChunkUnreadable(f"key {self.chunk_key(key)} is no string") from error
+                raise
         if data is None:
             raise ChunkMissing(self.chunk_key(key))
         return bytes(data)
 
     async def chunk_bytes(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """Return the length of each chunk, 0 for one that is missing."""
+        """Return the length of each chunk, 0 for one that is missing or cannot be read."""
         sizes: list[int] = []
         async with self._translated():
             for some in _pieces(keys):
                 pipeline = self._client.pipeline(transaction=False)
                 for key in some:
                     pipeline.execute_command("STRLEN", self.chunk_key(key))
-                sizes += map(int, await pipeline.execute())
+                sizes += map(_size_of, await pipeline.execute(raise_on_error=False))
         return sizes
 
     async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
@@ -191,11 +196,11 @@ class RedisStore:
             # Its message describes the clients, in some versions with their passwords.
             raise self._unavailable("no sentinel answers and knows a primary") from None
         except (RedisError, RedisClusterException, OSError) as error:
-            if isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE"):
+            if _is_wrong_type(error):
                 raise await self._foreign(error) from error
             raise self._unavailable(f"{type(error).__name__}: {error}") from error
 
-    async def _foreign(self, error: ResponseError) -> RemoteUnavailable:
+    async def _foreign(self, error: Exception) -> RemoteUnavailable:
         """Return what to raise for a key in our place that somebody else wrote."""
         for key in (self._manifests, self._started):
             with suppress(RedisError, RedisClusterException, OSError):
@@ -217,6 +222,19 @@ class RedisStore:
 
 def _text(key: bytes | str) -> str:
     return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else key
+
+
+def _is_wrong_type(error: object) -> bool:
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
+
+
+def _size_of(reply: Any) -> int:
+    """Return the length that a reply to STRLEN says, 0 where no string is there."""
+    if _is_wrong_type(reply):
+        return 0
+    if isinstance(reply, Exception):
+        raise reply
+    return int(reply)
 
 
 def _pieces(keys: Iterable[ChunkKey]) -> Iterable[list[ChunkKey]]:

@@ -32,7 +32,12 @@ from persistence.checkpoint.manifest import (
     total_frames,
 )
 from persistence.checkpoint.state import State, Walked, walk
-from persistence.checkpoint.stores import CheckpointStore, ChunkKey, ChunkMissing
+from persistence.checkpoint.stores import (
+    CheckpointStore,
+    ChunkKey,
+    ChunkMissing,
+    ChunkUnreadable,
+)
 from persistence.clock import Clock
 from persistence.disk.directory import (
     DirectoryLock,
@@ -240,6 +245,8 @@ class Restorer:
             return await self._store.get_chunk(ChunkKey(ref.checkpoint, ref.number))
         except ChunkMissing as error:
             raise MalformedCheckpoint(f"chunk {error} is missing") from error
+        except ChunkUnreadable as error:
+            raise MalformedCheckpoint(f"chunk {ref.number} of {ref.checkpoint}: {error}") from error
 
     async def _decoded(self, data: bytes, ref: ChunkRef) -> list[PackedRun]:
         try:

@@ -24,6 +24,10 @@ class ChunkMissing(Exception):
     """The store has no such chunk."""
 
 
+class ChunkUnreadable(Exception):
+    """What stands in a chunk's place cannot be read, or is no chunk; the store is all right."""
+
+
 class CheckpointStore(Protocol):
     """A place for checkpoints. Every method may raise the store's own error.
 
@@ -43,10 +47,11 @@ class CheckpointStore(Protocol):
 
         Raises:
             ChunkMissing: it is not there.
+            ChunkUnreadable: it cannot be read, and the store is not the reason.
         """
 
     async def chunk_bytes(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """Return the length of each chunk, 0 for one that is missing."""
+        """Return the length of each chunk, 0 for one that is missing or cannot be read."""
 
     async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
         """Keep a manifest: atomically, and only after all that was put before."""
