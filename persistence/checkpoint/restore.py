@@ -7,6 +7,9 @@ verified in staged segments (`disk.install`). Only then, and at once, is it inst
 A checkpoint with a damaged manifest or chunk is not restored in part: the one before is, and that
 is said in the log and in `RestoredInfo.skipped`. One of a newer format is refused, without falling
 back: nothing is wrong with it.
+
+A checkpoint may be withdrawn while it is fetched: its worker has made newer ones, and keeps so many
+only. That is no damage. What there is then is looked at again, and "latest" means a newer one.
 """
 
 from __future__ import annotations
@@ -56,7 +59,12 @@ from persistence.disk.sealed import RecordCodec
 from persistence.disk.spool import Spool
 from persistence.disk.threads import Threads, undisturbed
 from persistence.disk.tier import DiskTier
-from persistence.errors import CheckpointDamaged, DirectoryNotUsable, DiskFull
+from persistence.errors import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    DirectoryNotUsable,
+    DiskFull,
+)
 from persistence.sealer import Sealer, Seals
 from persistence.slices import Slices
 
@@ -64,6 +72,7 @@ _log = logging.getLogger("persistence.checkpoint")
 
 _SEGMENT_BYTES: Final = 64 * 2**20
 _LOOK_EVERY: Final = 16  # frames between two looks at the clock
+_MAX_WITHDRAWN: Final = 10  # a restore that is slower than all these checkpoints is given up
 
 NewIds = Callable[[Frame], bytes]
 """Returns the ids (incarnation, commit, base, one behind the other) a restored session gets."""
@@ -98,11 +107,13 @@ class Candidates:
 
     Attributes:
         catalogue: what there is.
+        wanted: an id, or "latest".
         ids: the one that is wanted, and those that are taken if it is damaged, in this order.
         fall_back: whether there may be any of those.
     """
 
     catalogue: Catalogue
+    wanted: str
     ids: list[str]
     fall_back: bool
 
@@ -118,7 +129,11 @@ class Candidates:
         sealer = None if seals is None else seals.checkpoints
         catalogue = await Catalogue.load(store, sealer)
         ids = catalogue.newest_first(wanted)
-        return Candidates(catalogue, ids if fall_back else ids[:1], fall_back)
+        return Candidates(catalogue, wanted, ids if fall_back else ids[:1], fall_back)
+
+
+class _Withdrawn(Exception):
+    """A checkpoint was withdrawn while it was fetched."""
 
 
 class Restorer:
@@ -149,6 +164,7 @@ class Restorer:
 
         Raises:
             CheckpointDamaged: none is.
+            CheckpointNotFound: it was deleted meanwhile.
         """
         try:
             manifest, state, places, skipped = await self._verified(candidates)
@@ -179,7 +195,27 @@ class Restorer:
     async def _verified(
         self, candidates: Candidates
     ) -> tuple[Manifest, State, list[int], list[tuple[str, str]]]:
-        """Return the first of the candidates that is intact, fetched into the spool."""
+        """Return the first of the candidates that is intact, fetched into the spool.
+
+        When one is withdrawn meanwhile, those that are there then are the candidates.
+        """
+        for _ in range(_MAX_WITHDRAWN):
+            try:
+                return await self._first_intact(candidates)
+            except _Withdrawn as gone:
+                _log.info("checkpoint %s was withdrawn while it was fetched", gone)
+            candidates = await Candidates.find(
+                self._store, candidates.wanted, fall_back=candidates.fall_back, seals=self._seals
+            )
+        raise CheckpointNotFound(
+            f"{_MAX_WITHDRAWN} checkpoints were deleted while they were restored, one after "
+            "another; nothing was changed; restore again while fewer are made, or raise "
+            "checkpoint.keep where they are made"
+        )
+
+    async def _first_intact(
+        self, candidates: Candidates
+    ) -> tuple[Manifest, State, list[int], list[tuple[str, str]]]:
         catalogue = candidates.catalogue
         skipped: list[tuple[str, str]] = []
         for candidate in candidates.ids:
@@ -222,7 +258,7 @@ class Restorer:
         done_bytes = 0
         codec = self._codec_of(manifest)
         for ref in manifest.chunks:
-            data = await self._get(ref)
+            data = await self._get(ref, manifest.id)
             runs = await self._decoded(data, ref)
             walked = Walked()
             for number, found in enumerate(walk(runs, walked, codec)):
@@ -240,10 +276,14 @@ class Restorer:
                 self._on_progress(Progress(done_bytes, manifest.total_bytes))
         return state, places
 
-    async def _get(self, ref: ChunkRef) -> bytes:
+    async def _get(self, ref: ChunkRef, checkpoint_id: str) -> bytes:
+        """Return a chunk that a checkpoint needs."""
         try:
             return await self._store.get_chunk(ChunkKey(ref.checkpoint, ref.number))
         except ChunkMissing as error:
+            # Whoever deletes one withdraws its manifest first, and removes its chunks behind that.
+            if checkpoint_id not in await self._store.manifests():
+                raise _Withdrawn(checkpoint_id) from error
             raise MalformedCheckpoint(f"chunk {error} is missing") from error
         except ChunkUnreadable as error:
             raise MalformedCheckpoint(f"chunk {ref.number} of {ref.checkpoint}: {error}") from error

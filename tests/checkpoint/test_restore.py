@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,71 @@ async def test_a_newer_format_is_refused_and_nothing_is_swept(start: Start, tmp_
     store.kept_chunks[ChunkKey(newer, 500)] = b"of the newer version"
     await checkpoint(state, store)
     assert ChunkKey(newer, 500) in store.kept_chunks
+
+
+# --- withdrawn meanwhile --------------------------------------------------------------------------
+
+
+class MovingStore(MemoryStore):
+    """A store whose chunks are asked for while something else happens to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: list[Callable[[], Awaitable[Any]]] = []
+
+    async def get_chunk(self, key: ChunkKey) -> bytes:
+        if self.meanwhile:
+            await self.meanwhile.pop(0)()
+        return await super().get_chunk(key)
+
+
+def next_one(state: StateManager, store: MovingStore) -> Callable[[], Awaitable[Any]]:
+    """Return what makes a full checkpoint and withdraws all others, with their chunks."""
+
+    async def made() -> None:
+        old, store.name = list(store.kept_manifests), store.name + "'"
+        await checkpoint(state, store)
+        for one in old:
+            await delete_checkpoint(store, one)
+
+    return made
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_the_latest_is_a_newer_one_when_it_is_pruned_meanwhile(
+    start: Start, tmp_path: Path, times: int
+) -> None:
+    store = MovingStore()
+    state = await start()
+    await two_checkpoints(state, store)
+    store.meanwhile = [next_one(state, store)] * times
+    info, found = await restored(store, tmp_path / "new")
+    assert not store.meanwhile
+    assert (info.id, info.skipped) == (max(store.kept_manifests), ())
+    assert len(found) == info.sessions == 129
+
+
+@pytest.mark.parametrize("fall_back", [True, False])
+async def test_one_that_is_deleted_meanwhile_is_not_found(
+    start: Start, tmp_path: Path, fall_back: bool
+) -> None:
+    store = MovingStore()
+    state = await start()
+    await two_checkpoints(state, store)
+    newer = max(store.kept_manifests)
+    store.meanwhile = [next_one(state, store)]
+    with pytest.raises(errors.CheckpointNotFound, match=newer):
+        await restore_into(store, str(tmp_path / "new"), CLOCK, newer, fall_back=fall_back)
+    assert await data_in(tmp_path / "new") == {}
+
+
+async def test_a_restore_that_never_catches_up_is_given_up(start: Start, tmp_path: Path) -> None:
+    store = MovingStore()
+    state = await start()
+    await two_checkpoints(state, store)
+    store.meanwhile = [next_one(state, store)] * 1000
+    with pytest.raises(errors.CheckpointNotFound, match=r"checkpoint\.keep"):
+        await restore_into(store, str(tmp_path / "new"), CLOCK)
 
 
 # --- which one ------------------------------------------------------------------------------------
