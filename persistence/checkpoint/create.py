@@ -131,6 +131,7 @@ async def create_checkpoint(
     Raises:
         RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; the restore points that
             were there are as they were, and if only the publishing was unclear, this one may be.
+        RemoteDamaged: a key of somebody else is where checkpoints are listed.
         WriteOutcomeUnknown: the log takes no more writes.
     """
     worker = tier.directory_id.hex()

@@ -12,7 +12,8 @@ The hash tag makes the chunks of one checkpoint spread over a Cluster. The secon
 before the chunks are, so that the chunks of a checkpoint that was never published are found again
 without a SCAN through everybody's keys. Keys have no expiry: a restore point must not fade away.
 
-Commands: GET, SET, STRLEN, UNLINK, HSET, HGET, HGETALL, HDEL; each may be sent twice without harm.
+Commands: GET, SET, STRLEN, UNLINK, HSET, HGET, HGETALL, HDEL, HRANDFIELD, TYPE; each may be sent
+twice without harm. Nothing is written into a hash that has fields, and none of them ours.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ from itertools import islice
 from typing import Any, Final
 
 from redis.asyncio.sentinel import MasterNotFoundError
-from redis.exceptions import RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 
 from persistence.checkpoint.manifest import is_id
 from persistence.checkpoint.stores import ChunkKey, ChunkMissing, ChunkUnreadable
-from persistence.errors import RemoteUnavailable, printable
+from persistence.errors import RemoteDamaged, RemoteUnavailable, printable
 from persistence.remote.keys import Keys
 
 _log = logging.getLogger("persistence.checkpoint")
 
 _ANNOUNCED_AT_ONCE: Final = 16  # chunk keys announced together, to save round trips
 _KEYS_PER_PIPELINE: Final = 500
+_MAX_FIELDS: Final = 20
 _COUNT: Final = re.compile(rb"[0-9]{1,5}")  # with 2 MiB each: up to 195 GiB of log
 
 
@@ -81,12 +88,27 @@ class RedisStore:
     async def _announce(self, key: ChunkKey) -> None:
         """Announce a chunk key, and more of them, before it is written."""
         if key.checkpoint != self._making:
+            for each in (self._manifests, self._started):  # before anything has been shipped
+                await self._check_ours(each)
             self._making, self._announced, self._used = key.checkpoint, 0, 0
         if key.number >= self._announced:
             count = key.number + _ANNOUNCED_AT_ONCE
             await self._client.hset(self._started, key.checkpoint, str(count))
             self._announced = count
         self._used = max(self._used, key.number + 1)
+
+    async def _check_ours(self, key: str) -> None:
+        """Refuse to write into a hash of somebody else.
+
+        Raises:
+            RemoteDamaged: it has fields, and none of some of them is the id of a checkpoint.
+        """
+        try:
+            fields = await self._client.hrandfield(key, _MAX_FIELDS)
+        except NoPermissionError:
+            return  # a user that was set up before this was asked
+        if fields and not any(is_id(_text(each)) for each in fields):
+            raise RemoteDamaged(key, "it is a hash of somebody else, and no list of checkpoints")
 
     async def get_chunk(self, key: ChunkKey) -> bytes:
         """Return a chunk."""
@@ -115,6 +137,7 @@ class RedisStore:
     async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
         """Keep a manifest, atomically; behind it, announce no more chunk keys than there are."""
         async with self._translated():
+            await self._check_ours(self._manifests)
             await self._client.hset(self._manifests, checkpoint_id, manifest)
         if checkpoint_id == self._making and self._used < self._announced:
             self._announced = self._used

@@ -32,7 +32,8 @@ class CheckpointStore(Protocol):
     """A place for checkpoints. Every method may raise the store's own error.
 
     `RemoteUnavailable` where a server does not answer (a write may then have been done all the
-    same), `DiskFull` or `DirectoryNotUsable` where a file system is the reason.
+    same), `RemoteDamaged` where somebody else's key is in the way, `DiskFull` or
+    `DirectoryNotUsable` where a file system is the reason.
     """
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Final
+import re
+from typing import Any, Final
 
 from persistence.errors import ConfigError, RemoteUnavailable
 from persistence.remote.connect import Server, ask_server
@@ -20,6 +21,11 @@ EPOCH_MAGIC: Final = b"persistence-epoch-1:"
 _MAX_SAMPLE: Final = 200
 _SCAN_COUNT: Final = b"1000"
 _MAX_SCANS: Final = 10
+# As `checkpoint.manifest` makes them. Not compared with what is stored there: a chunk that is
+# damaged is passed over when it is restored, and keeps no worker from its sessions.
+_CHECKPOINT_ID: Final = re.compile(rb"\d{8}-\d{8}T\d{6}Z-[0-9a-f]{8}-[0-9a-f]{8}")
+_CHUNK: Final = re.compile(rb"\{%b-\d{1,10}\}" % _CHECKPOINT_ID.pattern)
+_MAX_FIELDS: Final = 20
 
 
 async def check_server(target: Target, link: Link, *, allow_eviction: bool) -> Server:
@@ -89,29 +95,53 @@ def _policy_in(info: object) -> str:
 
 
 async def check_keys(keys: Keys, link: Link) -> None:
-    """Look at a sample of the keys under the prefix: all of them must be this library's.
+    """Look at the lists of checkpoints, and at a sample of the keys under the prefix.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is not this library's.
         Fault: the server does not answer.
     """
     sample = await _sample(keys, link)
-    states = [Command(b"HGET", key, b"\xffstate") for key in sample if _is_session(keys, key)]
-    others = [Command(b"TYPE", key) for key in sample if not _is_session(keys, key)]
-    for command, reply in zip(states, await link.exchange(states), strict=True):
+    lists = keys.checkpoints()
+    sessions = [key for key in sample if _is_session(keys, key)]
+    others = [key for key in sample if not _is_session(keys, key) and key not in lists]
+    states = [Command(b"HGET", key, b"\xffstate") for key in sessions]
+    types = [Command(b"TYPE", key) for key in others]
+    # Some fields, without their values: those are manifests.
+    fields = [Command(b"HRANDFIELD", key, b"%d" % _MAX_FIELDS) for key in lists]
+    replies = iter(await link.exchange([*states, *types, *fields]))
+    for key in sessions:
+        reply = next(replies)
         if isinstance(reply, bytes) and _is_state(reply):
             continue
-        if reply is None and await link.ask(b"EXISTS", command.arguments[1]) == 0:
+        if reply is None and await link.ask(b"EXISTS", key) == 0:
             continue  # it has expired meanwhile
         if isinstance(reply, Exception) and code_of(reply) != "WRONGTYPE":
             raise Refused(reply, link.where)
-        _refuse(command.arguments[1], link)
-    for command, reply in zip(others, await link.exchange(others), strict=True):
+        _refuse(key, link)
+    for key in others:
+        reply = next(replies)
         if isinstance(reply, Exception):
             raise Refused(reply, link.where)
-        if reply == b"none" or _is_known(keys, command.arguments[1], reply):
-            continue
-        _refuse(command.arguments[1], link)
+        if reply != b"none" and not _is_known(keys, key, reply):
+            _refuse(key, link)
+    for key in lists:
+        _check_list(key, next(replies), link)
+
+
+def _check_list(key: bytes, reply: Any, link: Link) -> None:
+    """Check a list of checkpoints: among some of its fields there must be one of ours."""
+    if not isinstance(reply, Exception):
+        if reply and not any(map(_CHECKPOINT_ID.fullmatch, reply)):
+            _refuse(key, link)
+        return
+    code = code_of(reply)
+    if code == "WRONGTYPE":
+        _refuse(key, link)
+    if code == "NOPERM":
+        _log.warning("Redis at %s does not tell what is in key %a: %s", link.where, key, reply)
+    elif code != "MOVED":  # it is another node's of the Cluster, which is asked as well
+        raise Refused(reply, link.where)
 
 
 async def _sample(keys: Keys, link: Link) -> list[bytes]:
@@ -144,9 +174,8 @@ def _is_known(keys: Keys, key: bytes, kind: bytes) -> bool:
     """Whether a key that is no session's may be there: epochs, and what other parts keep."""
     if key.startswith(keys.prefix + b":epoch:"):
         return kind == b"string"
-    if key in keys.checkpoints():
-        return kind == b"hash"
-    return key.startswith(keys.prefix + b":checkpoint")
+    chunks = keys.prefix + b":checkpoint:"
+    return key.startswith(chunks) and _CHUNK.fullmatch(key, len(chunks)) is not None
 
 
 def _refuse(key: bytes, link: Link) -> None:
@@ -157,7 +186,7 @@ def foreign(key: str, where: str) -> ConfigError:
     """Return what to raise at the opening for a key of somebody else under the prefix."""
     return ConfigError(
         f"redis.namespace: key {key!a} in Redis at {where} was not written by this library; use "
-        "another redis.namespace or another database"
+        "another redis.namespace or another database, or remove that key if nobody needs it"
     )
 
 

@@ -13,7 +13,7 @@ from persistence.checkpoint.manifest import make_id
 from persistence.checkpoint.redis_store import RedisStore
 from persistence.checkpoint.stores import ChunkKey
 from persistence.config import RedisConfig
-from persistence.errors import ConfigError, RemoteUnavailable
+from persistence.errors import ConfigError, RemoteDamaged, RemoteUnavailable
 from persistence.remote.redis import RedisTier
 from tests.engine import Start
 from tests.redis_servers import RedisServer
@@ -49,6 +49,34 @@ async def test_a_foreign_key_that_came_later_is_named_by_whoever_meets_it(
     with pytest.raises(RemoteUnavailable, match=f"key '{key}' is a string .* delete that key"):
         await use(RedisStore(redis, namespace))
     assert await redis.get(key) == b"mine"
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_nothing_is_written_into_a_hash_of_somebody_else(
+    start: Start, shared_server: RedisServer, redis: Any, namespace: str, place: str
+) -> None:
+    key = f"{namespace}:{place}"
+    shared = {"url": shared_server.url, "namespace": namespace, "write": "checkpoint"}
+    state = await start(redis=shared)
+    await state.create_session(session_id="a")
+    await redis.hset(key, "f", "mine")
+    for _ in range(2):
+        with pytest.raises(RemoteDamaged, match=f"key '{key}': it is a hash of somebody else"):
+            await state.create_checkpoint()
+    assert (await state.stats()).checkpoints.failed == 2
+    assert await redis.keys(f"{namespace}:checkpoint*") == [key.encode()]
+    assert await redis.hgetall(key) == {b"f": b"mine"}
+    await redis.delete(key)
+    assert (await state.create_checkpoint()).sessions == 1
+
+
+async def test_an_empty_checkpoint_is_not_written_into_a_hash_of_somebody_else_either(
+    redis: Any, namespace: str
+) -> None:
+    await redis.hset(f"{namespace}:checkpoints", "f", "mine")
+    with pytest.raises(RemoteDamaged):
+        await RedisStore(redis, namespace).publish(ID, b"manifest")
+    assert await redis.hkeys(f"{namespace}:checkpoints") == [b"f"]
 
 
 @pytest.mark.parametrize("value", ["else", "", "-1", " 3", "1_0", "100000", "9" * 5000])

@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from redis.exceptions import ResponseError
 
+from persistence.checkpoint.manifest import make_id
 from persistence.clock import SystemClock
 from persistence.config import RedisConfig
 from persistence.errors import ConfigError, RemoteUnavailable
@@ -29,6 +32,7 @@ from tests.remote.conftest import Open
 from tests.remote.sessions import create, end, new_record, next_record, touch, update
 from tests.remote.test_announcements import listening
 
+CHECKPOINT = make_id(1, "20260101T000000Z", "0123abcd", bytes(4))
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -234,8 +238,24 @@ async def test_opening_succeeds_once_the_server_is_there(own_server: RedisServer
         ("SET", "test:else", "x"),
         ("RPUSH", "test:epoch:{0}", "x"),
         ("SET", "test:epoch:{0}", "x"),
+        ("RPUSH", "test:checkpoints", "x"),
+        ("HSET", "test:checkpoints", "f", "x"),
+        ("HSET", "test:checkpoints:started", "f", "1"),
+        ("SET", "test:checkpoint:{foo}", "x"),
+        ("SET", "test:checkpointed", "x"),
     ],
-    ids=["string", "hash", "other", "epoch", "epoch of another kind"],
+    ids=[
+        "string",
+        "hash",
+        "other",
+        "epoch",
+        "epoch of another kind",
+        "list",
+        "manifests",
+        "started",
+        "chunk",
+        "prefix",
+    ],
 )
 async def test_keys_of_somebody_else_under_the_prefix(
     open_tier: Open, shared_server: RedisServer, foreign: tuple[str, ...]
@@ -260,6 +280,54 @@ async def test_an_empty_server_that_takes_no_writes_is_unavailable_and_not_damag
     await tier.open()
     await works(tier)
     await tier.close()
+
+
+def ask_whoever_takes_it(deployment: Group, *command: str) -> None:
+    """Run a command that writes: replicas, sentinels and other nodes of a Cluster refuse it."""
+    taken = []
+    for server in deployment.servers:
+        with suppress(ResponseError):
+            taken.append(server.ask(*command))
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        ("HSET", "test:checkpoints", CHECKPOINT, "manifest", "f", "x"),
+        ("HSET", "test:checkpoints:started", CHECKPOINT, "1"),
+        ("SET", f"test:checkpoint:{{{CHECKPOINT}-0}}", "x"),
+        ("RPUSH", f"test:checkpoint:{{{CHECKPOINT}-12}}", "damaged"),
+    ],
+    ids=["manifests", "started", "chunk", "damaged"],
+)
+async def test_keys_of_checkpoints_keep_no_worker_from_opening(
+    open_tier: Open, deployment: Group, ours: tuple[str, ...]
+) -> None:
+    tier = await open_tier(deployment.url)
+    await tier.close()
+    ask_whoever_takes_it(deployment, *ours)
+    await works(await open_tier(deployment.url))
+
+
+async def test_a_list_that_a_cluster_keeps_on_any_node_is_looked_at(
+    open_tier: Open, deployment: Group
+) -> None:
+    ask_whoever_takes_it(deployment, "HSET", "test:checkpoints", "f", "x")
+    with pytest.raises(ConfigError, match=r"key 'test:checkpoints' .* was not written by"):
+        await open_tier(deployment.url)
+
+
+async def test_a_user_who_may_not_look_into_the_lists_gets_in(
+    open_tier: Open, shared_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = [rule for rule in documented_rules() if rule != "+hrandfield"]
+    shared_server.ask("ACL", "SETUSER", "worker", "reset", *rules)
+    try:
+        await works(await open_tier(shared_server.url.replace("://", "://worker:PASSWORD@")))
+    finally:
+        shared_server.ask("ACL", "DELUSER", "worker")
+    assert any("'test:checkpoints'" in message for message in caplog.messages)
 
 
 async def test_a_namespace_with_glob_characters_touches_no_other(
