@@ -2,9 +2,10 @@
 
 In Redis they have a redis-py client of their own, from the same URL as the shared tier: writes of
 checkpoints may be repeated without harm, which commits may not, and a chunk of some megabytes
-must not hold up a commit. In PostgreSQL they have connections of their own. A client is loaded
-where it is needed: it takes a tenth of a second, and leaves 15,000 objects to every full garbage
-collection.
+must not hold up a commit. How long a client goes on repeating differs between one server, a Cluster
+and sentinels, so `RedisStore` ends every call itself. In PostgreSQL they have connections of their
+own. A client is loaded where it is needed: it takes a tenth of a second, and leaves 15,000 objects
+to every full garbage collection.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ SERVERS: Final = ("redis", "postgresql")
 """What ``checkpoint.store`` can name beside a directory."""
 _REPEATS: Final = 3
 _TIMEOUTS_PER_CHUNK: Final = 5  # a chunk of some megabytes takes longer than a commit
+# With all repeats. More than one sending may take: only when a Cluster's client has seen a node
+# miss its time does it ask the others which node has taken its place.
+_TIMEOUTS_PER_CALL: Final = 6
 
 
 class OpenStore(NamedTuple):
@@ -97,7 +101,8 @@ def _in_redis(url: str, redis: RedisConfig) -> OpenStore:
         for each in (client, *others):
             await each.aclose()
 
-    return OpenStore(RedisStore(client, redis.namespace), True, close)
+    timeout_seconds = _TIMEOUTS_PER_CALL * redis.timeout_seconds
+    return OpenStore(RedisStore(client, redis.namespace, timeout_seconds), True, close)
 
 
 def _in_postgres(url: str, redis: RedisConfig) -> OpenStore:
@@ -138,9 +143,11 @@ def clients_of(target: Target, timeout_seconds: float) -> tuple[Any, list[Any]]:
     if target.kind == "sentinel":
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             list(target.addresses),
-            # Asked once each: whoever asks for the primary repeats that.
+            # Asked once each, and not for long: there are others, and whoever asks for the primary
+            # repeats that.
             sentinel_kwargs={
                 **options,
+                "socket_timeout": timeout_seconds,
                 "username": None,
                 "password": None,
                 **target.sentinel_credentials,

@@ -55,10 +55,13 @@ class RedisStore:
             closes it.
         namespace: what all keys start with, percent-encoded as those of the shared tier; several
             workers may share it.
+        timeout_seconds: for one call with all that the client repeats, after which the server
+            counts as not answering; None: as long as the client takes.
     """
 
-    def __init__(self, client: Any, namespace: str) -> None:
+    def __init__(self, client: Any, namespace: str, timeout_seconds: float | None = None) -> None:
         self._client = client
+        self._timeout_seconds = timeout_seconds
         keys = Keys(namespace)
         self._prefix = keys.prefix.decode()
         self._manifests, self._started = (key.decode() for key in keys.checkpoints())
@@ -80,20 +83,22 @@ class RedisStore:
 
     async def put_chunk(self, key: ChunkKey, data: bytes) -> None:
         """Keep a chunk."""
-        async with self._translated():
-            async with self._announcing:  # chunks come together: one announces for all of them
-                await self._announce(key)
+        async with self._announcing:  # chunks come together: one announces for all of them
+            await self._announce(key)
+        async with self._calling():
             await self._client.set(self.chunk_key(key), data)
 
     async def _announce(self, key: ChunkKey) -> None:
         """Announce a chunk key, and more of them, before it is written."""
         if key.checkpoint != self._making:
             for each in (self._manifests, self._started):  # before anything has been shipped
-                await self._check_ours(each)
+                async with self._calling():
+                    await self._check_ours(each)
             self._making, self._announced, self._used = key.checkpoint, 0, 0
         if key.number >= self._announced:
             count = key.number + _ANNOUNCED_AT_ONCE
-            await self._client.hset(self._started, key.checkpoint, str(count))
+            async with self._calling():
+                await self._client.hset(self._started, key.checkpoint, str(count))
             self._announced = count
         self._used = max(self._used, key.number + 1)
 
@@ -112,7 +117,7 @@ class RedisStore:
 
     async def get_chunk(self, key: ChunkKey) -> bytes:
         """Return a chunk."""
-        async with self._translated():
+        async with self._calling():
             try:
                 data = await self._client.get(self.chunk_key(key))
             except ResponseError as error:
@@ -126,8 +131,8 @@ class RedisStore:
     async def chunk_bytes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Return the length of each chunk, 0 for one that is missing or cannot be read."""
         sizes: list[int] = []
-        async with self._translated():
-            for some in _pieces(keys):
+        for some in _pieces(keys):
+            async with self._calling():
                 pipeline = self._client.pipeline(transaction=False)
                 for key in some:
                     pipeline.execute_command("STRLEN", self.chunk_key(key))
@@ -136,30 +141,31 @@ class RedisStore:
 
     async def publish(self, checkpoint_id: str, manifest: bytes) -> None:
         """Keep a manifest, atomically; behind it, announce no more chunk keys than there are."""
-        async with self._translated():
+        async with self._calling():
             await self._check_ours(self._manifests)
             await self._client.hset(self._manifests, checkpoint_id, manifest)
         if checkpoint_id == self._making and self._used < self._announced:
             self._announced = self._used
             # Published it is. What stays announced beyond that is swept up as if it were chunks.
-            with suppress(RedisError, RedisClusterException, OSError):
-                await self._client.hset(self._started, checkpoint_id, str(self._used))
+            with suppress(RemoteUnavailable):
+                async with self._calling():
+                    await self._client.hset(self._started, checkpoint_id, str(self._used))
 
     async def manifests(self) -> dict[str, bytes]:
         """Return every manifest by its id."""
-        async with self._translated():
+        async with self._calling():
             found = await self._client.hgetall(self._manifests)
         named = {_text(key): bytes(value) for key, value in found.items()}
         return {name: value for name, value in named.items() if is_id(name)}
 
     async def withdraw(self, checkpoint_id: str) -> bool:
         """Remove a manifest; return whether it was there."""
-        async with self._translated():
+        async with self._calling():
             return bool(await self._client.hdel(self._manifests, checkpoint_id))
 
     async def chunks(self) -> list[ChunkKey]:
         """Return the keys of all chunks that were ever announced and not removed."""
-        async with self._translated():
+        async with self._calling():
             started = await self._client.hgetall(self._started)
         keys: list[ChunkKey] = []
         for checkpoint_id, value in sorted((_text(key), each) for key, each in started.items()):
@@ -186,16 +192,17 @@ class RedisStore:
     async def remove_chunks(self, keys: Iterable[ChunkKey]) -> None:
         """Remove chunks; announced keys behind the last one that is left are forgotten."""
         removed: dict[str, set[int]] = {}
-        async with self._translated():
-            for some in _pieces(keys):
+        for some in _pieces(keys):
+            async with self._calling():
                 pipeline = self._client.pipeline(transaction=False)
                 for key in some:
                     pipeline.execute_command("UNLINK", self.chunk_key(key))
                     removed.setdefault(key.checkpoint, set()).add(key.number)
                 await pipeline.execute()
-            if self._making in removed:
-                self._making = ""  # who puts one again announces it again
-            for checkpoint_id, numbers in removed.items():
+        if self._making in removed:
+            self._making = ""  # who puts one again announces it again
+        for checkpoint_id, numbers in removed.items():
+            async with self._calling():
                 await self._shrink(checkpoint_id, numbers)
 
     async def _shrink(self, checkpoint_id: str, removed: set[int]) -> None:
@@ -212,13 +219,19 @@ class RedisStore:
             await self._client.hset(self._started, checkpoint_id, str(left))
 
     @asynccontextmanager
-    async def _translated(self) -> AsyncIterator[None]:
+    async def _calling(self) -> AsyncIterator[None]:
+        """End a call when its time is over, and translate what it raises."""
+        time = asyncio.timeout(self._timeout_seconds)
         try:
-            yield
+            async with time:
+                yield
         except MasterNotFoundError:
             # Its message describes the clients, in some versions with their passwords.
             raise self._unavailable("no sentinel answers and knows a primary") from None
         except (RedisError, RedisClusterException, OSError) as error:
+            if time.expired():
+                reason = f"no answer within {self._timeout_seconds:g} s (redis.timeout_seconds)"
+                raise self._unavailable(reason) from error
             if _is_wrong_type(error):
                 raise await self._foreign(error) from error
             raise self._unavailable(f"{type(error).__name__}: {error}") from error
@@ -227,7 +240,8 @@ class RedisStore:
         """Return what to raise for a key in our place that somebody else wrote."""
         for key in (self._manifests, self._started):
             with suppress(RedisError, RedisClusterException, OSError):
-                kind = _text(await self._client.type(key))
+                async with asyncio.timeout(self._timeout_seconds):
+                    kind = _text(await self._client.type(key))
                 if kind not in ("hash", "none"):
                     return RemoteUnavailable(
                         f"checkpoints in Redis (WRONGTYPE): key {key!a} is a {kind} that was not "
