@@ -39,7 +39,7 @@ from persistence.checkpoint.manifest import (
     encode_chunk,
     encode_manifest,
     make_id,
-    number_of,
+    number_after,
     ref_of,
 )
 from persistence.checkpoint.plan import CHUNK_BYTES, Run, runs_of
@@ -142,7 +142,7 @@ async def create_checkpoint(
         cut = await take_cut(tier, parent.sequence if parent else 0)
         try:
             created = clock.wall()
-            number = max(map(number_of, catalogue.ids), default=0) + 1
+            number = number_after(catalogue.ids)
             made = make_id(number, time_text(created), worker, secrets.token_bytes(4))
             shipping = Shipping(tier, store, plan, clock, made, on_progress)
             chunks = await shipping.ship(cut)

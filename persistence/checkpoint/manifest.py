@@ -71,7 +71,8 @@ MAX_RAW_BYTES: Final = 2**32 - 1
 CHUNK_OVERHEAD_BYTES: Final = _CHUNK_HEADER.size + _CHECKSUM.size
 
 _ID: Final = re.compile(r"(\d{8})-\d{8}T\d{6}Z-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
-_MAX_ID_NUMBER: Final = 10**8
+# From here on a number is nobody's: one checkpoint a second would come to it after three years.
+_MAX_ID_NUMBER: Final = 9 * 10**7
 
 
 class MalformedCheckpoint(ValueError):
@@ -110,13 +111,12 @@ def make_id(number: int, created: str, worker: str, random: bytes) -> str:
     """Return the id of a checkpoint.
 
     Args:
-        number: one more than that of any earlier checkpoint in the store: the order of ids as
-            text is the order in which they were made, whatever the clock did.
+        number: see `number_after`.
         created: wall time as ``YYYYMMDDTHHMMSSZ``.
         worker: who makes it, hexadecimal.
         random: 4 bytes.
     """
-    assert number < _MAX_ID_NUMBER, number
+    assert number <= _MAX_ID_NUMBER, number
     made = f"{number:08d}-{created}-{worker[:8]}-{random.hex()}"
     assert _ID.fullmatch(made), made
     return made
@@ -130,6 +130,17 @@ def is_id(text: str) -> bool:
 def number_of(checkpoint_id: str) -> int:
     """Return the number in an id."""
     return int(checkpoint_id[:8])
+
+
+def number_after(ids: Iterable[str]) -> int:
+    """Return the number of the checkpoint that is made next.
+
+    One more than any other has: the order of ids as text is the order in which checkpoints were
+    made, whatever the clock did. Ids that could not be followed for ever are not: their numbers
+    are none that anybody came to by counting.
+    """
+    followed = [number for number in map(number_of, ids) if number < _MAX_ID_NUMBER]
+    return max(followed, default=0) + 1
 
 
 def worker_of(checkpoint_id: str) -> str:

@@ -58,6 +58,17 @@ async def test_everything_comes_back_byte_for_byte(
     assert disk_of(other).damages == []
 
 
+async def test_an_id_that_cannot_be_followed_keeps_none_from_being_made(
+    start: Start, store: CheckpointStore
+) -> None:
+    state = await start()
+    foreign = "99999999-20270101T000000Z-0badcafe-01234567"
+    await store.publish(foreign, b"of somebody else")
+    made = [await checkpoint(state, store, keep=1) for _ in range(3)]
+    assert [info.id[:8] for info in made] == ["00000001", "00000002", "00000003"]
+    assert set(await store.manifests()) == {foreign, made[-1].id}
+
+
 async def test_the_next_one_ships_only_what_has_changed(
     start: Start, store: CheckpointStore, tmp_path: Path
 ) -> None:

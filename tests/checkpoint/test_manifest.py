@@ -21,6 +21,7 @@ from persistence.checkpoint.manifest import (
     encode_manifest,
     is_id,
     make_id,
+    number_after,
     number_of,
     ref_of,
     worker_of,
@@ -59,6 +60,15 @@ def test_an_id_says_its_number_and_its_worker_and_has_one_form() -> None:
 def test_ids_sort_in_the_order_in_which_they_were_made() -> None:
     ids = [make_id(n, "20260131T235959Z", "0" * 8, bytes(4)) for n in (1, 2, 9, 10, 99, 100)]
     assert sorted(ids) == ids
+
+
+def test_the_next_number_is_one_more_than_any_that_was_counted_up_to() -> None:
+    def after(*numbers: int) -> int:
+        return number_after(f"{number:08d}{ID[8:]}" for number in numbers)
+
+    assert (after(), after(3, 1), after(99_999_999), after(99_999_999, 7)) == (1, 4, 1, 8)
+    assert after(89_999_999) == after(89_999_999, 90_000_000) == 90_000_000
+    assert is_id(make_id(90_000_000, "20260131T235959Z", "0" * 8, bytes(4)))
 
 
 def test_a_manifest_comes_back() -> None:
