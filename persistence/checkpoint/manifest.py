@@ -25,7 +25,7 @@ length and its checksum, so a chunk that is intact, but another one, is found ou
 field        size      meaning
 ============ ========= ========================================================================
 magic        8         ``PERSMAN`` and the byte 0x01, or 0x02 where the body is sealed
-version      2         2; any other is refused
+version      2         2; any other is refused, whatever comes behind it
 body         ...       MessagePack map, see `Manifest`
 checksum     4         CRC-32C of everything before
 ============ ========= ========================================================================
@@ -43,7 +43,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import lz4.frame
 import msgpack
@@ -54,6 +54,7 @@ from persistence.sealer import Sealer, key_id_of
 
 FORMAT_VERSION: Final = 2
 
+_ANY_MANIFEST: Final = b"PERSMAN"
 _MANIFEST_MAGIC: Final = b"PERSMAN\x01"
 _SEALED_MAGIC: Final = b"PERSMAN\x02"
 _MANIFEST_HEADER: Final = Struct("<8sH")
@@ -253,13 +254,16 @@ def decode_manifest(data: bytes, checkpoint_id: str, sealer: Sealer | None = Non
         OtherFormat: it is of another format version, or `Locked`.
     """
     behind = len(data) - _CHECKSUM.size
-    if behind < _MANIFEST_HEADER.size or checksum_of(data) != crc32c(data[:behind]):
-        raise MalformedCheckpoint("the manifest fails its checksum")
+    if behind < _MANIFEST_HEADER.size:
+        raise MalformedCheckpoint(f"the manifest has {len(data)} bytes, and is cut off")
     magic, version = _MANIFEST_HEADER.unpack_from(data)
-    if magic not in (_MANIFEST_MAGIC, _SEALED_MAGIC):
+    if not magic.startswith(_ANY_MANIFEST):
         raise MalformedCheckpoint("the manifest is no manifest")
-    check_version(version, FORMAT_VERSION)
     body = data[_MANIFEST_HEADER.size : behind]
+    if magic not in (_MANIFEST_MAGIC, _SEALED_MAGIC) or version != FORMAT_VERSION:
+        _check_other(body, checksum_of(data), version)
+    if checksum_of(data) != crc32c(data[:behind]):
+        raise MalformedCheckpoint("the manifest fails its checksum")
     is_sealed = magic == _SEALED_MAGIC
     if is_sealed:
         body = _opened(body, b"manifest " + checkpoint_id.encode(), sealer, "the manifest")
@@ -267,6 +271,23 @@ def decode_manifest(data: bytes, checkpoint_id: str, sealer: Sealer | None = Non
     if manifest.id != checkpoint_id:
         raise MalformedCheckpoint(f"the manifest is that of {manifest.id!a}")
     return manifest
+
+
+def _check_other(body: bytes, checksum: int, version: int) -> NoReturn:
+    """Tell a manifest of another format from one of ours whose header is damaged.
+
+    Another format may end with something else than our checksum. So a wrong one says nothing; but
+    one that is right with a header of ours in front says what the header was.
+
+    Raises:
+        MalformedCheckpoint: it is one of ours.
+        OtherFormat: it is not.
+    """
+    for magic in (_MANIFEST_MAGIC, _SEALED_MAGIC):
+        if crc32c(body, crc32c(_MANIFEST_HEADER.pack(magic, FORMAT_VERSION))) == checksum:
+            raise MalformedCheckpoint("the manifest's header is damaged")
+    check_version(version, FORMAT_VERSION)
+    raise OtherFormat("another kind of manifest: use a newer version of the library")
 
 
 def _manifest_of(packed: bytes, *, is_sealed: bool) -> Manifest:

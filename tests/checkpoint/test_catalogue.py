@@ -13,7 +13,7 @@ from persistence.checkpoint.catalogue import (
     prune,
     sweep,
 )
-from persistence.checkpoint.manifest import make_id, worker_of
+from persistence.checkpoint.manifest import FORMAT_VERSION, make_id, worker_of
 from persistence.checkpoint.stores import CheckpointStore, ChunkKey
 from tests.checkpoint.support import MemoryStore, checkpoint, restored
 from tests.engine import Start
@@ -133,3 +133,16 @@ async def test_chunks_stay_while_a_manifest_cannot_be_read(start: Start) -> None
     assert chunks <= set(store.kept_chunks)
     await prune(store, worker_of(second), 1, 0.0)  # now it is older than what is kept
     assert second not in store.kept_manifests
+
+
+async def test_a_manifest_of_another_format_is_never_pruned(start: Start) -> None:
+    store = MemoryStore()
+    await history(await start(), store, 3)
+    second = sorted(store.kept_manifests)[1]
+    newer = store.kept_manifests[second]
+    newer = newer[:8] + bytes([FORMAT_VERSION + 1]) + newer[9:-4] + b"other"
+    store.kept_manifests[second] = newer
+    chunks = set(store.kept_chunks)
+    await prune(store, worker_of(second), 1, 0.0)
+    assert store.kept_manifests[second] == newer
+    assert chunks == set(store.kept_chunks)

@@ -92,6 +92,13 @@ def test_a_manifest_with_any_bit_flipped_or_cut_off_anywhere_is_refused() -> Non
             decode_manifest(data[:size], ID)
 
 
+@pytest.mark.parametrize("header", [b"PERSMAN\x01\x03\x00", b"PERSMAN\x03\x02\x00"])
+def test_a_manifest_of_another_format_is_told_whatever_it_ends_with(header: bytes) -> None:
+    for rest in (encode_manifest(MANIFEST)[10:-1] + b"x", b"another body, no checksum", bytes(4)):
+        with pytest.raises(OtherFormat, match="newer version"):
+            decode_manifest(header + rest, ID)
+
+
 def test_a_newer_manifest_is_told_from_a_damaged_one() -> None:
     data = bytearray(encode_manifest(MANIFEST)[:-4])
     data[8] = FORMAT_VERSION + 1

@@ -312,7 +312,7 @@ def test_a_manifest_that_cannot_be_read_is_listed_as_that(
 ) -> None:
     one = made(command, redis_place, directory)
     data = shared_server.ask("HGET", "shop:checkpoints", one)
-    data = data[:8] + bytes([FORMAT_VERSION + 1]) + data[9:-4]
+    data = data[:8] + bytes([FORMAT_VERSION + is_newer]) + data[9:-4]
     data += crc32c(data).to_bytes(4, "little") if is_newer else b"oops"
     shared_server.ask("HSET", "shop:checkpoints", one, data)
     words = ["checkpoints", "restore", one, tmp_path / "new", *redis_place]
