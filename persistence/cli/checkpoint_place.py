@@ -12,6 +12,7 @@ import typer
 from persistence import SecurityConfig, StateConfig
 from persistence.checkpoint.opening import SERVERS, open_store
 from persistence.checkpoint.stores import CheckpointStore
+from persistence.cli.directory import shares_sessions
 from persistence.cli.failure import CommandError
 from persistence.cli.key_source import of_environment, security_for, source_of
 from persistence.disk.threads import Threads
@@ -114,6 +115,32 @@ def _at(config: StateConfig, directory: Path | None) -> StateConfig:
             "shutdown": config.shutdown.model_copy(update={"checkpoint": False}),
         }
     )
+
+
+def require_told_where_shared(
+    directory: Path, store: str | None, file: Path | None, config: StateConfig
+) -> None:
+    """Check that it is known where a directory's sessions are shared, if they are.
+
+    What is restored only in the directory would be undone: the server has what was there before,
+    and the worker would take it over from there when it is opened next.
+
+    Args:
+        directory: whose sessions are to be replaced.
+        store: as for `config_of`; it says where checkpoints are, and not how sessions are shared.
+        file: the configuration that was given; what it says goes, also that nothing is shared.
+        config: what came of that.
+
+    Raises:
+        CommandError: it is not known.
+    """
+    is_told = store is None and (file is not None or config.redis.url is not None)
+    if not is_told and shares_sessions(directory):
+        raise CommandError(
+            f"{directory} shares its sessions, and nothing says where: the state before would come "
+            "back from there; nothing was changed; give the worker's configuration with --config "
+            "FILE instead of --store, and the sessions are replaced for all workers"
+        )
 
 
 def without_sharing(config: StateConfig) -> StateConfig:

@@ -26,6 +26,7 @@ from persistence.cli.checkpoint_place import (
     StoreOption,
     config_of,
     opened_store,
+    require_told_where_shared,
     without_sharing,
 )
 from persistence.cli.directory import require_directory
@@ -113,8 +114,8 @@ def restore(
         typer.Option(
             "--live",
             help="DIR is a directory with sessions: replace all of them. It must not be open "
-            "elsewhere. With a --config that shares sessions through Redis, they are replaced "
-            "there too.",
+            "elsewhere. If its sessions are shared through Redis or PostgreSQL, it takes the "
+            "worker's --config, and they are replaced there too.",
         ),
     ] = False,
     store: StoreOption = None,
@@ -134,6 +135,8 @@ def restore(
     restored_with = config_of(
         store, namespace, config, directory if live else None, key_file=key_file
     )
+    if live:
+        require_told_where_shared(directory, store, config, restored_with)
     with _said_once(), _bar("restore", as_json) as on_progress:
         work = _restore_live if live else _restore_fresh
         restored = run(work(restored_with, checkpoint, directory, on_progress))

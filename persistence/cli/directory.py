@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Final
 
 from persistence.cli.failure import CommandError
-from persistence.disk.filenames import CONFLICTS, LOCK, MANIFEST, QUARANTINE, parse_segment
+from persistence.disk.filenames import (
+    CONFLICTS,
+    LOCK,
+    MANIFEST,
+    OUTBOX,
+    QUARANTINE,
+    parse_segment,
+)
 from persistence.disk.journal import count_entries
+from persistence.sharing.outbox import has_shared
 
 _KERNEL_LOCKS: Final = Path("/proc/locks")
 
@@ -50,6 +58,14 @@ def conflict_records(directory: Path) -> int:
         return count_entries((directory / CONFLICTS).read_bytes())
     except FileNotFoundError:
         return 0
+
+
+def shares_sessions(directory: Path) -> bool:
+    """Return whether a worker has shared the directory's sessions."""
+    try:
+        return has_shared((directory / OUTBOX).read_bytes())
+    except FileNotFoundError:
+        return False
 
 
 def is_open_elsewhere(directory: Path) -> bool:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from struct import Struct
 from typing import Final, NamedTuple
 
-from persistence.disk.journal import Journal
+from persistence.disk.journal import MAGIC, Journal, decode_entries
 from persistence.disk.threads import Threads
-from persistence.record import NO_ID
+from persistence.record import ID_BYTES, NO_ID
 
 _REMOVED: Final = 0
 _BRANCH: Final = 1
@@ -42,6 +42,14 @@ class Branch(NamedTuple):
 
     base: bytes
     version: int
+
+
+def has_shared(content: bytes) -> bool:
+    """Whether the directory with this file has ever shared its sessions: it knows an epoch."""
+    directory_id = content[len(MAGIC) : len(MAGIC) + ID_BYTES]
+    entries, _ = decode_entries(directory_id, content)
+    known = [_ENTRY.unpack_from(entry)[:2] for entry in entries]
+    return any(kind == _EPOCH and epoch != NO_ID for kind, epoch in known)
 
 
 class Outbox:

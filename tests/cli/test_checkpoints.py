@@ -182,6 +182,48 @@ def test_a_live_restore_with_a_workers_configuration_reaches_the_workers_that_sh
     assert with_state(tmp_path / "other", look, redis=redis) == [{"n": 1}, None]
 
 
+@pytest.mark.parametrize("said", ["url", "directory", "nothing"])
+def test_a_live_restore_of_shared_sessions_takes_the_workers_configuration(
+    command: Command, shared_server: RedisServer, tmp_path: Path, said: str
+) -> None:
+    async def fill(state: StateManager) -> None:
+        await state.create_session(session_id="kept", data={"n": 1})
+        await state.create_checkpoint()
+        await state.update_session_data("kept", "n", 2)
+
+    redis = {"url": shared_server.url}
+    kept = {} if said == "url" else {"store": str(tmp_path / "state-checkpoints")}
+    with_state(tmp_path / "state", fill, redis=redis, checkpoint=kept)
+    places: dict[str, list[object]] = {
+        "url": ["--store", shared_server.url],
+        "directory": ["--store", tmp_path / "state-checkpoints"],
+        "nothing": [],
+    }
+    place = places[said]
+    words = ["checkpoints", "restore", "latest", tmp_path / "state", "--live"]
+    command(*words, *place).assert_refused(f"{tmp_path}/state shares its sessions", "--config")
+    after = with_state(tmp_path / "state", contents, redis=redis)
+    assert after == {"kept": {"n": 2}}
+    # Into a new directory nothing of a worker's is undone.
+    assert command(*words[:3], tmp_path / "new", *(place or ["--store", kept["store"]])).code == 0
+
+
+def test_a_configuration_says_also_that_nothing_is_shared_any_more(
+    command: Command, shared_server: RedisServer, tmp_path: Path
+) -> None:
+    async def fill(state: StateManager) -> None:
+        await state.create_session(session_id="kept", data={"n": 1})
+        await state.create_checkpoint()
+        await state.update_session_data("kept", "n", 2)
+
+    with_state(tmp_path / "state", fill, redis={"url": shared_server.url})
+    file = tmp_path / "worker.toml"
+    file.write_text(f'[redis]\nurl = "{shared_server.url}"\nwrite = "checkpoint"\n')
+    words = ["checkpoints", "restore", "latest", tmp_path / "state", "--live", "--config", file]
+    assert command(*words).code == 0
+    assert sessions_of(tmp_path / "state") == {"kept": {"n": 1}}
+
+
 def test_without_a_place_a_checkpoint_goes_where_a_worker_puts_it(
     command: Command, directory: Path
 ) -> None:
