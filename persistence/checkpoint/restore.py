@@ -353,7 +353,7 @@ async def restore_into(  # noqa: PLR0913 - each a thing of its own
         seals: open what was sealed, and seal what is restored; None: nothing is sealed.
 
     Raises:
-        CheckpointNotFound: there is none of that id.
+        CheckpointNotFound: there is none of that id, or it was deleted meanwhile.
         CheckpointDamaged: it is damaged, and so are all before it.
         DirectoryNotUsable: the directory has sessions already, or cannot be used.
         DirectoryLocked: it is open elsewhere.
