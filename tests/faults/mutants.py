@@ -266,8 +266,8 @@ MUTANTS: Final = (
     Mutant(
         "the manifest of a checkpoint is not checked",
         CHECKPOINT,
-        " or checksum_of(data) != crc32c(data[:behind]):",
-        ":",
+        "    if checksum_of(data) != crc32c(data[:behind]):\n",
+        "    if False:\n",
         ("tests/checkpoint/test_manifest.py",),
     ),
     Mutant(
