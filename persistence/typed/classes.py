@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum, auto
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, NamedTuple, NewType, TypeVar, get_args, get_origin, get_type_hints
 
 from persistence.errors import InvalidArgument
 from persistence.typed.mismatch import type_name
@@ -61,6 +61,19 @@ def _kind_of_class(kind: Any) -> Kind | None:
         is_pydantic = "__pydantic_validator__" in vars(kind)
         return Kind.MODEL_DATACLASS if is_pydantic else Kind.DATACLASS
     return None
+
+
+def unwrapped(wanted: Any) -> Any:
+    """Return the type that another name stands for."""
+    while True:
+        if isinstance(wanted, NewType):
+            wanted = wanted.__supertype__
+        elif get_origin(wanted) is Final:
+            (wanted,) = get_args(wanted)
+        elif type(wanted).__name__ == "TypeAliasType":  # from Python 3.12 on
+            wanted = wanted.__value__
+        else:
+            return wanted
 
 
 def is_root_model(kind: Any) -> bool:

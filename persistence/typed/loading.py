@@ -21,7 +21,7 @@ from collections.abc import (
 )
 from collections.abc import Set as AbstractSet
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Final, NamedTuple, NewType, Union, get_args, get_origin
+from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
 
 from persistence.errors import InvalidArgument
 from persistence.typed.classes import (
@@ -34,7 +34,9 @@ from persistence.typed.classes import (
     kind_of,
     older_names,
     tag_of,
+    unwrapped,
 )
+from persistence.typed.direct import Make, direct_maker, has_class
 from persistence.typed.dumping import LEAVES, plain
 from persistence.typed.leaves import (
     ByMsgspec,
@@ -68,12 +70,12 @@ def reader_of(wanted: Any, leaf: Leaf = ByPydantic) -> Reader:
         wanted: the type.
         leaf: makes the reader of what has no objects in it.
     """
-    wanted = _unwrapped(wanted)
+    wanted = unwrapped(wanted)
     if kind_of(wanted) is not None:
         return class_reader(wanted)
     if isinstance(wanted, type) and wanted in _USUAL:
         return _ValueReader(wanted, leaf(wanted))
-    if not any(map(_has_class, get_args(wanted))):
+    if not any(map(has_class, get_args(wanted))):
         return leaf(wanted)
     origin: Any = get_origin(wanted)
     if origin is Annotated:
@@ -89,24 +91,6 @@ def reader_of(wanted: Any, leaf: Leaf = ByPydantic) -> Reader:
 def class_reader(wanted: Any) -> ClassReader:
     """Return what reads objects of a class, which may be one of a generic one: ``Box[int]``."""
     return ClassReader(wanted)
-
-
-def _unwrapped(wanted: Any) -> Any:
-    """Return the type that another name stands for."""
-    while True:
-        if isinstance(wanted, NewType):
-            wanted = wanted.__supertype__
-        elif get_origin(wanted) is Final:
-            (wanted,) = get_args(wanted)
-        elif type(wanted).__name__ == "TypeAliasType":  # from Python 3.12 on
-            wanted = wanted.__value__
-        else:
-            return wanted
-
-
-def _has_class(wanted: Any) -> bool:
-    wanted = _unwrapped(wanted)
-    return kind_of(wanted) is not None or any(map(_has_class, get_args(wanted)))
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -136,6 +120,10 @@ class ClassReader:
         self._opaque = ByPydantic(wanted, converts=True) if is_opaque(self._class) else None
 
     @cached_property
+    def _direct(self) -> Make | None:
+        return direct_maker(self._wanted)
+
+    @cached_property
     def fields(self) -> Mapping[str, _Field]:
         """The attributes by the names under which they are stored, and what reads them."""
         if self._opaque is not None:
@@ -157,6 +145,11 @@ class ClassReader:
 
     def read(self, value: Any, run: Run) -> Any:
         """Return the object that `value` stands for; see `Reader`."""
+        if self._direct is not None:
+            try:
+                return self._direct(value)
+            except Exception:  # noqa: BLE001, S110 - what is wrong is found out below
+                pass
         try:
             return self._made(value, run)
         except Mismatch as mismatch:
@@ -350,8 +343,8 @@ class _UnionReader:
         self._wanted = wanted
         members = [each for each in get_args(wanted) if each is not type(None)]
         self._has_none = len(members) < len(get_args(wanted))
-        self._with_class = [reader_of(each, leaf) for each in members if _has_class(each)]
-        others = tuple(each for each in members if not _has_class(each))
+        self._with_class = [reader_of(each, leaf) for each in members if has_class(each)]
+        others = tuple(each for each in members if not has_class(each))
         self._others = [leaf(Union[others])] if others else []  # noqa: UP007 - of a tuple
 
     def read(self, value: Any, run: Run) -> Any:
