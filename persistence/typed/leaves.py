@@ -64,17 +64,21 @@ class Untouched:
         return value
 
 
-class ByPydantic:
-    """Values of dataclasses, and of single fields.
+class _Leaf:
+    """Values of one type.
 
     Args:
-        wanted: their type.
+        wanted: the type.
         converts: whether another kind of value may come of it.
     """
 
     def __init__(self, wanted: Any, *, converts: bool = False) -> None:
         self._wanted = wanted
         self._converts = converts
+
+
+class ByPydantic(_Leaf):
+    """Values of dataclasses, and of single fields; see `_Leaf`."""
 
     @cached_property
     def _adapter(self) -> Any:
@@ -90,17 +94,8 @@ class ByPydantic:
         return made
 
 
-class ByMsgspec:
-    """Values of Structs.
-
-    Args:
-        wanted: their type.
-        converts: whether another kind of value may come of it.
-    """
-
-    def __init__(self, wanted: Any, *, converts: bool = False) -> None:
-        self._wanted = wanted
-        self._converts = converts
+class ByMsgspec(_Leaf):
+    """Values of Structs; see `_Leaf`."""
 
     def read(self, value: Any, _: Run) -> Any:
         """Return what `value` stands for; see `Reader`."""
