@@ -20,6 +20,7 @@ class Entry:
         limit: its ``max_requests``; 0: none.
         left: what it may admit of the block that is reserved.
         waiting: the requests that wait for the next block, and a task serves; None: none do.
+        coming: how many requests wait, or were admitted and have not got round to it.
         running: how many requests are under way.
         started: the sum of the times at which they have begun.
         durations: of requests that are not in `tally` yet, seconds.
@@ -28,6 +29,7 @@ class Entry:
     """
 
     __slots__ = (
+        "coming",
         "durations",
         "ended",
         "incarnation",
@@ -48,6 +50,7 @@ class Entry:
         self.limit = limit
         self.left = 0
         self.waiting: Waiting | None = None
+        self.coming = 0
         self.running = 0
         self.started = 0.0
         self.durations: list[float] = []
@@ -69,7 +72,7 @@ class Entry:
     @property
     def is_used(self) -> bool:
         """Whether somebody is at it right now."""
-        return bool(self.running) or self.waiting is not None
+        return bool(self.running or self.coming) or self.waiting is not None
 
     def cut_short(self, now: float) -> None:
         """Count what is under way as if it ended now, each after what all have taken on average."""

@@ -187,16 +187,20 @@ class Requests:
         """
         waiting = entry.waiting
         if waiting is None:
-            waiting = Waiting()
+            waiting = entry.waiting = Waiting()
+            turn = waiting.join()
             self._start(self._serve(entry, waiting))
-            entry.waiting = waiting
-        turn = waiting.join()
+        else:
+            turn = waiting.join()
+        entry.coming += 1
         try:
             may_pass = await turn
         except asyncio.CancelledError:
             if is_admitted(turn):  # it was admitted, and had not got round to it
                 entry.left += 1
             raise
+        finally:
+            entry.coming -= 1
         if not may_pass:
             self._refused += 1
             refuse_request(session_id, entry.limit)

@@ -12,7 +12,7 @@ import pytest
 from persistence import ManualClock, StateManager
 from persistence import record as rec
 from persistence.admission import Waiting
-from persistence.entries import Noted
+from persistence.entries import Entry, Noted
 from persistence.errors import (
     DiskFull,
     InvalidArgument,
@@ -435,6 +435,24 @@ async def test_what_an_idle_session_has_reserved_is_given_back(
     await requests_of(state).look()
     assert not requests_of(state).entries
     assert await passed(state, sid, 200) == 79
+
+
+async def test_a_request_that_was_admitted_is_counted_whatever_looks_before_it_goes_on(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that admits the last one, and the step in which that one goes on, are two."""
+    requests = state._requests
+    serve = requests._serve
+
+    async def serve_and_look(entry: Entry, waiting: Waiting) -> None:
+        await serve(entry, waiting)
+        await requests.look()
+
+    monkeypatch.setattr(requests, "_serve", serve_and_look)
+    sid = await state.create_session(max_requests=1)
+    async with state.request(sid):
+        assert (await state.session_metrics(sid)).running == 1
+    assert (await state.session_metrics(sid)).requests == 1
 
 
 async def test_a_limit_is_not_reached_as_long_as_something_is_reserved(state: StateManager) -> None:

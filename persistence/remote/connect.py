@@ -92,8 +92,8 @@ def check_tls_files(target: Target) -> None:
 def _named(what: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # an SSLError is one
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # an SSLError is one; a NUL in a path is the other
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"redis.url: {what} cannot be used: {reason}") from None
 
 

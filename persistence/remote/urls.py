@@ -185,9 +185,12 @@ def _database(parts: list[str], options: dict[str, str]) -> int:
 
 def _number(text: str, last: int) -> int | None:
     """Return the number that `text` is, from 0 to `last`; None: it is none."""
-    if not (text.isascii() and text.isdigit()) or len(text) > len(str(last)):
+    if not (text.isascii() and text.isdigit()):
         return None
-    number = int(text)
+    digits = text.lstrip("0") or "0"
+    if len(digits) > len(str(last)):
+        return None
+    number = int(digits)
     return number if number <= last else None
 
 

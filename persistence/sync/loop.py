@@ -34,7 +34,7 @@ T = TypeVar("T")
 _log = logging.getLogger("persistence.sync")
 
 _LEFT_OVER_SECONDS: Final = 0.5
-_CLOSES_AT_ONCE: Final = 32
+_CLOSES_AT_ONCE: Final = 256  # a thread each; at a shutdown they have 10 s in all
 running_loop = asyncio._get_running_loop
 """Returns the running event loop of this thread, or None; in C, where there is C."""
 

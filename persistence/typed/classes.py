@@ -93,6 +93,11 @@ def keeps_extras(kind: Any) -> bool:
     return kind_of(kind) is Kind.MODEL and kind.model_config.get("extra") == "allow"
 
 
+def forbids_extras(kind: Any) -> bool:
+    """Whether no object is made of what has other names than those of its attributes."""
+    return kind_of(kind) is Kind.MODEL and kind.model_config.get("extra") == "forbid"
+
+
 @lru_cache(maxsize=1024)
 def computed_names(kind: Any) -> frozenset[str]:
     """Return the names under which is stored what the class computes of its attributes."""

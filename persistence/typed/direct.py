@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
@@ -47,11 +47,28 @@ def direct_maker(wanted: Any) -> Make | None:
     if kind is Kind.STRUCT:
         # To msgspec those are native to the format, so it makes none of them of text or numbers.
         convert = sys.modules["msgspec"].convert
-        return partial(convert, type=wanted, builtin_types=_AS_THEY_ARE, str_keys=False)
+        make = partial(convert, type=wanted, builtin_types=_AS_THEY_ARE, str_keys=False)
+        return partial(_made_without_decimals, make)
     from pydantic import TypeAdapter  # noqa: PLC0415 - for those who have a schema
 
     validate: Make = TypeAdapter(wanted).validate_python
     return validate
+
+
+def _made_without_decimals(make: Make, value: Any) -> Any:
+    """Return what `make` makes of a value, in which msgspec would take a Decimal for a float."""
+    if _has_decimal(value):
+        raise TypeError("a Decimal goes the long way")
+    return make(value)
+
+
+def _has_decimal(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return any(map(_has_decimal, value.values()))
+    if kind in (list, tuple, set, frozenset):
+        return any(map(_has_decimal, value))
+    return kind is Decimal
 
 
 def _is_of_one_library(wanted: Any, kind: Kind, seen: set[Any]) -> bool:
@@ -67,8 +84,11 @@ def _is_of_one_library(wanted: Any, kind: Kind, seen: set[Any]) -> bool:
             and all(_is_of_one_library(each.wanted, kind, seen) for each in attributes(wanted))
         )
     inner = get_args(wanted)
-    if get_origin(wanted) in (Union, types.UnionType) and sum(map(has_class, inner)) > 1:
+    origin = get_origin(wanted)
+    if origin in (Union, types.UnionType) and sum(map(has_class, inner)) > 1:
         return False  # which of them it is, each library guesses in a way of its own
+    if origin is Iterable and has_class(wanted):
+        return False  # of which msgspec makes nothing
     return all(_is_of_one_library(each, kind, seen) for each in inner)
 
 
@@ -84,7 +104,7 @@ def _is_read_as_it_is_stored(wanted: Any) -> bool:
         return False
     if kind_of(kind) is Kind.STRUCT:
         return True
-    aliases = [each.validation_alias for each in kind.model_fields.values()]
-    if any(hasattr(alias, "choices") for alias in aliases):
-        return False  # one of them may be the name of something else that is stored
+    for each in kind.model_fields.values():
+        if hasattr(each.validation_alias, "choices") or each.init is False:
+            return False  # it takes names that may be those of something else that is stored
     return all(each.entry == (each.stored,) for each in attributes(wanted))

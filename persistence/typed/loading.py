@@ -29,8 +29,8 @@ from persistence.typed.classes import (
     Kind,
     attributes,
     computed_names,
+    forbids_extras,
     is_opaque,
-    keeps_extras,
     kind_of,
     older_names,
     tag_of,
@@ -239,9 +239,11 @@ class ClassReader:
         return validate
 
     def _extras(self, value: Mapping[Any, Any]) -> dict[Any, Any]:
-        if not keeps_extras(self._class):
+        """Return what no attribute is stored as: a model may have validators that look for it."""
+        if self._kind is not Kind.MODEL or forbids_extras(self._class):
             return {}
         known = self.fields.keys() | computed_names(self._class)
+        known |= {each.entry[0] for each, _ in self.fields.values()}
         return {name: each for name, each in value.items() if name not in known}
 
     def _locate(self, mismatch: Mismatch, value: Mapping[Any, Any]) -> None:

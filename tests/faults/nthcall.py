@@ -223,6 +223,7 @@ async def _explore(seed: int, branches: _Branches) -> None:
     with patch.object(loop, "time", lambda: time.monotonic() - branches.waited_seconds):
         try:
             await branches.world.run(script(seed))
+            branches.check_complete()
             if branches.breaker is not None:
                 await _check_end(branches.world, branches.breaker)
         except BaseException:
@@ -293,6 +294,11 @@ class _Branches:
         self.waited_seconds += time.monotonic() - started
         self._goes_on = self._report(failure, text or (status and f"ended with {status}") or "")
         return False
+
+    def check_complete(self) -> None:
+        """Assert, in the process that goes on, that there was every call that was to fail."""
+        if self.breaker is None and self._goes_on:
+            assert not self._of, f"no such calls: {sorted(self._of)}"
 
     def leave(self, text: str) -> NoReturn:
         """End a copy. Nothing of its parent's is tidied up."""
