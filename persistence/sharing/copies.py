@@ -1,7 +1,8 @@
 """Which local copies of sessions are known to be what the shared tier has.
 
 While announcements of other workers arrive, a copy that was compared once stays *valid* until a
-commit to its session is announced. When they may have been missed, no copy is valid any more.
+commit to its session is announced. When they may have been missed, no copy is valid any more. A
+copy that is *stale*, because there was something newer, stays so until it is compared.
 
 The table is split into many small sets, so that none of them grows in one long step.
 """
@@ -31,7 +32,7 @@ class Copies:
     def __init__(self) -> None:
         self.is_listening = False
         self._valid: list[set[str]] = [set() for _ in range(_SHARDS)]
-        self._stale: set[str] = set()
+        self._stale: dict[str, int] = {}  # session -> the generation in which it was announced
         self._filling: dict[str, list[bytes]] = {}
         self.generation = 0
 
@@ -40,12 +41,16 @@ class Copies:
         return session_id in self._valid[hash(session_id) & _MASK]
 
     def is_stale(self, session_id: str) -> bool:
-        """Whether another commit than the local copy's is known to be in the shared tier."""
+        """Whether another commit than the local copy's was in the shared tier."""
         return session_id in self._stale
+
+    def is_stale_for_certain(self, session_id: str) -> bool:
+        """Whether it has been heard of all that happened since, so that nothing was lost there."""
+        return self._stale.get(session_id) == self.generation
 
     def validate(self, session_id: str) -> None:
         """The local copy was compared, and is what the shared tier has."""
-        self._stale.discard(session_id)
+        self._stale.pop(session_id, None)
         self.validate_all((session_id,), self.generation)
 
     def validate_all(self, session_ids: Iterable[str], generation: int) -> None:
@@ -75,26 +80,28 @@ class Copies:
         shards = self._valid
         for session_id in session_ids:
             shards[hash(session_id) & _MASK].discard(session_id)
-        self._stale.difference_update(session_ids)
+            self._stale.pop(session_id, None)
 
     def announced(self, session_id: str, commit: bytes) -> None:
         """Another worker committed: the local copy, and any fill under way, may be older."""
         self._valid[hash(session_id) & _MASK].discard(session_id)
-        self._stale.add(session_id)
+        self._stale[session_id] = self.generation
         seen = self._filling.get(session_id)
         if seen is not None:
             seen.append(commit)
 
-    def reset(self, *, is_listening: bool) -> None:
+    def reset(self, *, is_listening: bool, is_lost: bool = False) -> None:
         """Announcements may have been missed: every local copy has to be compared again.
 
         Args:
             is_listening: whether they arrive from now on.
+            is_lost: what was in the shared tier is gone, and with it what was newer than here.
         """
         self.generation += 1
         self.is_listening = is_listening
         self._valid = [set() for _ in range(_SHARDS)]
-        self._stale.clear()
+        if is_lost:
+            self._stale.clear()
 
     # --- fills --------------------------------------------------------------------------------
     #

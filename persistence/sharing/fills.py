@@ -184,9 +184,9 @@ class Fills:
             return tail is not in_flight and tail.shared and not tail.failed
         if not self._is_here(session_id, mine):
             return False  # what is here changed meanwhile, and may be newer than what was found
-        if await self._kept_now(session_id, key, mine, found):
-            return False
         was_stale = self._copies.is_stale(session_id)
+        if await self._kept_now(session_id, key, mine, found, was_stale=was_stale):
+            return False
         self._copies.forget(session_id)  # what is announced from here on is newer than `found`
         await self._follow(session_id, key, mine, found, was_stale=was_stale)
         return True
@@ -197,22 +197,32 @@ class Fills:
         key: bytes,
         mine: bytes | None,
         found: RemoteSession | Stored | bytes | None,
+        *,
+        was_stale: bool,
     ) -> bool:
         """Keep the local version as a conflict record if the shared tier has lost it.
+
+        Also if it may have: what was newer there is gone, and not all was heard of that happened
+        since. It has expired, in all likelihood; or a replica without it took over.
 
         Returns:
             Whether it has been kept just now: meanwhile there may be something newer there.
         """
-        if mine is None or not isinstance(found, (RemoteSession, Stored)):
+        if mine is None or isinstance(found, bytes):
             return False
-        if not was_lost(mine, found):
+        if found is None:
+            if not was_stale or self._copies.is_stale_for_certain(session_id):
+                return False
+        elif not was_lost(mine, found):
             return False
         commit = rec.commit_of(mine)
         if self._kept.get(session_id) == commit or not self._residency.is_alive(session_id, key):
             self._kept.pop(session_id, None)
             return False
-        ended = isinstance(found, Stored)
-        version = found.version if isinstance(found, Stored) else rec.version_of(found.record)
+        ended = not isinstance(found, RemoteSession)
+        version = 0
+        if found is not None:
+            version = found.version if isinstance(found, Stored) else rec.version_of(found.record)
         await self._conflicts.keep(Conflict(session_id, self._wall(), mine, NO_ID, version, ended))
         self._kept[session_id] = commit
         return True

@@ -172,7 +172,7 @@ class Sharing:
         Args:
             before: the sessions that were here: those that are gone are ended there as well.
         """
-        self.copies.reset(is_listening=self.copies.is_listening)
+        self.copies.reset(is_listening=self.copies.is_listening, is_lost=True)
         everything = dict.fromkeys(before)
         everything.update(dict.fromkeys([each async for each in self._all_ids()]))
         rest = iter(everything)
@@ -240,9 +240,10 @@ class Sharing:
     def connected(self, *, epoch: bytes) -> None:
         """Announcements arrive from now on; what was before may have been missed."""
         epoch = blake2b(epoch, digest_size=ID_BYTES).digest()  # on Cluster it is longer
-        self.copies.reset(is_listening=True)
+        is_lost = epoch != self.outbox.epoch
+        self.copies.reset(is_listening=True, is_lost=is_lost)
         self._connected.set()
-        if epoch != self.outbox.epoch:
+        if is_lost:
             if self.outbox.epoch != NO_ID:
                 _log.warning("the shared tier lost its content: it is filled again from here")
             self._delivery.refill(epoch)

@@ -530,3 +530,32 @@ async def test_a_session_whose_new_time_is_over_is_not_brought_back_by_who_did_n
     assert await value(a, sid) is None
     await sharing_of(b).deliver()
     assert not shared_server.ask("EXISTS", "persistence:session:{a}")
+
+
+async def test_what_was_newer_is_remembered_while_the_subscription_is_broken(
+    pair: Pair, shared_server: RedisServer
+) -> None:
+    """By then its time is over. It may also have been lost, so what is here is kept beside."""
+    a, b = pair
+    sid = await a.create_session(session_id="a", data={"n": 1}, ttl_seconds=3600)
+    assert await value(b, sid) == 1
+    await a.set_ttl(sid, 0.5)
+
+    async def is_stale() -> bool:
+        return sharing_of(b).copies.is_stale(sid)
+
+    await until(is_stale)
+    generation = sharing_of(b).copies.generation
+    shared_server.ask("CLIENT", "KILL", "TYPE", "pubsub")
+
+    async def is_over() -> bool:
+        copies = sharing_of(b).copies
+        listens_again = copies.is_listening and copies.generation > generation
+        return listens_again and not shared_server.ask("EXISTS", "persistence:session:{a}")
+
+    await until(is_over)
+    assert await value(b, sid) is None
+    assert sharing_of(b).conflicts.count == 1
+    assert await value(a, sid) is None
+    await sharing_of(b).deliver()
+    assert not shared_server.ask("EXISTS", "persistence:session:{a}")
