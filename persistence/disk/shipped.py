@@ -8,11 +8,15 @@ The record lies in the directory, not in the store: whoever goes back to an olde
 directory goes back to that copy's record as well, and nothing written since is missed. It is
 written only after the checkpoint has been published; a crash in between makes the next checkpoint
 start from the one before. Without a record, or with a damaged one, the next checkpoint is full.
+
+One that cannot be read now may be read by the next life of the worker, whose checkpoint then goes
+on from it. So as long as it is there, all tombstones are kept.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
@@ -23,6 +27,8 @@ from persistence.disk.compaction import NOTHING_TO_SHIP
 from persistence.disk.filenames import SHIPPED, temporary_name
 from persistence.disk.files import Files, read_all, replace_file
 from persistence.disk.threads import Threads
+
+_log = logging.getLogger("persistence.disk")
 
 _FORMAT_VERSION: Final = 1
 
@@ -73,6 +79,7 @@ class ShippedRecord:
         self._directory = directory
         self._threads = threads
         self._underway: int | None = None
+        self._is_unreadable = False
         self.newest: Shipped | None = None
 
     @property
@@ -80,11 +87,19 @@ class ShippedRecord:
         """Tombstones behind this are kept for the next checkpoint."""
         if self.newest is not None:
             return self.newest.sequence
+        if self._is_unreadable:
+            return 0
         return NOTHING_TO_SHIP if self._underway is None else self._underway
 
     async def load(self) -> None:
         """Read the record. What cannot be read is as good as none: the next one is full."""
-        self.newest = await self._threads.read(_read, self._files, self._directory)
+        try:
+            self.newest = await self._threads.read(_read, self._files, self._directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.warning("%s/%s cannot be read: %s", self._directory, SHIPPED, error.strerror)
+        self._is_unreadable = self.newest is None
 
     @contextmanager
     def keeping(self, sequence: int) -> Iterator[None]:
@@ -110,20 +125,20 @@ class ShippedRecord:
             encode_shipped(shipped),
         )
         self.newest = shipped
+        self._is_unreadable = False
 
     async def give_up(self) -> None:
         """Forget the newest checkpoint, durably: the next one is full."""
-        if self.newest is None or self._underway is not None:
+        is_there = self.newest is not None or self._is_unreadable
+        if not is_there or self._underway is not None:
             return
         await self._threads.read(_remove, self._files, self._directory)
         self.newest = None
+        self._is_unreadable = False
 
 
 def _read(files: Files, directory: str) -> Shipped | None:
-    try:
-        return decode_shipped(read_all(files, f"{directory}/{SHIPPED}"))
-    except OSError:
-        return None
+    return decode_shipped(read_all(files, f"{directory}/{SHIPPED}"))
 
 
 def _remove(files: Files, directory: str) -> None:

@@ -19,12 +19,14 @@ from typing import Any, Final
 from persistence import StateManager, errors
 from persistence import record as rec
 from persistence.clock import SystemClock
-from persistence.config import RedisConfig
+from persistence.config import RedisConfig, SecurityConfig
 from persistence.disk.filenames import CONFLICTS
 from persistence.disk.journal import decode_entries
+from persistence.keys import seals_for
 from persistence.remote.contract import RemoteSession
 from persistence.remote.redis import RedisTier
 from persistence.sharing.conflicts import decode_conflict
+from tests import encryption
 from tests.engine import ScriptedFiles, config_for
 from tests.faults.simmodel import Model, Wrong, data_of, filler, tokens_in
 from tests.redis_servers import Proxy, RedisServer, need_binary
@@ -405,11 +407,14 @@ class Trouble:
     def _conflicts(self) -> dict[str, set[str]]:
         """Return what is kept of refused branches, by session."""
         kept: dict[str, set[str]] = {}
+        security = SecurityConfig.model_validate(encryption.sections().get("security", {}))
+        seals = seals_for(security)
+        sealer = None if seals is None else seals.conflicts
         for number in range(_WORKERS):
             path = self._directory / f"w{number}" / CONFLICTS
             content = path.read_bytes() if path.exists() else b""
             for entry in decode_entries(content[8:24], content)[0]:
-                conflict = decode_conflict(entry)
+                conflict = decode_conflict(entry, sealer)
                 if conflict is not None and conflict.record:
                     packed = rec.packed_fields(conflict.record)
                     data = {name: rec.unpack_value(value) for name, value in packed.items()}

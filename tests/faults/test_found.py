@@ -13,7 +13,7 @@ from crc32c import crc32c
 
 from persistence import errors
 from persistence import record as rec
-from persistence.disk.filenames import segment_name
+from persistence.disk.filenames import SHIPPED, segment_name
 from persistence.disk.manifest import MalformedManifest, decode_manifest
 from tests.disk.memoryfiles import Call, Killed, MemoryFiles, fail
 from tests.disk.powerloss import Beginning
@@ -297,3 +297,26 @@ def test_a_record_whose_names_are_no_names_is_malformed() -> None:
     at = record.index(b"\xa4abcd")
     with pytest.raises(rec.MalformedValue):
         rec.validate(record[:at] + b"\x81\x91\x00\x00\x00" + record[at + 5 :])
+
+
+async def test_what_has_ended_while_the_record_of_checkpoints_could_not_be_read_stays_ended() -> (
+    None
+):
+    """The life in which it can be read again makes an increment, which needs the tombstone."""
+    with stepped():
+        files = MemoryFiles()
+        async with opened(files, SMALL) as state:
+            for name in ("stays", "ends"):
+                await state.create_session(session_id=name, data={"x": 1})
+            await state.create_checkpoint()
+        files = files.after_kill()
+        files.faults.append(fail(errno.EMFILE, "open_read", path=SHIPPED))
+        async with opened(files, SMALL) as state:
+            await state.terminate_session("ends")
+            for _ in range(30):  # over a segment, so that the tombstone's is merged
+                await state.update_session_data("stays", "x", bytes(6000))
+            await state.compact()
+        async with opened(files.after_kill(), SMALL) as state:
+            assert (await state.create_checkpoint()).kind == "incremental"
+            await state.restore_checkpoint()
+            assert await everything(state) == {"stays": {"x": bytes(6000)}}
