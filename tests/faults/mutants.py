@@ -290,7 +290,17 @@ MUTANTS: Final = (
         COMPACTION,
         "        self._droppable_below = min(lowest_outside, shipped_sequence + 1)",
         "        self._droppable_below = max(lowest_outside, shipped_sequence < 0)",
-        (f"{SHIPPING}::test_deletions_are_shipped_even_when_compaction_has_no_more_use_for_them",),
+        (
+            f"{SHIPPING}::test_deletions_are_shipped_even_when_compaction_has_no_more_use_for_them",
+            "tests/faults/test_found.py",
+        ),
+    ),
+    Mutant(
+        "an unreadable record of what was shipped is as good as none",
+        "persistence/disk/shipped.py",
+        "        if self._is_unreadable:\n            return 0\n",
+        "",
+        ("tests/faults/test_found.py",),
     ),
     Mutant(
         "a merge drops every tombstone",
@@ -768,8 +778,8 @@ MUTANTS: Final = (
     Mutant(
         "what the shared tier has lost is not kept",
         "persistence/sharing/fills.py",
-        "        if not was_lost(mine, found):\n",
-        "        if True:\n",
+        "        elif not was_lost(mine, found):\n",
+        "        else:\n",
         (OUTAGES,),
     ),
     Mutant(
