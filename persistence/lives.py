@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -48,6 +49,7 @@ class Lives:
         self._lookup = lookup
         self._plain_data = plain_data
         self._no_limit_cleanup_before = -NEVER
+        self._limit_cleanup = asyncio.Lock()
 
     def attach(self, tiers: Tiers) -> None:
         """Work on the tiers as they are now."""
@@ -132,10 +134,12 @@ class Lives:
         limit = self._config.max_sessions
         if not limit or self._session_count() < limit:
             return
-        if self._time.now() >= self._no_limit_cleanup_before:
-            self._no_limit_cleanup_before = self._time.now() + _LIMIT_CLEANUP_SECONDS
-            if await self._listing.remove_expired():
-                self._no_limit_cleanup_before = -NEVER
+        async with self._limit_cleanup:  # who comes meanwhile waits for the room that it makes
+            is_over = self._session_count() >= limit
+            if is_over and self._time.now() >= self._no_limit_cleanup_before:
+                self._no_limit_cleanup_before = self._time.now() + _LIMIT_CLEANUP_SECONDS
+                if await self._listing.remove_expired():
+                    self._no_limit_cleanup_before = -NEVER
         self._refuse_over_limit()
 
     def _refuse_over_limit(self) -> None:

@@ -93,6 +93,9 @@ _unpack_version = _VERSION.unpack_from
 _DOUBLE: Final = Struct("<d")
 
 _MAX_NESTED_EXTENSIONS: Final = 32
+_MAX_LEVELS_IN_EXTENSION: Final = 512
+_NESTING: Final = frozenset({tuple, set, frozenset})
+_CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
 _LARGE_FIELDS_BYTES: Final = 16 * 1024
 _SMALL_VALUE_BYTES: Final = 1024  # cannot claim enough to matter
 _KEPT_SHAPES: Final = 4096
@@ -146,6 +149,8 @@ def _pack_extension(depth: int, value: object) -> msgpack.ExtType:
     supported type: flattening it would bring it back as something else, so it is refused.
     """
     kind = type(value)
+    if not depth and kind in _NESTING and _is_too_deep(value):
+        raise _Refused("nested too deeply")
     if kind is tuple:
         return msgpack.ExtType(ExtCode.TUPLE, _packer(depth + 1)(list(value)))  # type: ignore[call-overload]
     if kind is datetime:
@@ -167,13 +172,39 @@ def _pack_extension(depth: int, value: object) -> msgpack.ExtType:
     raise _Refused(f"type {_type_name(kind)}")
 
 
+def _is_too_deep(value: object) -> bool:
+    """Whether a tuple or set has too many levels of anything inside it.
+
+    The packer counts levels, but anew inside of each tuple or set; all of them together would use
+    up the thread's stack, which ends the process.
+    """
+    level = [value]
+    for _ in range(_MAX_LEVELS_IN_EXTENSION):
+        inner: dict[int, object] = {}  # each once, however often it is there
+        for container in level:
+            for each in container:  # type: ignore[attr-defined]  # it is a container
+                if type(each) in _CONTAINERS:
+                    inner[id(each)] = each
+            if type(container) is dict:
+                for each in container.values():
+                    if type(each) in _CONTAINERS:
+                        inner[id(each)] = each
+        if not inner:
+            return False
+        level = list(inner.values())
+    return True
+
+
 def _type_name(kind: type) -> str:
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
 
 
 def _datetime_text(value: datetime) -> bytes:
-    offset = value.utcoffset()
+    try:
+        offset = value.utcoffset()
+    except Exception as error:  # a zone of the application's
+        raise _Refused(f"a datetime whose zone raised {type(error).__name__}") from error
     if offset is None:
         raise _Refused("a naive datetime (without a time zone)")
     if offset.microseconds and abs(offset) < _SECOND:
@@ -213,7 +244,6 @@ def _packer(depth: int) -> Callable[[object], bytes]:
 # in the output, so a value without any (nearly all) needs no walk; text may hold them by chance.
 _MARKERS: Final = bytes([0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8])
 _PLAIN: Final = frozenset({int, str, float, bool, type(None), bytes})
-_CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
 _REFUSED_NATIVES: Final = (memoryview, msgpack.ExtType, msgpack.Timestamp)
 
 

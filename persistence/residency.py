@@ -294,7 +294,7 @@ class Residency(Spilling):
         if deadline <= now or length > self._large_bytes:
             return None
         record = self._read_at(segment, offset, length, key)
-        if record is None:
+        if record is None or len(record) > self._large_bytes:  # it was compressed
             return None
         life = NEVER
         if deadline != NEVER:  # `life_of`, without the call

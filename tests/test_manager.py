@@ -344,6 +344,19 @@ async def test_at_the_limit_not_every_refusal_looks_through_all_sessions(
     assert len(looks) == 2
 
 
+async def test_all_who_come_at_once_wait_for_the_room_that_expired_sessions_leave(
+    start: Start, clock: ManualClock
+) -> None:
+    state = await start(session={"max_sessions": 10})
+    for _ in range(10):
+        await state.create_session(ttl_seconds=10)
+    clock.advance(10)
+    made = await asyncio.gather(*[state.create_session() for _ in range(10)])
+    assert sorted(await state.get_active_sessions()) == sorted(made)
+    with pytest.raises(SessionLimitReached):
+        await state.create_session()
+
+
 async def test_no_more_sessions_than_the_limit(start: Start) -> None:
     state = await start(session={"max_sessions": 3})
     made = [await state.create_session() for _ in range(3)]

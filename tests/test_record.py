@@ -384,6 +384,22 @@ def test_any_depth_is_either_refused_or_comes_back(wrap: Callable[[Any], Any], i
     assert refused >= 1
 
 
+def test_levels_inside_of_tuples_count_together() -> None:
+    """The packer begins to count anew in each of them, and the thread's stack does not."""
+
+    def lists_around(value: Any) -> Any:
+        return (nested(90, lambda inner: [inner], value),)
+
+    assert unpack_value(pack_value(nested(5, lists_around), "deep")) == nested(5, lists_around)
+    for times in (6, 30):
+        with pytest.raises(ValueNotSerializable, match="nested too deeply"):
+            pack_value(nested(times, lists_around), "deep")
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(ValueNotSerializable, match="nested too deeply"):
+        pack_value((circle,), "circle")
+
+
 @pytest.mark.parametrize("inner", [(1,), {1}, bytearray(b"x")], ids=["tuple", "set", "bytearray"])
 def test_how_deep_a_value_may_be_does_not_depend_on_who_stores_it(inner: Any) -> None:
     value = nested(500, lambda value: {"k": value}, inner)

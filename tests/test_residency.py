@@ -229,6 +229,20 @@ async def test_a_session_larger_than_the_budget_is_served_without_being_cached(
     assert await data_of(again, "large") == {"x": second, "y": [1, 2]}
 
 
+async def test_a_session_that_is_small_on_disk_only_pushes_nobody_out_of_memory(
+    start: Start, crash: Crash
+) -> None:
+    """It is compressed there, and larger than the budget when it is read."""
+    state = await start(memory=SMALL)
+    await state.create_session(session_id="large", data={"x": "x" * 2 * BUDGET})
+    again = await start(path=crash(state), memory=SMALL)
+    for number in range(5):
+        await again.create_session(session_id=f"small {number}")
+    for _ in range(2):
+        assert await data_of(again, "large") == {"x": "x" * 2 * BUDGET}
+        assert len(resident(again)) == 5
+
+
 async def test_a_session_that_outgrows_the_budget_leaves_and_comes_back_when_it_shrinks(
     start: Start,
 ) -> None:

@@ -54,18 +54,14 @@ def quarantine_bytes(directory: Path) -> list[int]:
 
 def conflict_records(directory: Path) -> int:
     """Return how many versions are kept that the shared tier refused."""
-    try:
-        return count_entries((directory / CONFLICTS).read_bytes())
-    except FileNotFoundError:
-        return 0
+    path = directory / CONFLICTS
+    return count_entries(path.read_bytes()) if path.is_file() else 0
 
 
 def shares_sessions(directory: Path) -> bool:
     """Return whether a worker has shared the directory's sessions."""
-    try:
-        return has_shared((directory / OUTBOX).read_bytes())
-    except FileNotFoundError:
-        return False
+    path = directory / OUTBOX
+    return path.is_file() and has_shared(path.read_bytes())
 
 
 def is_open_elsewhere(directory: Path) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import stat
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
@@ -74,9 +76,13 @@ def _opened(output: Path | None) -> Iterator[IO[bytes]]:
             yield stream
         return
     output = output.resolve()
-    partial = output.with_name(f"{output.name}.partial")
+    # As private as what was there; as the sessions are in the directory, where nothing was.
+    mode = stat.S_IMODE(output.stat().st_mode) if output.exists() else 0o600
+    partial = output.with_name(f"{output.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as file:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, mode)
             yield file
             file.flush()
             os.fsync(file.fileno())

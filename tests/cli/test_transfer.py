@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -226,6 +227,21 @@ def test_an_export_that_fails_leaves_the_file_of_before(
         "sessions.jsonl",
         "source",
     ]
+
+
+def test_an_export_is_as_private_as_what_it_replaces_and_touches_no_other_file(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "sessions.jsonl.partial"
+    other.write_text("of somebody else")
+    for number, mode in enumerate((None, 0o600, 0o644)):
+        output = tmp_path / "sessions.jsonl"
+        if mode is not None:
+            output.chmod(mode)
+        assert command("export", source, "--output", output).code == 0, number
+        assert stat.S_IMODE(output.stat().st_mode) == (mode or 0o600)
+    assert other.read_text() == "of somebody else"
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, "sessions.jsonl", "source"}
 
 
 def test_what_is_no_file_is_written_to_and_stays_what_it_is(
