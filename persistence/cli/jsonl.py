@@ -227,7 +227,10 @@ def decode(line: bytes) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(
-            line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique
+            line.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
         )
         fields = _map_of(parsed)
     except RecursionError as error:
@@ -258,6 +261,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for at, key in enumerate(keys) if key in keys[:at])
         raise LineError(f"the key {twice!a:.60} is there twice")
     return decoded
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise LineError(f"{text} is too large for a float")
+    return value
 
 
 def _no_constant(name: str) -> None:
