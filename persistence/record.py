@@ -172,23 +172,21 @@ def _pack_extension(depth: int, value: object) -> msgpack.ExtType:
     raise _Refused(f"type {_type_name(kind)}")
 
 
-def _is_too_deep(value: object) -> bool:
+def _is_too_deep(value: Any) -> bool:
     """Whether a tuple or set has too many levels of anything inside it.
 
     The packer counts levels, but anew inside of each tuple or set; all of them together would use
     up the thread's stack, which ends the process.
     """
-    level = [value]
+    if _CONTAINERS.isdisjoint(map(type, value)):
+        return False  # as nearly always
+    level: list[Any] = [value]
     for _ in range(_MAX_LEVELS_IN_EXTENSION):
-        inner: dict[int, object] = {}  # each once, however often it is there
+        inner: dict[int, Any] = {}  # each once, however often it is there
         for container in level:
-            for each in container:  # type: ignore[attr-defined]  # it is a container
-                if type(each) in _CONTAINERS:
-                    inner[id(each)] = each
-            if type(container) is dict:
-                for each in container.values():
-                    if type(each) in _CONTAINERS:
-                        inner[id(each)] = each
+            parts = [*container, *container.values()] if type(container) is dict else container
+            if not _CONTAINERS.isdisjoint(map(type, parts)):
+                inner.update((id(each), each) for each in parts if type(each) in _CONTAINERS)
         if not inner:
             return False
         level = list(inner.values())
