@@ -197,16 +197,23 @@ async def slow(
 Slow = tuple[StateManager, SlowDirectories]
 
 
+async def asked(slow: Slow) -> tuple[str, asyncio.Task[Path]]:
+    """Return a session, and who asks for its directory, while that is being made."""
+    state, files = slow
+    sid = await state.create_session()
+    files.makes.hold()
+    asking = asyncio.create_task(state.scratch_dir(sid))
+    await files.makes.reached()
+    return sid, asking
+
+
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOENT, 0])
 async def test_a_session_that_ends_while_its_directory_is_made_is_not_found(
     slow: Slow, number: int
 ) -> None:
     """The directory is removed and made at the same time, and what the system says depends."""
     state, files = slow
-    sid = await state.create_session()
-    files.makes.hold()
-    asking = asyncio.create_task(state.scratch_dir(sid))
-    await files.makes.reached()
+    sid, asking = await asked(slow)
     await state.terminate_session(sid)
     files.error = OSError(number, "in between") if number else None
     files.makes.let_pass()
@@ -219,10 +226,7 @@ async def test_whoever_gives_up_waiting_for_the_directory_leaves_none_of_a_sessi
     slow: Slow,
 ) -> None:
     state, files = slow
-    sid = await state.create_session()
-    files.makes.hold()
-    asking = asyncio.create_task(state.scratch_dir(sid))
-    await files.makes.reached()
+    sid, asking = await asked(slow)
     asking.cancel()
     await asyncio.wait([asking])
     await state.terminate_session(sid)
