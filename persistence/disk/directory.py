@@ -171,15 +171,25 @@ def open_manifest(
         manifest, defect = read_manifest(files, directory)
         check_keys(directory, manifest, sealer)
         _agree(files, directory, manifest, defect)
+        if not any(parse_segment(name) is not None for name in files.list_directory(directory)):
+            # Whoever wrote it may have got no further, and a segment must not outlive it.
+            files.sync_directory(directory)
+            _sync_name(files, directory)
         return manifest, defect
     check_ours(files, directory)
     manifest = Manifest.fresh(None if sealer is None else sealer.newest)
     write_manifest(files, directory, manifest)
-    # Whoever made the directory may have died before its name was durable. A parent that we may
-    # not read is not of our making.
+    _sync_name(files, directory)
+    return manifest, None
+
+
+def _sync_name(files: Files, directory: str) -> None:
+    """Make the directory's own name durable: who made it may have died before it was.
+
+    A parent that we may not read is not of our making.
+    """
     with suppress(PermissionError):
         files.sync_directory(os.path.dirname(os.path.abspath(directory)))
-    return manifest, None
 
 
 def _agree(files: Files, directory: str, manifest: Manifest, defect: str | None) -> None:

@@ -269,6 +269,39 @@ async def test_a_restore_whose_outcome_is_unknown_leaves_the_old_state_or_the_ne
     assert unknown > 1, "of some nobody knows"
 
 
+async def test_no_segment_outlives_a_manifest_whose_name_was_never_synced() -> None:
+    """Openings whose syncs of the directory failed, then a power loss: it was refused."""
+    files = MemoryFiles()
+    files.faults.append(fail(errno.EIO, "sync_directory", times=None))
+    for _ in range(3):
+        with suppress(errors.DirectoryNotUsable, errors.WriteOutcomeUnknown):
+            async with opened(files, SMALL) as state:
+                await state.create_session(session_id="s", data={})
+    for seed in range(100):
+        async with opened(files.after_power_loss(Random(seed)), SMALL) as state:
+            assert await everything(state) == {}
+
+
+async def test_the_name_of_a_new_directory_is_synced_by_the_opening_that_succeeds() -> None:
+    """The first opening failed between the manifest and that; the second one left it out."""
+    files = MemoryFiles()
+    synced: list[str] = []
+
+    def fail_once(_: MemoryFiles, call: Call) -> None:
+        if call.operation == "sync_directory":
+            synced.append(call.path)
+            if synced.count(PATH) == 2 and call.path != PATH:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), call.path)
+
+    files.faults.append(fail_once)
+    with pytest.raises(errors.DirectoryNotUsable):
+        async with opened(files, SMALL):
+            pass
+    synced.clear()
+    async with opened(files, SMALL):
+        assert os.path.dirname(PATH) in synced
+
+
 async def test_a_manifest_of_nonsense_with_a_right_checksum_is_refused_as_damaged() -> None:
     """It ended with a bare error of the decoder of JSON, or of numbers."""
     for body in (
