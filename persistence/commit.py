@@ -3,7 +3,7 @@
 While one batch is being written and synced in the writer thread, the next one gathers. When the
 sync returns, the batch is acknowledged in order: the index and the memory tier learn of it, then
 the waiters are woken, a few in each turn of the loop, because waking a thousand tasks at once is a
-stall of its own.
+stall of its own. A commit that comes while nothing is under way is written alone, without the task.
 
 Invariants:
 - The memory tier and the index hold acknowledged versions only. Versions in flight form a chain
@@ -255,7 +255,11 @@ class CommitQueue:
         self._sync_due = False
         self._syncing: asyncio.Future[None] | None = None
         self._bytes_before_sync = 0  # that had been written when the last sync was started
-        self._sync_failure: BaseException | None = None
+        self._failure: BaseException | None = None  # what the task is to end with
+        # A commit that is written alone, while the task waits for work (see `_start_alone`).
+        self._alone: Commit | None = None
+        self._is_idle = False
+        self._gathers = False  # whether the last batch was one of several
         self._task: asyncio.Task[None] | None = None
 
     # --- what callers do ----------------------------------------------------------------------
@@ -346,7 +350,7 @@ class CommitQueue:
         self.pending_bytes = pending_bytes
         if commit.creates:
             self.creating += 1
-        if is_first:
+        if is_first and not self._start_alone(commit):
             self._arrived.set()
 
     async def flush(self) -> None:
@@ -464,11 +468,16 @@ class CommitQueue:
         """Write batch n + 1 in the thread while batch n is being acknowledged on the loop."""
         written: list[Commit] = []
         while True:
-            if not (written or self._queue or self._wants_sync()):
-                if self._ending:
+            if self._alone is not None or not (written or self._queue or self._wants_sync()):
+                if self._ending and self._alone is None:
                     break
+                self._is_idle = True
                 await self._work.wait()
+                self._is_idle = False
             self._work.clear()
+            if self._alone is not None:
+                continue
+            self._check_failure()
             batch = self._next_batch(self._queue)
             self._inflight = [written, batch]  # before they leave the queue: `_ended` finds each
             _remove_first(self._queue, len(batch))
@@ -478,8 +487,7 @@ class CommitQueue:
                 written = []
             if self._is_behind:
                 await self._sync_ended()
-            if self._sync_failure is not None:
-                raise self._sync_failure
+            self._check_failure()
             writing = await self._start(batch) if batch else None
             if written:
                 await self._acknowledge(written)
@@ -489,11 +497,14 @@ class CommitQueue:
             if self._wants_sync():
                 self._start_sync()
         await self._sync_ended()
-        if self._disk.writer.poisoned is None and self._sync_failure is None:
+        if self._disk.writer.poisoned is None and self._failure is None:
             self._start_sync()
             await self._sync_ended()
-        if self._sync_failure is not None:
-            raise self._sync_failure
+        self._check_failure()
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _next_batch(self, queue: deque[Commit]) -> list[Commit]:
         """Return the next batch, which stays in the queue: as much as fits, at least one."""
@@ -514,14 +525,14 @@ class CommitQueue:
         batch = await self._with_room(batch)
         if not batch:
             return None
-        chunks = await self._encode(batch)
-        writing = self._disk.threads.write(
-            self._disk.writer.append,
-            chunks,
-            len(batch),
-            sync=self._sync_each_batch,
-        )
-        return batch, writing, started
+        self._gathers = len(batch) > 1
+        append = self._append(await self._encode(batch), len(batch))
+        return batch, self._disk.threads.write(append), started
+
+    def _append(self, chunks: list[bytes], frames: int) -> Callable[[], None]:
+        """Return what writes a batch, and syncs it if that is what acknowledgements wait for."""
+        append = self._disk.writer.append
+        return partial(append, chunks, frames, sync=self._sync_each_batch)
 
     async def _with_room(self, batch: list[Commit]) -> list[Commit]:
         """Make room in the log for `batch`; return what of it there is room for.
@@ -589,47 +600,57 @@ class CommitQueue:
         except PersistenceError as error:
             self._fail(batch, error)
             return []
-        # Before anything else can run: until `apply`, these frames must not look dead.
+        self._written(batch, started)
+        return batch
+
+    def _written(self, batch: list[Commit], started: float) -> None:
+        """Note that a batch is in the log.
+
+        Before anything else can run: until `apply`, these frames must not look dead.
+        """
         self._disk.segments[batch[0].segment].unapplied += len(batch)
         self.latencies_seconds.append(self._monotonic() - started)
         self.batches += 1
         if self._sync_later_seconds is not None and self._sync_timer is None:
-            loop = asyncio.get_running_loop()
-            self._sync_timer = loop.call_later(self._sync_later_seconds, self._want_sync)
-        return batch
+            self._sync_timer = self._loop.call_later(self._sync_later_seconds, self._want_sync)
 
     async def _acknowledge(self, batch: list[Commit]) -> None:
         """Let index, memory and waiters know, in order, a few in each turn of the loop."""
         slices = Slices(self._monotonic)
-        tails = self.tails
         has_woken = False
         for some in _woken_together(batch):
             if has_woken or slices.due():
                 # Whoever was waiting goes on before more are woken: a thousand at a time would
                 # keep everything else from the loop for as long as they all take.
                 await slices.give_way()
-                has_woken = False
-            self._disk.apply(some)
-            nbytes = 0
-            for commit in some:
-                session_id = commit.session_id
-                if tails.get(session_id) is commit:
-                    del tails[session_id]
-                commit.previous = None
-                commit.settled = True
-                nbytes += commit.nbytes
-                if commit.creates:
-                    self.creating -= 1
-            self._acknowledged(some)
-            self.pending_bytes -= nbytes
-            for commit in some:
-                done = commit.done
-                if done is not None and not done.done():
-                    done.set_result(None)
-                    has_woken = True
-            if self._admissions:
-                self._admit()
+            has_woken = self._settle(some)
         self.committed += len(batch)
+
+    def _settle(self, some: list[Commit]) -> bool:
+        """Acknowledge a few commits; return whether somebody waited for one."""
+        tails = self.tails
+        self._disk.apply(some)
+        nbytes = 0
+        for commit in some:
+            session_id = commit.session_id
+            if tails.get(session_id) is commit:
+                del tails[session_id]
+            commit.previous = None
+            commit.settled = True
+            nbytes += commit.nbytes
+            if commit.creates:
+                self.creating -= 1
+        self._acknowledged(some)
+        self.pending_bytes -= nbytes
+        has_woken = False
+        for commit in some:
+            done = commit.done
+            if done is not None and not done.done():
+                done.set_result(None)
+                has_woken = True
+        if self._admissions:
+            self._admit()
+        return has_woken
 
     def _admit(self) -> None:
         """Wake whoever has waited longest for admission, if there is room."""
@@ -694,6 +715,66 @@ class CommitQueue:
             else:
                 self.tails[commit.session_id] = before
 
+    # --- one commit by itself -----------------------------------------------------------------
+
+    def _start_alone(self, commit: Commit) -> bool:
+        """Write the only commit there is at once, without the task; False: it is the task's.
+
+        Whoever updates by itself would else wait for three turns of the event loop more. What
+        comes meanwhile gathers in the queue, as behind any batch, and the task waits for the end.
+        Not after a batch of several: others are about to come then, and one sync does for all.
+        """
+        if (
+            not self._is_idle
+            or self._alone is not None
+            or self._gathers
+            or self._arrivals is not self._queue
+            or commit.nbytes >= _THREAD_ENCODE_BYTES
+            or self._failure is not None
+            or self._is_behind
+            or not self._disk.begin_now(commit.nbytes, grows=commit.kind == PUT)
+        ):
+            return False
+        self._inflight = [[commit]]  # before it leaves the queue: `_ended` finds it
+        self._queue.clear()
+        self._alone = commit
+        try:
+            started = self._monotonic()
+            append = self._append([self._disk.writer.encode([commit])], 1)
+            self._disk.threads.write_and_tell(partial(self._alone_ended, started), append)
+        except BaseException as error:  # noqa: BLE001 - the task ends with it
+            self._end_alone(error)
+        return True
+
+    def _alone_ended(self, started: float, _: object, error: BaseException | None) -> None:
+        """Acknowledge what was written alone. What is submitted meanwhile is the task's."""
+        assert self._alone is not None, "one at a time"
+        batch = [self._alone]
+        try:
+            if error is None:
+                self._written(batch, started)
+                self._settle(batch)
+                self.committed += 1
+            elif isinstance(error, DiskFull):
+                self._queue.extendleft(batch)  # the task knows what else to try
+                error = None
+            elif isinstance(error, PersistenceError):
+                self._fail(batch, error)
+                error = None
+        except BaseException as raised:  # noqa: BLE001 - the task ends with it
+            error = raised
+        self._end_alone(error)
+
+    def _end_alone(self, failure: BaseException | None) -> None:
+        """Let the task go on, if there is something to do, or end with `failure`."""
+        self._alone = None
+        if failure is None:
+            self._inflight = []
+        else:
+            self._failure = failure
+        if self._queue or self._ending or self._failure is not None or self._wants_sync():
+            self._work.set()
+
     # --- syncing ------------------------------------------------------------------------------
 
     def _want_sync(self) -> None:
@@ -739,7 +820,7 @@ class CommitQueue:
         if error is None or isinstance(error, PersistenceError):
             self._resolve_flushes(error, covered)
         else:
-            self._sync_failure = error
+            self._failure = error
         self._work.set()
 
     async def _sync_ended(self) -> None:

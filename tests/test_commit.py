@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from persistence import Session, StateManager
+from persistence.commit import Commit, CommitQueue
 from persistence.errors import DiskFull, PersistenceError, SessionNotFound, WriteOutcomeUnknown
 from tests.engine import (
     KIB,
@@ -575,6 +576,88 @@ async def test_an_error_that_nobody_thought_of_fails_everyone_and_hangs_nobody(
         ]
         assert all(isinstance(error, WriteOutcomeUnknown) for error in await outcomes(later))
         assert await state.get_session("b") is not None
+        await state.close()
+
+
+# One update by itself
+
+
+async def test_who_updates_alone_does_not_wait_for_the_committing_task(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await with_sessions(start, *map(str, range(20)))
+    batches = watched_batches(monkeypatch)
+    for value in range(1, 10):
+        await state.update_session_data("0", "x", value)
+    await state.terminate_session("1")
+    assert batches == []
+    await asyncio.gather(*(state.update_session_data(str(n), "x", 1) for n in range(2, 20)))
+    assert sum(map(len, batches)) == 17, "the first alone, those behind it gathered meanwhile"
+    batches.clear()
+    await asyncio.gather(*(state.update_session_data(str(n), "x", 2) for n in range(2, 20)))
+    assert sum(map(len, batches)) == 18, "no longer: it would take a sync more each time"
+    assert_idle(state)
+
+
+def watched_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Commit]]:
+    """Return the batches that the committing task will write."""
+    batches: list[list[Commit]] = []
+    start = CommitQueue._start
+
+    async def note(self: CommitQueue, batch: list[Commit]) -> Any:
+        batches.append(batch)
+        return await start(self, batch)
+
+    monkeypatch.setattr(CommitQueue, "_start", note)
+    return batches
+
+
+async def test_a_flush_and_a_close_wait_for_what_is_written_alone(
+    start: Start, files: ScriptedFiles, crash: Crash
+) -> None:
+    state = await with_sessions(start, "a")
+    files.writes.hold()
+    task = update(state, "a", 1)
+    await files.writes.reached()
+    flushing = asyncio.create_task(state.flush())
+    closing = asyncio.create_task(state.close())
+    await loop_steps(20)
+    assert not any(each.done() for each in (task, flushing, closing))
+    files.open_gates()
+    await asyncio.gather(task, flushing, closing)
+    assert await contents(await start(path=crash(state))) == {"a": {"x": 1}}
+
+
+async def test_an_end_written_alone_on_a_full_disk_is_tried_again_by_the_task(
+    start: Start, files: ScriptedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await with_sessions(start, "a", "b")
+    batches = watched_batches(monkeypatch)
+    files.full = True
+    with pytest.raises(DiskFull):
+        await state.terminate_session("a")
+    assert len(batches) == 1
+    files.full = False
+    await state.terminate_session("a")
+    assert await contents(state) == {"b": {"x": 0}}
+    assert_idle(state)
+
+
+@pytest.mark.parametrize("place", ["encode", "append", "apply"])
+async def test_an_error_that_nobody_thought_of_does_not_lose_what_is_written_alone(
+    start: Start, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    state = await with_sessions(start, "a", "b")
+    disk = disk_of(state)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(disk if place == "apply" else disk.writer, place, fail)
+    async with asyncio.timeout(10):
+        errors = await outcomes([state.update_session_data(name, "x", 1) for name in "ab"])
+        assert all(isinstance(error, WriteOutcomeUnknown) for error in errors)
+        assert await contents(state) == {"a": {"x": 0}, "b": {"x": 0}}
         await state.close()
 
 

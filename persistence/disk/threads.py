@@ -18,13 +18,16 @@ from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread, main_thread
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
 
 from persistence.errors import ManagerClosed
 from persistence.own_threads import mark_own_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Told: TypeAlias = Callable[[T | None, BaseException | None], None]
+"""Gets what a call returned, or what it raised."""
 
 _READERS: Final = 4
 
@@ -34,32 +37,35 @@ class _Lane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._calls: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Told[Any]] | None]
         self._calls = SimpleQueue()
         self._thread: Thread | None = None
 
     def put(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Run `call` after all earlier ones."""
-        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.tell(call, partial(_resolve, done))
+        return done
+
+    def tell(self, call: Callable[[], T], told: Told[T]) -> None:
+        """Run `call` after all earlier ones; then, on the loop, `told` with what it led to."""
         if self._thread is None:
+            loop = asyncio.get_running_loop()
             self._thread = Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
             self._thread.start()
-        done: asyncio.Future[T] = loop.create_future()
-        self._calls.put((call, done))
-        return done
+        self._calls.put((call, told))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         mark_own_thread()
         while (item := self._calls.get()) is not None:
-            call, done = item
+            call, told = item
+            result, failure = None, None
             try:
                 result = call()
-            except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the call
-                resolve = partial(_fail, done, error)
-            else:
-                resolve = partial(_resolve, done, result)
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the call
+                failure = error
             try:
-                loop.call_soon_threadsafe(resolve)
+                loop.call_soon_threadsafe(told, result, failure)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
 
@@ -85,6 +91,14 @@ class Threads:
         self._check_open()
         return self._writer.put(partial(call, *args, **kwargs))
 
+    def write_and_tell(self, told: Told[T], call: Callable[[], T]) -> None:
+        """Run `call` as `write` does, and call `told` with what it led to.
+
+        That is a turn of the loop earlier than a callback of a future.
+        """
+        self._check_open()
+        self._writer.tell(call, told)
+
     def sync(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` in the syncing thread, beside what is being written."""
         self._check_open()
@@ -103,9 +117,9 @@ class Threads:
             # nothing else is left to do either.
             done: asyncio.Future[T] = loop.create_future()
             try:
-                _resolve(done, call(*args, **kwargs))
+                _resolve(done, call(*args, **kwargs), None)
             except Exception as error:  # noqa: BLE001 - handed to whoever awaits the call
-                _fail(done, error)
+                _resolve(done, None, error)
             return done
 
     @staticmethod
@@ -124,17 +138,15 @@ class Threads:
         self._readers.shutdown(wait=True)
 
 
-def _resolve(done: asyncio.Future[T], result: T) -> None:
-    if not done.done():
-        done.set_result(result)
-
-
-def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
+def _resolve(done: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
     if done.done():
         return
-    if isinstance(error, StopIteration):  # a future does not take it
-        error = RuntimeError(f"the call raised {error!r}")
-    done.set_exception(error)
+    if error is None:
+        done.set_result(result)
+    elif isinstance(error, StopIteration):  # a future does not take it
+        done.set_exception(RuntimeError(f"the call raised {error!r}"))
+    else:
+        done.set_exception(error)
 
 
 async def undisturbed(work: Awaitable[T]) -> T:

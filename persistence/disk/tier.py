@@ -525,12 +525,30 @@ class DiskTier:
             await self._allow_patches()
         if self.holds_back:
             await self._wait_for_compaction()
+        if not self._begin(nbytes):
+            await self._rotate()
+
+    def begin_now(self, nbytes: int, *, grows: bool) -> bool:
+        """Do what `make_room` does where nothing stands in the way; False: it is needed."""
+        writer = self.writer
+        if (
+            (grows and (self._is_over_limit(nbytes) or self._reserve.is_spent))
+            or writer.poisoned is not None
+            or writer.full is not None
+            or (writer.would_patch and not writer.may_patch)
+            or self.holds_back
+        ):
+            return False
+        writer.may_use_reserve = not grows
+        return self._begin(nbytes)
+
+    def _begin(self, nbytes: int) -> bool:
+        """Start a batch in the active segment, if it fits into it."""
         self._batch_started = self._time.now()
-        if self.writer.active is not None:
-            self.writer.begin()
-            if self.writer.has_room(nbytes):
-                return
-        await self._rotate()
+        if self.writer.active is None:
+            return False
+        self.writer.begin()
+        return self.writer.has_room(nbytes)
 
     async def _look_for_space(self, nbytes: int) -> None:
         """Refuse updates while the disk is still full, so that they keep no tombstone back.

@@ -388,6 +388,13 @@ MUTANTS: Final = (
         (f"{WRITING}::test_what_is_written_beside_a_sync_that_fails_is_not_acknowledged",),
     ),
     Mutant(
+        "a batch is written beside a commit that is written alone",
+        COMMIT,
+        "            if self._alone is not None:\n                continue\n",
+        "",
+        (f"{COMMITTING}::test_while_one_sync_runs_the_next_batch_gathers",),
+    ),
+    Mutant(
         "a flush is content with a sync that began before its updates",
         COMMIT,
         "        covered = min(self._oldest_undecided(), self._submitted + 1)\n",

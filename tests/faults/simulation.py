@@ -17,7 +17,7 @@ from random import Random
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
-from persistence.disk.threads import Threads
+from persistence.disk.threads import Threads, Told
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +41,9 @@ class SteppedThreads(Threads):
 
     def write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         return self._begin(self._writes, partial(call, *args, **kwargs))
+
+    def write_and_tell(self, told: Told[T], call: Callable[[], T]) -> None:
+        self._begin(self._writes, call).add_done_callback(partial(_tell, told))
 
     def sync(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         return self._begin(self._syncs, partial(call, *args, **kwargs))
@@ -91,6 +94,11 @@ def _run(call: Callable[[], T], done: asyncio.Future[T]) -> None:
     else:
         if not done.done():
             done.set_result(result)
+
+
+def _tell(told: Told[T], done: asyncio.Future[T]) -> None:
+    error = done.exception()
+    told(None if error is not None else done.result(), error)
 
 
 @contextmanager
