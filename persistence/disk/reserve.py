@@ -57,12 +57,12 @@ class Reserve:
     def _is_there(self) -> bool:
         try:
             fd = self._files.open_read(self._path)
+            try:
+                return self._files.size(fd) == self._nbytes
+            finally:
+                self._files.close(fd)
         except OSError:
             return False
-        try:
-            return self._files.size(fd) == self._nbytes
-        finally:
-            self._files.close(fd)
 
     def _written(self) -> bool:
         try:
