@@ -61,6 +61,9 @@ _new_row = tuple.__new__  # Row._make checks the length first, in Python
 _EMPTY: Final = bytearray()
 """The one empty bucket, in as many places as there are. A bucket with rows is changed in place,
 this one never: what is put into it takes its place."""
+_IMAGE_START: Final = Struct("<II")
+_EMPTY_START: Final = (1, 0)  # one bucket, and nothing in it: most shards of a small directory
+_EMPTY_IMAGE: Final = _IMAGE_START.pack(*_EMPTY_START)
 
 
 class Row(NamedTuple):
@@ -347,6 +350,9 @@ class Index:
     def images(self) -> Iterator[bytes]:
         """Yield one image per shard: bucket count, the buckets' lengths, the buckets."""
         for shard in self._shards:
+            if len(shard) == 1 and not shard[0]:
+                yield _EMPTY_IMAGE
+                continue
             lengths = [len(shard), *map(len, shard)]
             yield b"".join((pack(f"<{len(lengths)}I", *lengths), *shard))
 
@@ -356,6 +362,11 @@ class Index:
         Raises:
             ValueError: the image is not one (its checksum was right, so this is a defect of ours).
         """
+        if _IMAGE_START.unpack_from(image, at) == _EMPTY_START:
+            self._count -= self._counts[number]
+            self._counts[number] = 0
+            self._shards[number] = [_EMPTY]
+            return at + len(_EMPTY_IMAGE)
         (count,) = unpack_from("<I", image, at)
         lengths = unpack_from(f"<{count}I", image, at + 4)
         at += 4 + 4 * count
