@@ -4,21 +4,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contender import Metrics, check
+from benchmarks.arrivals import UPDATED_SHARE, arrivals, work_of_a_request
+from benchmarks.contender import Metrics
 from benchmarks.engine.opened import DURABILITY, MIB, Engine
 from benchmarks.peers.bare import latency_metrics
 from benchmarks.tasks import in_tasks
 
-IN_FLIGHT = 100
-CREATIONS_PER_SECOND = 200
-_REQUEST_SECONDS = 0.1
-_UPDATED_SHARE = 0.1  # of the requests
 _MESSAGES = 20
 _MESSAGE_BYTES = 1000
 
@@ -57,34 +53,22 @@ class SteadyCreation(Engine):
         return {"messages": [self._random.randbytes(half).hex() for _ in range(_MESSAGES)]}
 
     async def measure(self) -> Metrics:
-        beside = [asyncio.create_task(self._request_again()) for _ in range(IN_FLIGHT)]
-        seconds: list[float] = []
-        arrivals = []
-        due = time.perf_counter()
-        for _ in range(self.creation_count):
-            due += self._random.expovariate(CREATIONS_PER_SECOND)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            arrivals.append(asyncio.create_task(self._timed(seconds)))
-        await asyncio.gather(*arrivals)
-        for task in beside:
-            task.cancel()
-        ends = await asyncio.gather(*beside, return_exceptions=True)
-        check(all(isinstance(end, asyncio.CancelledError) for end in ends), f"requests: {ends}")
+        seconds = await arrivals(self._random, self.creation_count, self._timed, self._request)
         return latency_metrics(seconds)
 
-    async def _timed(self, seconds: list[float]) -> None:
+    async def _timed(self) -> float:
         data = self._data()
         started = time.perf_counter()
         session_id = await self.state.create_session(data=data)
-        seconds.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
         await self.state.terminate_session(session_id)  # so that each repetition has as many
+        return seconds
 
-    async def _request_again(self) -> None:
-        while True:
-            session_id = self._random.choice(self._ids)
-            async with self.state.request(session_id, "GET /"):
-                await asyncio.sleep(_REQUEST_SECONDS * self._random.uniform(0.0, 2.0))
-                if self._random.random() < _UPDATED_SHARE:
-                    await self.state.update_session_data(session_id, "seen", self._random.random())
-                else:
-                    await self.state.get_session(session_id)
+    async def _request(self) -> None:
+        session_id = self._random.choice(self._ids)
+        async with self.state.request(session_id, "GET /"):
+            await work_of_a_request(self._random)
+            if self._random.random() < UPDATED_SHARE:
+                await self.state.update_session_data(session_id, "seen", self._random.random())
+            else:
+                await self.state.get_session(session_id)

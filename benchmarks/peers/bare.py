@@ -4,20 +4,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.access import Accesses
-from benchmarks.contender import SYNCED, Contender, Metric, Metrics, Stopwatch, median
+from benchmarks.arrivals import UPDATED_SHARE, arrivals, work_of_a_request
+from benchmarks.contender import (
+    PROCESS_CRASH,
+    SYNCED,
+    THREAD,
+    Contender,
+    Metric,
+    Metrics,
+    Stopwatch,
+    median,
+)
 from benchmarks.pagecache import drop, warm
 
 LATENCY = (Metric("median", " µs"), Metric("p99", " µs"))
 
 LONE_APPEND = "bare write + fdatasync"
 
+_STEADY_BYTES = 20_000
 FRAME_BYTES = 748
 """What one 592-byte session occupies in the engine's log, so that both write the same."""
 
@@ -106,6 +119,57 @@ class Pread(Contender):
         return watch.rate(len(indexes))
 
     async def close(self) -> None:
+        os.close(self._file)
+
+
+@dataclass
+class SteadyAppend(Contender):
+    """Append 20 KB in a thread, 200 times a second, and nothing else; a sync each second.
+
+    Beside timers of 100 tasks, a tenth of which append as well. What is left is what the thread,
+    the event loop and the page cache cost.
+    """
+
+    append_count: int
+    name: str = "bare write in a thread"
+    is_limit: bool = True
+    durability: str = PROCESS_CRASH
+    called: str = THREAD
+
+    async def open(self, directory: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._file = os.open(directory / "log", flags, 0o600)
+        self._random = random.Random(7)
+        self._data = self._random.randbytes(_STEADY_BYTES)
+        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    async def measure(self) -> Metrics:
+        syncing = asyncio.create_task(self._sync_each_second())
+        seconds = await arrivals(self._random, self.append_count, self._append, self._request)
+        syncing.cancel()
+        await asyncio.wait([syncing])
+        return latency_metrics(seconds)
+
+    async def _append(self) -> float:
+        start = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._writer, os.write, self._file, self._data)
+        return time.perf_counter() - start
+
+    async def _request(self) -> None:
+        await work_of_a_request(self._random)
+        if self._random.random() < UPDATED_SHARE:
+            await self._append()
+
+    async def _sync_each_second(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._syncer, os.fdatasync, self._file)
+
+    async def close(self) -> None:
+        self._writer.shutdown()
+        self._syncer.shutdown()
         os.close(self._file)
 
 

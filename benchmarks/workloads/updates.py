@@ -104,7 +104,11 @@ def _relaxed(sizes: Sizes) -> list[Contender]:
 
 def _creation(sizes: Sizes) -> list[Contender]:
     count, creations = sizes.creation_sessions, sizes.creations
-    return [SteadyCreation(count, creations), SteadyCreation(count, creations, fsync="always")]
+    return [
+        SteadyCreation(count, creations),
+        SteadyCreation(count, creations, fsync="always"),
+        bare.SteadyAppend(creations),
+    ]
 
 
 WORKLOADS = (
