@@ -189,7 +189,8 @@ class Index:
         buckets = 1
         while buckets * _ROWS_PER_BUCKET * SHARDS < count:
             buckets *= 2
-        self._shards = [[_EMPTY] * buckets for _ in range(SHARDS)]
+        if buckets > 1:
+            self._shards = [[_EMPTY] * buckets for _ in range(SHARDS)]
 
     def load_newer(self, rows: bytes) -> None:
         """Take packed rows, except where a row with a higher sequence is there.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import time
 import traceback
@@ -215,7 +216,10 @@ def explore(seed: int, failures: Iterable[Failure], report: Report) -> None:
     branches = _Branches(seed, failures, report)
     # A manager lets go of its files in the child of a fork. These are to work on there.
     with stepped(), patch("persistence.lifecycle._open_managers", _Nobody()):
-        asyncio.run(_explore(seed, branches))
+        try:
+            asyncio.run(_explore(seed, branches))
+        finally:
+            gc.unfreeze()
 
 
 async def _explore(seed: int, branches: _Branches) -> None:
@@ -279,6 +283,7 @@ class _Branches:
         loop = asyncio.get_running_loop()
         started = time.monotonic()
         told, tells = os.pipe()
+        gc.freeze()  # else a collection in the copy writes to every page, and so copies it
         copy = os.fork()
         if not copy:
             os.close(told)
