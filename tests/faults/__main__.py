@@ -61,6 +61,7 @@ class Run:
         self.damages: int = arguments.damages
         part, parts = map(int, arguments.part.split("/"))
         self.part = slice(part - 1, None, parts)
+        self.skip: int = arguments.skip
         self.only: str = arguments.only
         self.directory: str | None = arguments.directory
         if self.directory is not None:
@@ -106,10 +107,10 @@ def nth(run: Run) -> None:
         if text:
             run.failed(f"seed {run.seed}, {failure} ({name})", text)
         done[name] += 1
-        run.say(f"nth: {done.total()} of {len(mine)}", at_once=False)
+        run.say(f"nth: {run.skip + done.total()} of {len(mine)}", at_once=False)
         return run.goes_on()
 
-    for start in range(0, len(mine), _FAILURES_PER_RUN):
+    for start in range(run.skip, len(mine), _FAILURES_PER_RUN):
         if run.goes_on():
             nthcall.explore(run.seed, mine[start : start + _FAILURES_PER_RUN], report)
     run.say(
@@ -122,7 +123,7 @@ def sequence(run: Run) -> None:
     """Look at every crash point of every sequence, as far as the time goes."""
     base = sequences.make_base()
     tally = sequences.Tally()
-    for each in sequences.all_sequences()[run.part]:
+    for each in sequences.all_sequences()[run.part][run.skip :]:
         if not run.goes_on():
             break
         try:
@@ -341,6 +342,7 @@ def main() -> int:
     parser.add_argument("--cancels", type=int, default=100_000, help="calls of Redis to cancel")
     parser.add_argument("--damages", type=int, default=10_000_000, help="damages of a log")
     parser.add_argument("--part", default="1/1", help="2/3: the second of every three")
+    parser.add_argument("--skip", type=int, default=0, help="of the part: what was done before")
     parser.add_argument("--only", default="", help="mutants or decoders whose name contains this")
     parser.add_argument("--directory", help="where the kills write; default: a temporary one")
     arguments = parser.parse_args()
