@@ -82,6 +82,11 @@ class Ledger:
                 return entry.value
         return self.settled.get(session_id)
 
+    def later(self, entry: Entry) -> list[Value]:
+        """Return what was submitted of the same session behind `entry`."""
+        at = next(number for number, each in enumerate(self.log) if each is entry)
+        return [each.value for each in self.log[at + 1 :] if each.session_id == entry.session_id]
+
     def replaced(self, state: State) -> None:
         """Everything is different from now on: a checkpoint was restored."""
         self.settled = dict(state)

@@ -17,7 +17,7 @@ from persistence.disk.filenames import SEGMENT_SUFFIX
 from persistence.disk.format import SEGMENT_HEADER_BYTES
 from tests import encryption
 from tests.disk.memoryfiles import Fault, Killed, MemoryFiles
-from tests.faults.ledger import Data, Ledger, State, Value
+from tests.faults.ledger import Data, Entry, Ledger, State, Value
 from tests.support import abandon, config, everything
 
 TTL_SECONDS: Final = 10.0
@@ -355,21 +355,32 @@ class World:
             entry.outcome = "refused"
             self._refused(sid, error)
         else:
-            self._check_durable(value, alone=group is None and not does_nothing)
+            self._check_durable(entry, alone=group is None and not does_nothing)
             entry.outcome = "acknowledged"
         return entry.outcome
 
-    def _check_durable(self, value: Value, *, alone: bool) -> None:
-        """The monitor: what is acknowledged must be on the disk by now."""
+    def _check_durable(self, entry: Entry, *, alone: bool) -> None:
+        """The monitor: what is acknowledged must be on the disk by now.
+
+        Or what was submitted behind it: the log is synced in order, and before its caller is woken
+        compaction may have dropped what that has replaced.
+        """
         if not self._syncs_each or not self.watches:
             return
-        if value is not None and not encryption.IS_ON:  # else nobody can tell where a value is
-            if "token" in value and not self.files.is_durable(value["token"]):
-                raise Impossible("acknowledged before it was synced")
-            if not self.files.is_durable(value["x"][:TOKEN_BYTES]):
+        if entry.value is not None and not encryption.IS_ON:  # else nobody can tell where it is
+            values = [entry.value, *self.ledger.later(entry)]
+            if not any(map(self._is_durable, values)):
                 raise Impossible("acknowledged before it was synced")
         if alone and self._has_unsynced_log():
             raise Impossible("acknowledged with unsynced bytes in the log")
+
+    def _is_durable(self, value: Value) -> bool:
+        if value is None:
+            return False
+        marks = [value["x"][:TOKEN_BYTES]]
+        if "token" in value:
+            marks.append(value["token"])
+        return all(map(self.files.is_durable, marks))
 
     def _has_unsynced_log(self) -> bool:
         contents = self.files.contents()
