@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -20,8 +20,22 @@ from persistence.cli.replayer import replay
 from persistence.cli.running import run
 from persistence.cli.screen import format_bytes, say
 
+_STORING: Final = (
+    "directory",
+    "segment",
+    "fsync",
+    "resume",
+    "concurrency",
+    "redis",
+    "redis_write",
+    "namespace",
+    "workers",
+)
+"""Parameters of `command` that say how sessions are stored, and mean nothing where none is."""
+
 
 def command(  # noqa: PLR0913, PLR0917 - one argument for each option
+    context: typer.Context,
     logs: Annotated[
         list[Path],
         typer.Argument(
@@ -83,15 +97,16 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     goes to a random worker. What is in Redis stays there, for seven days.
 
     With --policy all nothing is stored: each eviction policy is simulated on the log, in budgets
-    from one percent to all of what its sessions need, so that a budget can be chosen.
+    from one percent to all of what its sessions need, and in that of --memory if it is given, so
+    that a budget can be chosen.
     """
     if policy == "all":
-        if directory or redis or namespace or resume or workers > 1:
-            raise CommandError(
-                "--policy all stores nothing: leave out --directory, --redis, --namespace, "
-                "--workers, --resume"
-            )
-        return _compare(logs, limit, plot, as_json)
+        useless = [name for name in _STORING if _is_given(context, name)]
+        if useless:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+            raise CommandError(f"--policy all stores nothing: leave out {names}")
+        budget = memory if _is_given(context, "memory") else None
+        return _compare(logs, limit, budget, plot, as_json)
     if plot is not None:
         raise CommandError("--plot draws a comparison of the policies: it needs --policy all")
     if resume and directory is None:
@@ -126,11 +141,19 @@ def command(  # noqa: PLR0913, PLR0917 - one argument for each option
     return EXIT_OK if report.verified else EXIT_FAILED
 
 
-def _compare(logs: list[Path], limit: int | None, plot: Path | None, as_json: bool) -> int:
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Tell whether a parameter is on the command line, be it with the value that is its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _compare(
+    logs: list[Path], limit: int | None, memory: int | None, plot: Path | None, as_json: bool
+) -> int:
     if plot is not None:
         check_plot(plot)
     with screen.status_line(is_quiet=as_json) as show:
-        curves = compare_policies(logs, limit, show)
+        curves = compare_policies(logs, limit, memory, show)
     if plot is not None:
         draw(curves, plot)
     if as_json:

@@ -76,13 +76,17 @@ class _Asked:
 
 
 def compare_policies(
-    logs: Sequence[Path], limit: int | None, show: Callable[[str], None] | None
+    logs: Sequence[Path],
+    limit: int | None,
+    memory_bytes: int | None,
+    show: Callable[[str], None] | None,
 ) -> Curves:
     """Simulate every policy on the logs, in budgets from one percent to all of what they need.
 
     Args:
         logs: access logs, in order.
         limit: stop after so many requests.
+        memory_bytes: another budget to try, beside those.
         show: called with a line that says how far it is.
 
     Raises:
@@ -93,16 +97,24 @@ def compare_policies(
         raise CommandError("no line of the log is a request in Common or Combined Log Format")
     total_bytes = sum(asked.sizes.values())
     curves = Curves(len(asked.requests), skipped, len(asked.sizes), total_bytes, {})
+    budgets = _budgets(total_bytes, memory_bytes)
     for name in NAMES:
         points = curves.policies[name] = []
-        for share in SHARES:
+        for budget_bytes, share in budgets:
             if show is not None:
                 show(f"{name}: {share:.0%} of {format_bytes(total_bytes)}")
-            budget_bytes = max(1, round(total_bytes * share))
             points.append(
                 _point(share, budget_bytes, simulated(name, budget_bytes, asked.requests))
             )
     return curves
+
+
+def _budgets(total_bytes: int, memory_bytes: int | None) -> list[tuple[int, float]]:
+    """Return (budget, its share of `total_bytes`), by ascending budget."""
+    budgets = [(max(1, round(total_bytes * share)), share) for share in SHARES]
+    if memory_bytes is not None:
+        budgets.append((memory_bytes, memory_bytes / total_bytes))
+    return sorted(budgets)
 
 
 def _read(logs: Sequence[Path], limit: int | None) -> tuple[_Asked, int]:
@@ -131,12 +143,11 @@ def print_curves(curves: Curves) -> None:
 
 
 def _rows(curves: Curves) -> Iterator[list[str]]:
-    for number, share in enumerate(SHARES):
-        points = [curves.policies[name][number] for name in NAMES]
+    for points in zip(*(curves.policies[name] for name in NAMES), strict=True):
         memory = format_bytes(points[0].memory_bytes)
         yield [
             memory,
-            f"{share:.0%}",
+            f"{points[0].share:.0%}",
             *(f"{p.hit_ratio:.3f} ({p.byte_hit_ratio:.3f})" for p in points),
         ]
 

@@ -42,6 +42,19 @@ def test_the_table_has_a_line_for_each_budget(command: Command, log: Path) -> No
     assert "adaptive" in result.out
 
 
+def test_a_budget_that_is_given_is_tried_beside_the_others(command: Command, log: Path) -> None:
+    plain = command("replay", log, "--policy", "all", "--json").json
+    curves = command("replay", log, "--policy", "all", "--memory", "9KiB", "--json").json
+    for name, points in curves["policies"].items():
+        budgets = [point["memory_bytes"] for point in points]
+        assert budgets == sorted(budgets)
+        (given,) = [point for point in points if point not in plain["policies"][name]]
+        assert given["memory_bytes"] == 9 * 1024
+        assert given["share"] == 9 * 1024 / curves["sessions_bytes"]
+    out = command("replay", log, "--policy", "all", "--memory", "1GiB").out
+    assert "1.0 GiB" in out, "more than all of them need is tried as well"
+
+
 def test_lines_that_are_no_requests_are_counted(command: Command, log: Path) -> None:
     with log.open("a") as file:
         file.write("no request\n")
@@ -68,6 +81,10 @@ def test_the_curves_are_drawn(
         (["--policy", "all", "--redis", "redis://x"], "leave out"),
         (["--policy", "all", "--workers", "2"], "leave out"),
         (["--policy", "all", "--namespace", "shop"], "leave out"),
+        (["--policy", "all", "--fsync", "never"], "leave out --fsync\n"),
+        (["--policy", "all", "--segment", "1MiB"], "leave out --segment\n"),
+        (["--policy", "all", "--concurrency", "64"], "leave out --concurrency\n"),
+        (["--policy", "all", "--redis-write", "behind"], "leave out --redis-write\n"),
         (["--policy", "mru"], "memory.policy"),
     ],
 )
