@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import catalogue, document, environment, html, results, scratch
-from benchmarks.collected import run_result, workload_result
-from benchmarks.compare import GONE, TOLERANCE, WORSE, NotComparableError, compare
+from benchmarks.collected import run_result, sizes_result, workload_result
+from benchmarks.compare import GONE, TOLERANCE, WORSE, NotComparableError, check_comparable, compare
 from benchmarks.compare import different_machine as differences
 from benchmarks.isolation import Inside, Isolated
 from benchmarks.lag import sample_lag
@@ -125,16 +125,26 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 def _tolerance_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=_tolerance,
         default=TOLERANCE,
         metavar="SHARE",
         help="what --compare takes for no regression yet (default: %(default)s)",
     )
 
 
+def _tolerance(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to below 1")
+    return share
+
+
 def _run(options: argparse.Namespace, printer: Printer) -> int:
     workloads = catalogue.fitting(options.only, options.sizes)
-    old = results.read(options.compare) if options.compare else None  # before, not after, the run
+    # What cannot be done in the end is refused now, and not after half an hour.
+    old = results.read(options.compare) if options.compare else None
+    if old is not None:
+        check_comparable(old, sizes_result(options.sizes), {each.name for each in workloads})
     if options.html is not None:
         html.available()
     measured, broken = _measure(options, printer, workloads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.contender import Contender
 from benchmarks.lag import distribution, lag_metrics
@@ -32,10 +32,18 @@ def run_result(
         schema_version=VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment,
-        sizes=asdict(sizes),
+        sizes=sizes_result(sizes),
         idle=_distribution(idle),
         workloads=[workload_result(result) for result in results],
     )
+
+
+def sizes_result(sizes: Sizes) -> dict[str, Any]:
+    """Return sizes as they are read back from JSON, so that two runs can be compared."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(sizes).items()
+    }
 
 
 def workload_result(result: Result) -> WorkloadResult:

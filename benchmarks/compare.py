@@ -8,7 +8,9 @@ samples is then worse than the worse quarter of the old ones.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.contender import median, percentile
 from benchmarks.results import RowResult, RunResult, Unit, WorkloadResult
@@ -18,6 +20,7 @@ TOLERANCE = 0.1
 
 _ENOUGH_SAMPLES = 3
 _FEW_SAMPLES_FACTOR = 3  # with fewer the noise is not known: three times the tolerance
+_MOST_TOLERANCE = 0.95
 _NOT_COMPARED = {"max"}  # the longest of thousands of samples: it says what the machine did
 _SAME_MACHINE = ("processor", "memory", "file system", "python")
 
@@ -54,22 +57,31 @@ def compare(old: RunResult, new: RunResult, tolerance: float = TOLERANCE) -> lis
     Raises:
         NotComparableError: they are of different sizes, or have no workload in common.
     """
-    if old.sizes != new.sizes:
-        differing = sorted(
-            name
-            for name in old.sizes.keys() | new.sizes.keys()
-            if old.sizes.get(name) != new.sizes.get(name)
-        )
-        raise NotComparableError(f"the sizes of the runs differ: {', '.join(differing)}")
+    check_comparable(old, new.sizes, {workload.name for workload in new.workloads})
     before = {workload.name: workload for workload in old.workloads}
-    common = [each for each in new.workloads if each.name in before]
-    if not common:
-        raise NotComparableError("the runs have no workload in common")
     return [
         change
-        for workload in common
+        for workload in new.workloads
+        if workload.name in before
         for change in _changes(before[workload.name], workload, tolerance)
     ]
+
+
+def check_comparable(old: RunResult, sizes: dict[str, Any], names: Collection[str]) -> None:
+    """Refuse to compare an older run with one of these sizes and workloads, be it still to come.
+
+    Raises:
+        NotComparableError: as `compare`.
+    """
+    if old.sizes != sizes:
+        differing = sorted(
+            name
+            for name in old.sizes.keys() | sizes.keys()
+            if old.sizes.get(name) != sizes.get(name)
+        )
+        raise NotComparableError(f"the sizes of the runs differ: {', '.join(differing)}")
+    if not any(workload.name in names for workload in old.workloads):
+        raise NotComparableError("the runs have no workload in common")
 
 
 def different_machine(old: RunResult, new: RunResult) -> list[str]:
@@ -133,7 +145,7 @@ def _change(
         return Change(*told, new=float("nan"), factor=0.0, drift=drift, kind=GONE)
     factor = _factor(before, after, unit)
     if min(len(before), len(after)) < _ENOUGH_SAMPLES:
-        tolerance *= _FEW_SAMPLES_FACTOR
+        tolerance = min(tolerance * _FEW_SAMPLES_FACTOR, _MOST_TOLERANCE)
     kind = SAME
     if factor / drift < 1 - tolerance and _apart(after, before, unit, drift):
         kind = WORSE

@@ -95,3 +95,44 @@ def test_a_workload_that_takes_long_is_left_out_unless_it_is_named() -> None:
     assert "growth-index" not in {each.name for each in fitting([], QUICK)}
     assert [each.name for each in fitting(["growth-index"], QUICK)] == ["growth-index"]
     assert "growth-index" in {each.name for each in fitting([], FULL)}
+
+
+def test_a_run_is_compared_with_the_json_of_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, report = _run(tmp_path, "--only", "hit-ratio")
+    old = tmp_path / "old.json"
+    (tmp_path / "report.json").rename(old)
+    code, _ = _run(tmp_path, "--only", "hit-ratio", "--compare", str(old))
+    assert code == 0, "the same keys hit the same"
+    assert "20 figures compared, 0 worse" in capsys.readouterr().out
+    report["workloads"][0]["rows"][0]["metrics"]["50%"]["samples"] = [1000.0]
+    old.write_text(json.dumps(report), encoding="utf-8")
+    assert _run(tmp_path, "--only", "hit-ratio", "--compare", str(old))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--only", "scan"], "the runs have no workload in common"),
+        (["--quick", "--only", "hit-ratio"], "the sizes of the runs differ"),
+    ],
+)
+def test_a_run_that_could_not_be_compared_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    _run(tmp_path, "--only", "hit-ratio")
+    capsys.readouterr()
+    if "--quick" not in arguments:
+        arguments = ["--tiny", *arguments]
+    assert main(["run", *arguments, "--compare", str(tmp_path / "report.json")]) == 2
+    seen = capsys.readouterr()
+    assert reason in seen.err
+    assert seen.out == "", "nothing was measured"
+
+
+@pytest.mark.parametrize("share", ["-1", "1", "nan", "much"])
+def test_a_tolerance_is_a_share(share: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--tolerance", share])
+    assert ended.value.code == 2
