@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,7 +31,10 @@ from benchmarks.sizes import FULL, QUICK, STANDARD, TINY, Sizes
 from benchmarks.workload import Workload
 
 _EXIT_CODES = """exit code: 0; 1 when a contender crashed or answered wrongly, when --compare finds
-a regression, and with --check also when a bar was missed; 2 for a wrong command line or file."""
+a regression, and with --check also when a bar was missed; 2 for a wrong command line or file; 130
+when it was interrupted: --json and --html then have the workloads that were done."""
+
+_INTERRUPTED = 130
 
 _COMMANDS = ("run", "html", "compare", "document")
 
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     try:
         return int(options.act(options, Printer()))
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except (
         ValueError,
         OSError,
@@ -147,22 +154,39 @@ def _run(options: argparse.Namespace, printer: Printer) -> int:
         check_comparable(old, sizes_result(options.sizes), {each.name for each in workloads})
     if options.html is not None:
         html.available()
-    measured, broken = _measure(options, printer, workloads)
+    for path in (options.json, options.html):
+        if path is not None:
+            _check_writable(path)
+    measured, broken, interrupted = _measure(options, printer, workloads)
     if options.json is not None:
         options.json.write_text(measured.as_json(), encoding="utf-8")
     if options.html is not None:
         options.html.write_text(html.render(measured), encoding="utf-8")
     missed = _summarize(printer, measured)
+    if interrupted:
+        raise KeyboardInterrupt
     regressed = old is not None and _regressed(printer, old, measured, options.tolerance)
     return 1 if broken or regressed or (options.check and missed) else 0
 
 
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} is a directory, or in none")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written")
+
+
 def _measure(
     options: argparse.Namespace, printer: Printer, workloads: Sequence[Workload]
-) -> tuple[RunResult, bool]:
-    """Run the workloads; return what was measured, and whether anything went wrong."""
+) -> tuple[RunResult, bool, bool]:
+    """Run the workloads.
+
+    Returns what was measured, whether anything went wrong, and whether it was interrupted after
+    at least one workload was done.
+    """
     sizes: Sizes = options.sizes
     found: list[Result] = []
+    interrupted = False
     with scratch.Scratch(options.directory) as directory:
         described = environment.describe(directory.path)
         described["sizes"] = _described(sizes)
@@ -171,11 +195,17 @@ def _measure(
         printer.line(LEGEND)
         _warn(printer, directory.path, sizes)
         hosts = Inside if sizes is TINY else Isolated
-        for workload in workloads:
-            found.append(run(workload, sizes, directory, _progress, hosts))
-            _progress("")
-            print_workload(printer, workload_result(found[-1]))
-    return run_result(described, sizes, idle, found), any(each.broken for each in found)
+        try:
+            for workload in workloads:
+                found.append(run(workload, sizes, directory, _progress, hosts))
+                _progress("")
+                print_workload(printer, workload_result(found[-1]))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            interrupted = True
+    broken = any(each.broken for each in found)
+    return run_result(described, sizes, idle, found), broken, interrupted
 
 
 def _html(options: argparse.Namespace, printer: Printer) -> int:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import random
 import traceback
@@ -149,7 +150,8 @@ class _Local:
 
 
 def _serve(pipe: Connection, member: Member) -> None:
-    asyncio.run(_answer(pipe, member))
+    with contextlib.suppress(KeyboardInterrupt):  # all processes of a terminal get it at once
+        asyncio.run(_answer(pipe, member))
 
 
 async def _answer(pipe: Connection, member: Member) -> None:

@@ -106,22 +106,27 @@ class Inside:
 
 
 def _serve(pipe: Connection, contender: Contender, directory: Path) -> None:
-    asyncio.run(_answer(pipe, _Stage(contender, directory)))
+    # Interrupted are all processes of a terminal at once; the runner says so.
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_answer(pipe, _Stage(contender, directory)))
 
 
 async def _answer(pipe: Connection, stage: _Stage) -> None:
     loop = asyncio.get_running_loop()
-    while True:
-        # In a thread, so that a contender's background tasks live on while others have a turn.
-        try:
+    is_closed = False
+    try:
+        while not is_closed:
+            # In a thread, so that a contender's background tasks live on while others have a turn.
             command: Command = await loop.run_in_executor(None, pipe.recv)
-        except EOFError:
-            return  # the runner was interrupted
-        if command.name == "measure":
-            _settle()
-        pipe.send(await stage.perform(command))
-        if command.name == "close":
-            return
+            if command.name == "measure":
+                _settle()
+            pipe.send(await stage.perform(command))
+            is_closed = command.name == "close"
+    except (EOFError, BrokenPipeError):
+        return  # the runner has ended
+    finally:
+        if not is_closed:
+            await stage.abandon()
 
 
 class _Stage:
@@ -165,7 +170,10 @@ class _Stage:
         if self._is_open:
             await self._contender.close()
             return
-        # Opened halfway: what there is (a server, say) must end, what there is not cannot.
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Close what was opened halfway, or is at work: what there is (a server, say) must end."""
         with contextlib.suppress(Exception):
             await self._contender.close()
 

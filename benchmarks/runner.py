@@ -236,8 +236,12 @@ def _open(lanes: list[Lane], *, is_isolated: bool) -> None:
             lane.open()
         return
     with ThreadPoolExecutor(_OPENED_BESIDE) as openers:
-        for opened in [openers.submit(lane.open) for lane in lanes]:
-            opened.result()
+        try:
+            for opened in [openers.submit(lane.open) for lane in lanes]:
+                opened.result()
+        except BaseException:
+            openers.shutdown(cancel_futures=True)  # interrupted: the others need not begin
+            raise
 
 
 def _interleave(workload: Workload, common: Run, lanes: list[Lane]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import RATE, Contender, Metrics, WrongResultError
+from benchmarks.isolation import Command, Isolated
 from benchmarks.optional import UnavailableError, load
 from benchmarks.runner import Result, run
 from benchmarks.scratch import Scratch
@@ -29,6 +31,27 @@ class Steady(Contender):
     async def measure(self) -> Metrics:
         self.measured += 1
         return {"rate": self.rate + self.measured, "pid": float(os.getpid())}
+
+
+@dataclass
+class Server(Contender):
+    """Has something that stays when nobody ends it."""
+
+    name: str = "server"
+    signals: bool = False
+
+    async def open(self, directory: Path) -> None:
+        self.lock = directory / "running"
+        self.lock.touch()
+
+    async def measure(self) -> Metrics:
+        if self.signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        return {"rate": 1.0}
+
+    async def close(self) -> None:
+        self.lock.unlink()
 
 
 @dataclass
@@ -99,6 +122,28 @@ def test_a_contender_that_fails_says_why_and_the_others_go_on(
     assert result.rows[0].values("rate") == [202]
     assert result.broken is (kind != "unavailable")
     assert result.verdicts[0].passed is None
+
+
+def test_a_contender_is_closed_when_the_runner_has_died(tmp_path: Path) -> None:
+    host = Isolated(Server(), tmp_path)
+    assert host.ask(Command("open")) == {}
+    assert (tmp_path / "running").exists()
+    host._pipe.close()
+    host._process.join(60)
+    assert host._process.exitcode == 0
+    assert not (tmp_path / "running").exists()
+
+
+def test_a_contender_is_closed_when_it_is_interrupted_at_work(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host = Isolated(Server(signals=True), tmp_path)
+    assert host.ask(Command("open")) == {}
+    host._pipe.send(Command("measure"))
+    host._process.join(60)
+    assert host._process.exitcode == 0
+    assert not (tmp_path / "running").exists()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

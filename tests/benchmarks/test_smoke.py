@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import cli
 from benchmarks.catalogue import WORKLOADS, chosen, fitting
 from benchmarks.cli import main
+from benchmarks.runner import Result, run
 from benchmarks.sizes import FULL, QUICK
+from benchmarks.workload import Workload
 
 PEERS = ("zict", "lmdb", "rocksdict", "diskcache", "cashews")
 """What comes with the extra 'bench'."""
@@ -136,3 +139,31 @@ def test_a_tolerance_is_a_share(share: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "--tolerance", share])
     assert ended.value.code == 2
+
+
+def test_what_was_done_before_an_interruption_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(workload: Workload, *about: Any) -> Result:
+        if workload.name == "hit-ratio":
+            raise KeyboardInterrupt
+        return run(workload, *about)
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    code, report = _run(tmp_path, "--only", "scan", "--only", "hit-ratio")
+    assert code == 130
+    assert [workload["name"] for workload in report["workloads"]] == ["scan"]
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "no files of its own"
+    assert main(["--tiny", "--directory", str(tmp_path / "bench"), "--only", "hit-ratio"]) == 130
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("place", [".", "missing/report"])
+def test_a_report_that_cannot_be_written_ends_a_run_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
+    assert main(["--tiny", "--only", "hit-ratio", option, str(tmp_path / place)]) == 2
+    seen = capsys.readouterr()
+    assert str(tmp_path) in seen.err
+    assert seen.out == "", "nothing was measured"
