@@ -7,6 +7,7 @@ collection, threads or allocator.
 
 from __future__ import annotations
 
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -145,8 +146,11 @@ def percentile(ordered: list[float], share: float) -> float:
 
 
 def median(values: Iterable[float]) -> float:
-    """Return the median, nearest rank (an actual sample, never a mean of two)."""
-    return percentile(sorted(values), 0.5)
+    """Return the median; of an even number of values, the mean of the two in the middle.
+
+    The upper one of the two would be the best of two repetitions, of a rate as of a ratio.
+    """
+    return statistics.median(values)
 
 
 def chunks(items: list[T], size: int) -> Iterator[list[T]]:

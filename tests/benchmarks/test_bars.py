@@ -48,7 +48,15 @@ def test_contenders_are_compared_within_a_repetition() -> None:
     assert judge(bar, {ENGINE: ours, "peer": theirs}, "/s").measured == "2.00 ×"
 
 
-def test_medians_and_percentiles_are_samples() -> None:
+def test_the_median_of_two_repetitions_is_not_the_better_one() -> None:
+    ours = [{"rate": 10.0}, {"rate": 30.0}]
+    theirs = [{"rate": 10.0}, {"rate": 10.0}]
+    bar = Bar("rate", Kind.RATIO_AT_LEAST, 2.5, "peer")
+    verdict = judge(bar, {ENGINE: ours, "peer": theirs}, "/s")
+    assert (verdict.measured, verdict.passed) == ("2.00 ×", False)
+
+
+def test_medians_of_odd_numbers_and_percentiles_are_samples() -> None:
     assert median([3.0, 1.0, 2.0]) == 2.0
     assert percentile([float(n) for n in range(1000)], 0.999) == 999.0
     assert percentile([5.0], 0.5) == 5.0
