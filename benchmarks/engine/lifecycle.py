@@ -91,6 +91,7 @@ class Scan(Engine):
     """`async for session_id in iter_sessions()`."""
 
     session_count: int
+    durability: str = PROCESS_CRASH
 
     async def open(self, directory: Path) -> None:
         await self.open_state(directory, fsync="never")

@@ -33,6 +33,8 @@ class Engine(Contender):
 
     async def open_state(self, directory: Path, *, clock: Any = None, **options: Any) -> None:
         """Open `state`; `options` as for `configuration`."""
+        synced = DURABILITY[options.get("fsync", "always")] == SYNCED
+        assert synced or self.durability != SYNCED, f"the row of {self.name} claims too much"
         self.state = await _manager(directory, clock=clock, **options).__aenter__()
 
     async def close(self) -> None:

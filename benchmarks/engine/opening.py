@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import payloads
 from benchmarks.contender import Metrics, Stopwatch, WrongResultError, check
-from benchmarks.engine.opened import Engine, every, fill, opened, wrong_sessions
+from benchmarks.engine.opened import DURABILITY, Engine, every, fill, opened, wrong_sessions
 from benchmarks.resident import rss_bytes
 from benchmarks.tasks import in_tasks
 
@@ -35,6 +35,7 @@ class Build(Engine):
 
     session_count: int
     name: str = "build"
+    durability: str = DURABILITY["never"]
 
     async def open(self, directory: Path) -> None:
         await self.open_state(directory, fsync="never")

@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from benchmarks import lag, payloads
-from benchmarks.contender import Metric, Metrics, Stopwatch, check
+from benchmarks.contender import NOTHING, SYNCED, Metric, Metrics, Stopwatch, check
 from benchmarks.engine.opened import MIB, Engine, every, fill, wrong_sessions
 from benchmarks.redis_server import RedisServer
 from benchmarks.tasks import TASK_COUNT, in_tasks
@@ -57,9 +57,13 @@ class ThroughUpdate(Engine):
 
 @dataclass
 class FullCheckpoint(Engine):
-    """`create_checkpoint()` of all sessions to Redis; the one before is deleted each time."""
+    """`create_checkpoint()` of all sessions to Redis; the one before is deleted each time.
+
+    The row tells what the checkpoint survives: the server keeps no file, for the peer neither.
+    """
 
     session_count: int
+    durability: str = NOTHING
 
     async def open(self, directory: Path) -> None:
         self._server = RedisServer()
@@ -103,7 +107,9 @@ class DeltaCheckpoint(FullCheckpoint):
 
 @dataclass
 class RestoreCheckpoint(FullCheckpoint):
-    """`restore_checkpoint()` of all sessions into a worker that is running."""
+    """`restore_checkpoint()` of all sessions into a worker that is running, and into its log."""
+
+    durability: str = SYNCED
 
     async def open(self, directory: Path) -> None:
         await super().open(directory)

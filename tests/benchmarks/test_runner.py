@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bars import Bar, Kind
-from benchmarks.contender import RATE, Contender, Metrics, WrongResultError
+from benchmarks.contender import (
+    NOTHING,
+    PROCESS_CRASH,
+    RATE,
+    SYNCED,
+    Contender,
+    Metrics,
+    WrongResultError,
+)
+from benchmarks.engine.lifecycle import Scan
+from benchmarks.engine.shared import FullCheckpoint, RestoreCheckpoint
+from benchmarks.engine.update import LoneUpdate
 from benchmarks.isolation import Command, Isolated
 from benchmarks.optional import UnavailableError, load
 from benchmarks.runner import Result, run
@@ -169,3 +180,16 @@ def test_the_event_loop_lag_is_what_a_sleep_took_too_long() -> None:
 
     metrics = lag_metrics(asyncio.run(sample_lag(20)))
     assert 0 <= metrics["p50"] <= metrics["p99"] <= metrics["p99.9"] <= metrics["max"]
+
+
+async def test_no_row_of_the_engine_claims_more_than_its_log_keeps(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="claims too much"):
+        await LoneUpdate(1).open_state(tmp_path, fsync="never")
+
+
+@pytest.mark.parametrize(
+    ("contender", "durability"),
+    [(Scan(1), PROCESS_CRASH), (FullCheckpoint(1), NOTHING), (RestoreCheckpoint(1), SYNCED)],
+)
+def test_a_row_survives_what_it_is_configured_to(contender: Contender, durability: str) -> None:
+    assert contender.durability == durability
