@@ -16,6 +16,7 @@ from benchmarks.contender import ASYNCIO, PROCESS_CRASH, SYNCED, Contender
 from benchmarks.tasks import TASK_COUNT, in_tasks
 
 MIB = 2**20
+DEFAULT_MEMORY_BYTES = 100 * MIB
 DURABILITY = {"always": SYNCED, "interval": PROCESS_CRASH, "never": PROCESS_CRASH}
 
 
@@ -45,7 +46,7 @@ class Engine(Contender):
 def configuration(
     directory: Path,
     *,
-    memory_bytes: int = 100 * MIB,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
     fsync: str = "always",
     url: str | None = None,
     write: str = "through",

@@ -21,6 +21,7 @@ from functools import partial
 from benchmarks.bars import Bar, Kind
 from benchmarks.contender import GATHERED, RATE, THREAD, Contender
 from benchmarks.engine.creation import SteadyCreation
+from benchmarks.engine.opened import DEFAULT_MEMORY_BYTES
 from benchmarks.engine.update import ConcurrentUpdate, LargeUpdate, LoneUpdate
 from benchmarks.peers import bare, lmdb, zict
 from benchmarks.peers.bare import LATENCY
@@ -35,7 +36,7 @@ from benchmarks.peers.sqlite import Sqlite
 from benchmarks.peers.store import Store
 from benchmarks.sizes import Sizes
 from benchmarks.tasks import TASK_COUNT
-from benchmarks.workload import Workload, at_least
+from benchmarks.workload import SESSION_RSS_BYTES, Workload, at_least
 
 _defined = partial(Workload, definitions=__doc__)
 
@@ -92,12 +93,11 @@ def _large_update(sizes: Sizes) -> list[Contender]:
 
 
 def _relaxed(sizes: Sizes) -> list[Contender]:
-    count = sizes.update_sessions
     return [
-        ConcurrentUpdate(count, sizes.updates, fsync="never"),
+        ConcurrentUpdate(sizes.update_sessions, sizes.updates, fsync="never"),
         *_updates(sizes, [Lmdb(synced=False), RocksDb(synced=False), Sqlite(synced=False)]),
         *_updates(sizes, [DiskCache(synced=False)]),
-        *_updates(sizes, [zict.Buffer(count // 10)], 10),
+        *_updates(sizes, [zict.Buffer(DEFAULT_MEMORY_BYTES // SESSION_RSS_BYTES)]),
         *_updates(sizes, [Redis(synced=False), Cashews(synced=False)], 10),
     ]
 

@@ -13,7 +13,7 @@ from benchmarks import cli
 from benchmarks.catalogue import WORKLOADS, chosen, fitting
 from benchmarks.cli import main
 from benchmarks.runner import Result, run
-from benchmarks.sizes import FULL, QUICK
+from benchmarks.sizes import FULL, QUICK, STANDARD, Sizes
 from benchmarks.workload import Workload
 
 PEERS = ("zict", "lmdb", "rocksdict", "diskcache", "cashews")
@@ -167,3 +167,13 @@ def test_a_report_that_cannot_be_written_ends_a_run_before_it_begins(
     seen = capsys.readouterr()
     assert str(tmp_path) in seen.err
     assert seen.out == "", "nothing was measured"
+
+
+@pytest.mark.parametrize("sizes", [QUICK, STANDARD, FULL])
+def test_a_buffer_of_zict_has_the_memory_that_the_engine_has(sizes: Sizes) -> None:
+    (workload,) = chosen(["relaxed-update"])
+    rows = {row.name: row for row in workload.contenders(sizes)}
+    buffered: Any = rows["zict.Buffer over File"]
+    assert buffered.store.resident_count >= sizes.update_sessions, "the engine has all in memory"
+    engine: Any = rows["persistence"]
+    assert buffered.update_count == engine.update_count
