@@ -20,6 +20,7 @@ from benchmarks.peers.mapping import MappingRead
 from benchmarks.peers.store import MappingStore
 
 LRU_OF_BYTES = "zict.LRU of packed bytes"
+GET_ALONE = "zict.LRU, get alone"
 BUFFER_OVER_FILE = "zict.Buffer over File"
 
 
@@ -33,6 +34,16 @@ class Lru(MappingRead):
     def make(self) -> MutableMapping[str, Any]:
         lru: MutableMapping[str, Any] = load("zict").LRU(self.session_count, {})
         return lru
+
+
+@dataclass
+class GetAlone(Lru):
+    """Only the get: what it costs to read a field of it is told as a share of that."""
+
+    is_limit: bool = True
+
+    def __post_init__(self) -> None:
+        self.name = GET_ALONE
 
 
 @dataclass
