@@ -328,6 +328,10 @@ class Reopen(Driven):
 
     async def open(self, directory: Path) -> None:
         self._own = directory / self.store.name.replace(" ", "-")
+        empty = directory / f"{self._own.name}-empty"
+        empty.mkdir(exist_ok=True)
+        await self.store.open(empty)  # else importing it would count as opening
+        await self.store.close()
         if not self._own.exists():
             self._own.mkdir()
             await self.store.open(self._own)
