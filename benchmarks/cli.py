@@ -24,6 +24,7 @@ from benchmarks.report import (
     number,
     print_environment,
     print_workload,
+    times,
 )
 from benchmarks.results import ResultsError, RunResult
 from benchmarks.runner import Result, run
@@ -253,7 +254,7 @@ def _summarize(printer: Printer, measured: RunResult) -> int:
     lost = lost_rows(measured)
     printer.line(f"{len(lost)} rows of peers are ahead{':' if lost else '.'}")
     for workload, row in lost:
-        printer.line(f"  {workload.name}: {row.contender}, {workload.advantage(row):.2f} ×")
+        printer.line(f"  {workload.name}: {row.contender}, {times(workload.advantage(row))}")
     return missed
 
 

@@ -118,7 +118,7 @@ def _main_row(workload: WorkloadResult, size: float | None) -> list[list[str]]:
 
 def _best(workload: WorkloadResult, row: RowResult) -> list[str]:
     value = number(row.metrics[workload.units[0].name].median)
-    ratio = f"{workload.advantage(row):.2f} ×"
+    ratio = report.times(workload.advantage(row))
     return [f"{row.contender}: {value}", f"**{ratio}**" if workload.is_lost(row) else ratio]
 
 
@@ -132,7 +132,7 @@ def _lost(run: RunResult) -> str:
             workload.name if row.size is None else f"{workload.name}, {row.size:,.0f}",
             row.contender,
             row.durability,
-            f"{workload.advantage(row):.2f} ×",
+            report.times(workload.advantage(row)),
         ]
         for workload, row in report.lost_rows(run)
     ]

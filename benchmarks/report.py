@@ -128,12 +128,19 @@ def _advantage(workload: WorkloadResult, row: RowResult) -> str:
     if advantage is None or row.role == "engine":
         return ""
     mark = f" {AHEAD}" if workload.is_lost(row) else " of limit" if row.role == "limit" else ""
-    return f"{advantage:.2f} ×{mark}"
+    return f"{times(advantage)}{mark}"
 
 
 def number(value: float) -> str:
     """Write a number with three digits or more."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"
+
+
+def times(factor: float | None) -> str:
+    """Write how many times as good the engine is; a small factor is not rounded to nothing."""
+    if factor is None:
+        return ""
+    return f"{factor:.2f} ×" if factor >= 0.1 else f"{factor:.2g} ×"
 
 
 def lost_rows(run: RunResult) -> list[tuple[WorkloadResult, RowResult]]:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import document, html
 from benchmarks.cli import main
-from benchmarks.report import AHEAD, Printer, print_workload
+from benchmarks.report import AHEAD, Printer, print_workload, times
 from benchmarks.results import Failed
 from tests.benchmarks.runs import row, run, workload
 
@@ -38,6 +38,13 @@ def test_the_table_has_every_row_and_marks_those_that_are_ahead() -> None:
     assert [line for line in lines if "LMDB" in line and "2.00 ×" in line]
     assert "RocksDB unavailable: no <rocksdict> here" in out.getvalue()
     assert "FAIL  rate of persistence ≥ 2 × LMDB: 1.50 ×" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("factor", "text"), [(12.3456, "12.35 ×"), (0.1, "0.10 ×"), (0.00112, "0.0011 ×"), (None, "")]
+)
+def test_a_lost_factor_is_not_rounded_to_nothing(factor: float | None, text: str) -> None:
+    assert times(factor) == text
 
 
 @pytest.fixture(scope="module")
