@@ -182,6 +182,8 @@ class Lane:
     def _note(self, reply: Reply) -> Reply | None:
         if isinstance(reply, Failure):
             self.row.failure = self.row.failure or reply
+            if reply.kind == "wrong":
+                self.row.samples.clear()  # how fast it was means nothing
             return None
         return reply
 

@@ -17,6 +17,7 @@ from benchmarks.contender import (
     Contender,
     Metrics,
     WrongResultError,
+    check,
 )
 from benchmarks.engine.lifecycle import Scan
 from benchmarks.engine.shared import FullCheckpoint, RestoreCheckpoint
@@ -133,6 +134,22 @@ def test_a_contender_that_fails_says_why_and_the_others_go_on(
     assert result.rows[0].values("rate") == [202]
     assert result.broken is (kind != "unavailable")
     assert result.verdicts[0].passed is None
+
+
+@dataclass
+class WrongLater(Steady):
+    async def measure(self) -> Metrics:
+        metrics = await super().measure()
+        check(self.measured < 3, "it said 5")
+        return metrics
+
+
+def test_a_contender_that_answers_wrongly_once_has_no_number(tmp_path: Path) -> None:
+    result = _run(tmp_path, WrongLater("quick", 200), Steady("slow", 100))
+    assert result.rows[0].values("rate") == []
+    assert result.rows[1].values("rate") == [102, 103, 104]
+    assert [verdict.passed for verdict in result.verdicts] == [None]
+    assert result.broken
 
 
 def test_a_contender_is_closed_when_the_runner_has_died(tmp_path: Path) -> None:
