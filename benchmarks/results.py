@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from benchmarks.bars import paired
 from benchmarks.contender import Metric, median
@@ -47,13 +47,13 @@ class Measured(_Part):
 
     unit: str
     median: float
-    samples: list[float]
+    samples: list[float] = Field(min_length=1)
 
 
 class Distribution(_Part):
     """How long something took, milliseconds: `points` are (share of the samples, at most)."""
 
-    count: int
+    count: int = Field(ge=1)
     p50: float
     p99: float
     p99_9: float
@@ -81,7 +81,7 @@ class RowResult(_Part):
     """
 
     contender: str
-    durability: str
+    durability: str = Field(pattern="^(nothing|process crash|power loss)$")
     called: str
     role: Literal["engine", "peer", "limit"]
     series: str = ""
@@ -112,7 +112,7 @@ class WorkloadResult(_Part):
     definition: str
     seconds: float
     size_unit: str = ""
-    units: list[Unit]
+    units: list[Unit] = Field(min_length=1)
     rows: list[RowResult]
     bars: list[BarResult]
 
@@ -156,6 +156,13 @@ class RunResult(_Part):
     sizes: dict[str, Any]
     idle: Distribution
     workloads: list[WorkloadResult]
+
+    @field_validator("sizes")
+    @classmethod
+    def _has_a_name(cls, sizes: dict[str, Any]) -> dict[str, Any]:
+        if not sizes.get("name"):
+            raise ValueError("has no name")
+        return sizes
 
     def as_json(self) -> str:
         """Return it as a JSON document."""

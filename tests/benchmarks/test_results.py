@@ -37,6 +37,30 @@ def test_a_file_of_another_version_is_refused(
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["sizes"], {}),
+        (["idle", "count"], 0),
+        (["workloads", 0, "units"], []),
+        (["workloads", 0, "rows", 0, "durability"], "most things"),
+        (["workloads", 0, "rows", 0, "metrics", "rate", "samples"], []),
+    ],
+)
+def test_a_file_of_which_no_report_can_be_made_is_refused(
+    tmp_path: Path, place: list[str | int], value: object
+) -> None:
+    content = json.loads(run(workload(ENGINE)).as_json())
+    part = content
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ResultsError, match=r"\.".join(map(str, place))):
+        read(path)
+
+
 def test_a_file_without_a_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     content = json.loads(run(workload(ENGINE)).as_json())
