@@ -1,13 +1,15 @@
 """``persistence replay --policy all``: what each eviction policy would hit in which budget.
 
 Nothing is stored: the log is folded into its sessions, whose sizes grow as in a replay, and each
-policy is simulated on the order in which they are asked for.
+policy is simulated on the order in which they are asked for. A budget is what ``memory.max_bytes``
+would be: as there, sessions leave from 80 % of it down to 70 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,16 +18,18 @@ from persistence.cli.accesslog import Request
 from persistence.cli.failure import CommandError
 from persistence.cli.replay_run import LogReader
 from persistence.cli.screen import format_bytes
-from persistence.cli.workload import apply_request, session_id
+from persistence.cli.workload import TTL_SECONDS, apply_request, metadata_of, session_id
+from persistence.config import MemoryConfig
 from persistence.memory.ordered import ADAPTIVE
 from persistence.memory.policies import POLICIES
-from persistence.memory.simulation import HitRatio, simulated
+from persistence.memory.simulation import simulated
 from persistence.memory.tier import charge
-from persistence.record import pack_value
+from persistence.record import ID_BYTES, assemble, pack_meta, pack_value
 
 NAMES: Final = (*POLICIES, ADAPTIVE)
 SHARES: Final = (0.01, 0.02, 0.05, 0.10, 0.25, 0.50, 1.0)
-"""The budgets, as shares of what all sessions need at the end of the log."""
+"""The budgets, as shares of the one in which no session leaves."""
+_MEMORY: Final = MemoryConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Curves:
         requests: of the log.
         skipped_lines: that are no requests.
         sessions: that the log makes.
-        sessions_bytes: what they need in memory, all of them, at the end.
+        sessions_bytes: the budget that they need to be in memory, all of them, all the time.
         policies: the curve of each policy, by ascending budget.
     """
 
@@ -58,21 +62,48 @@ class Curves:
 
 
 class _Asked:
-    """The sessions that were asked for, in order, with the bytes each needed at that time."""
+    """The sessions that were asked for, in order, with the bytes each needed at that time.
+
+    `peak_bytes` is what all of them needed when they needed most: a session may become smaller.
+    """
 
     def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._bytes = 0
         self.requests: list[tuple[str, int]] = []
         self.sizes: dict[str, int] = {}
         self._data: dict[str, dict[str, Any]] = {}
+        self._meta: dict[str, bytes] = {}
         self._ids: dict[str, str] = {}
 
     def add(self, position: int, request: Request) -> None:
         sid = session_id(request)
         sid = self._ids.setdefault(sid, sid)  # one string object each, however often it is asked
         data = self._data.setdefault(sid, {})
+        if sid not in self._meta:
+            self._meta[sid] = pack_meta(metadata_of(request).packed_parts())
         apply_request(data, position, request)
-        self.sizes[sid] = size = charge(sid, pack_value(data, "session"))
+        size = charge(sid, _record(self._meta[sid], data))
+        self._bytes += size - self.sizes.get(sid, 0)
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        self.sizes[sid] = size
         self.requests.append((sid, size))
+
+
+def _record(meta: bytes, data: Mapping[str, Any]) -> bytes:
+    """Return a record of the size that a session has in memory."""
+    some_id = bytes(ID_BYTES)
+    return assemble(
+        incarnation=some_id,
+        commit=some_id,
+        version=1,
+        created=0.0,
+        ttl_seconds=TTL_SECONDS,
+        flags=0,
+        user=0,
+        meta=meta,
+        fields={name: pack_value(value, name) for name, value in data.items()},
+    )
 
 
 def compare_policies(
@@ -95,7 +126,7 @@ def compare_policies(
     asked, skipped = _read(logs, limit)
     if not asked.requests:
         raise CommandError("no line of the log is a request in Common or Combined Log Format")
-    total_bytes = sum(asked.sizes.values())
+    total_bytes = ceil(asked.peak_bytes / _MEMORY.spill_threshold)
     curves = Curves(len(asked.requests), skipped, len(asked.sizes), total_bytes, {})
     budgets = _budgets(total_bytes, memory_bytes)
     for name in NAMES:
@@ -103,9 +134,7 @@ def compare_policies(
         for budget_bytes, share in budgets:
             if show is not None:
                 show(f"{name}: {share:.0%} of {format_bytes(total_bytes)}")
-            points.append(
-                _point(share, budget_bytes, simulated(name, budget_bytes, asked.requests))
-            )
+            points.append(_point(name, budget_bytes, share, asked))
     return curves
 
 
@@ -125,7 +154,9 @@ def _read(logs: Sequence[Path], limit: int | None) -> tuple[_Asked, int]:
     return asked, reader.skipped_lines
 
 
-def _point(share: float, budget_bytes: int, ratio: HitRatio) -> Point:
+def _point(name: str, budget_bytes: int, share: float, asked: _Asked) -> Point:
+    leaving = (_MEMORY.spill_threshold, _MEMORY.spill_target)
+    ratio = simulated(name, budget_bytes, asked.requests, *leaving)
     return Point(budget_bytes, share, ratio.ratio, ratio.byte_ratio)
 
 
@@ -138,7 +169,7 @@ def print_curves(curves: Curves) -> None:
     screen.say(f"{curves.requests:,} requests of {sessions:,} sessions, which need {needed}")
     if curves.skipped_lines:
         screen.say(f"lines skipped, because they are no requests: {curves.skipped_lines:,}")
-    screen.say("hit ratio (byte hit ratio) of each policy in so much memory:")
+    screen.say("hit ratio (byte hit ratio) of each policy in a memory.max_bytes of:")
     screen.print_columns(["memory", "share", *NAMES], _rows(curves), right={"memory", "share"})
 
 

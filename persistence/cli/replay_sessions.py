@@ -22,11 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from persistence import SessionMetadata, StateConfig, StateManager
+from persistence import StateConfig, StateManager
 from persistence.cli.accesslog import Request
 from persistence.cli.failure import CommandError
 from persistence.cli.replay_model import ReplayOptions
-from persistence.cli.workload import NOT_STARTED, TTL_SECONDS, apply_request, clean
+from persistence.cli.workload import (
+    NOT_STARTED,
+    TTL_SECONDS,
+    apply_request,
+    clean,
+    metadata_of,
+)
 
 CURSOR_ID: Final = "replay-cursor"
 """Id of the session that holds the watermark. No client's: theirs contain a space."""
@@ -152,13 +158,7 @@ class ManagerApplier:
     async def apply(self, position: int, sid: str, request: Request) -> bool:
         """Apply a request; return once that is acknowledged. False: it had been applied."""
         session = await self._state.get_or_create_session(
-            sid,
-            ttl_seconds=TTL_SECONDS,
-            metadata=SessionMetadata(
-                client_ip=clean(request.client),
-                user_agent=None if request.agent is None else clean(request.agent),
-                source="replay",
-            ),
+            sid, ttl_seconds=TTL_SECONDS, metadata=metadata_of(request)
         )
         if position <= session.get("position", NOT_STARTED):
             return False

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from persistence.cli.accesslog import Request
+from persistence.session import SessionMetadata
 
 HISTORY_ENTRIES: Final = 20
 TTL_SECONDS: Final = 7 * 86400
@@ -40,6 +41,15 @@ def session_id(request: Request) -> str:
     identity = f"{request.client} {request.agent or ''}"  # a client contains no space
     digest = blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return f"{clean(request.client[:_READABLE_CHARS])} {digest}"
+
+
+def metadata_of(request: Request) -> SessionMetadata:
+    """Return what the session that `request` begins is said to belong to."""
+    return SessionMetadata(
+        client_ip=clean(request.client),
+        user_agent=None if request.agent is None else clean(request.agent),
+        source="replay",
+    )
 
 
 def status_class(status: int | None) -> str:

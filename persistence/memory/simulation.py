@@ -49,11 +49,17 @@ class SimulatedCache:
     Args:
         name: a name of `policies.POLICIES`, or `ADAPTIVE`.
         budget_bytes: what the resident keys' sizes may sum up to.
+        threshold: the share of it above which keys leave,
+        target: and the share at which they stop leaving.
     """
 
-    def __init__(self, name: str, budget_bytes: int) -> None:
+    def __init__(
+        self, name: str, budget_bytes: int, threshold: float = 1.0, target: float = 1.0
+    ) -> None:
         self.used_bytes = 0
         self.budget_bytes = budget_bytes
+        self._threshold_bytes = budget_bytes * threshold
+        self._target_bytes = budget_bytes * target
         self._adviser = Adviser() if name == ADAPTIVE else None
         self._name = name if self._adviser is None else self._adviser.policy
         self._policy: EvictionPolicy = make_policy(self._name)
@@ -91,7 +97,9 @@ class SimulatedCache:
 
     def _make_room(self, least: int) -> None:
         policy = self._policy
-        while self.used_bytes > self.budget_bytes and len(policy) > least:
+        if self.used_bytes <= self._threshold_bytes:
+            return
+        while self.used_bytes > self._target_bytes and len(policy) > least:
             self.used_bytes -= self._sizes.pop(policy.evict())
 
     def _follow(self, name: str) -> None:
@@ -100,9 +108,18 @@ class SimulatedCache:
             self._policy = make_policy(name, drained(self._policy))
 
 
-def simulated(name: str, budget_bytes: int, asked: Iterable[tuple[str, int]]) -> HitRatio:
-    """Return what a cache of `budget_bytes` hits of (key, size in bytes), asked for in order."""
-    cache = SimulatedCache(name, budget_bytes)
+def simulated(
+    name: str,
+    budget_bytes: int,
+    asked: Iterable[tuple[str, int]],
+    threshold: float = 1.0,
+    target: float = 1.0,
+) -> HitRatio:
+    """Return what a cache hits of (key, size in bytes), asked for in order.
+
+    The other arguments are those of `SimulatedCache`.
+    """
+    cache = SimulatedCache(name, budget_bytes, threshold, target)
     requests = hits = requested_bytes = hit_bytes = 0
     for key, size_bytes in asked:
         requests += 1

@@ -112,3 +112,16 @@ def test_without_matplotlib_it_says_what_to_install(
     result = command("replay", log, "--policy", "all", "--plot", "x.svg")
     assert result.code == 1
     assert "persistence-engine[plot]" in result.err
+
+
+def test_the_curve_tells_what_the_engine_hits_in_that_budget(
+    command: Command, tmp_path: Path
+) -> None:
+    log = write_log(tmp_path / "access.log", 1500, clients=200)
+    budget = ["--memory", "40KiB"]
+    curves = command("replay", log, "--policy", "all", *budget, "--json").json
+    one_by_one = ["--concurrency", "1", "--fsync", "never"]
+    report = command("replay", log, *budget, *one_by_one, "--json").json
+    (told,) = [p for p in curves["policies"]["lru"] if p["memory_bytes"] == 40 * 1024]
+    misses = report["sessions"] + report["restored"]
+    assert 1 - misses / report["requests"] == pytest.approx(told["hit_ratio"], abs=0.02)

@@ -78,6 +78,17 @@ def test_a_budget_is_kept_and_a_key_that_is_larger_than_it_is_all_there_is() -> 
     assert cache.used_bytes == 30
 
 
+def test_keys_leave_from_the_threshold_down_to_the_target() -> None:
+    cache = SimulatedCache("lru", 100, 0.8, 0.5)
+    for number in range(8):
+        cache.ask(str(number), 10)
+    assert cache.used_bytes == 80
+    assert not cache.ask("8", 10)
+    assert cache.used_bytes == 50
+    assert not cache.ask("3", 10)
+    assert cache.ask("4", 10), "the newest five had stayed"
+
+
 def test_hits_and_bytes_are_counted_apart() -> None:
     ratio = simulated("lru", 1000, [("a", 100), ("b", 10), ("a", 100), ("c", 10)])
     assert (ratio.requests, ratio.hits) == (4, 1)
