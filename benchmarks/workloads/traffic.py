@@ -4,7 +4,7 @@
 conversation    a chat service: each request adds an answer to its conversation, 100 at once
 web-trace       an access log: each request adds its page to its client's session, 100 at once
 documents       create a session of each real document, 100 at once
-hit-ratio       share of accesses that find their session in memory, against the size of memory
+hit-ratio       share of accesses that hit memory, which is filled to its last byte (default: 80 %)
 loop-lag        the event loop's lag while everything runs at full speed, values up to 64 KiB
 =============== ===============================================================================
 
