@@ -45,6 +45,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from persistence.arguments import refused
 from persistence.errors import ConfigError
 
 Taken = TypeVar("Taken")
@@ -139,6 +140,14 @@ def _path_text(value: object) -> object:
     return text
 
 
+def _store_text(value: object) -> object:
+    text = _path_text(value)
+    # As a path it would be a directory of that name, on the very disk that may be lost.
+    if _URL.fullmatch(str(text)):
+        raise ValueError("not a path")
+    return text
+
+
 def _url_text(value: object) -> object:
     # Deployment tools cannot unset a variable, they can only make it empty.
     if value is None or value == "":
@@ -185,8 +194,8 @@ else:
     _Path = Annotated[str, BeforeValidator(_path_text), _Noun("the path of a directory")]
     _Store = Annotated[
         str,
-        BeforeValidator(_path_text),
-        _Noun('"auto", "redis", "postgresql" or the path of a directory'),
+        BeforeValidator(_store_text),
+        _Noun('"auto", "redis", "postgresql" or the path of a directory; a URL is for redis.url'),
     ]
     _File = Annotated[
         str | None, BeforeValidator(_file_text), _Noun("the path of a file, or empty for none")
@@ -622,10 +631,13 @@ class StateConfig(_Table):
             path: a TOML file with one table for each section; None: no file.
 
         Raises:
+            InvalidArgument: `path` is no path.
             ConfigError: the file cannot be read or is no TOML (file, line, reason), or fields,
                 keys or variables that start with ``PERSISTENCE_`` are wrong or unknown. Each line
                 of the message starts with the file or the variable that the fault is in.
         """
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise refused("path", path, "the path of a TOML file, or None")
         values = {} if path is None else _read_toml(path)
         faults = _unknown_variables(os.environ)
         overrides = _read_environment()
@@ -679,7 +691,8 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, "rb") as file:
             raw = file.read()
     except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror or error}") from None
+        shown = name or repr(name)
+        raise ConfigError(f"{shown}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL in the path
         raise ConfigError(f"{name!a}: cannot be read: {error}") from None
     try:
@@ -740,7 +753,7 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
             continue
         path = name[len(ENV_PREFIX) :].lower().replace(ENV_NESTED_DELIMITER, ".")
         if path.partition(".")[0] not in StateConfig.model_fields:
-            faults.append(f"{name}: unknown; the closest known is {_variable(_closest(path))}")
+            faults.append(f"{name}: unknown; {_hint(path, _variable)}")
     return faults
 
 
@@ -792,17 +805,19 @@ def _describe(table: type[_Table], error: ValidationError, given: Mapping[str, A
 
 def _fault(table: type[_Table], details: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     name = str(details["loc"][0]) if details["loc"] else ""
-    path = f"{table.table}.{name}".strip(".")
+    path = f"{table.table}.{name}" if table.table else name
     field = table.model_fields.get(name)
     cause = details.get("ctx", {}).get("error")
     # A section, or a check across fields, has said itself what is wrong.
     if isinstance(cause, ConfigError) and (field is None or path in StateConfig.model_fields):
         return str(cause)
-    shown = f"{path} = {_shown(given.get(name, details['input']))}"
+    shown = f"{path or repr(path)} = {_shown(given.get(name, details['input']))}"
     if _may_be_secret(path):
         shown = f"{path} = ***"
+    if not details["loc"]:  # no table at all was given for the whole
+        return f"{shown}: must be a table, or a {table.__name__}"
     if field is None:
-        return f"{shown}: unknown; the closest known is {_closest(path)}"
+        return f"{shown}: unknown; {_hint(path)}"
     return f"{shown}: must be {_allowed(field)}"
 
 
@@ -837,12 +852,28 @@ def _bounds(field: FieldInfo) -> str:
     return f", {' and '.join(words)}" if words else ""
 
 
-def _closest(path: str) -> str:
-    """Return the section or field whose dotted path resembles `path` most."""
-    known = [f"{section.table}.{name}" for section in _sections() for name in section.model_fields]
-    if "." not in path:
-        known += StateConfig.model_fields
-    return get_close_matches(path, known, n=1, cutoff=0.0)[0]
+def _hint(path: str, spelt: Callable[[str], str] = str) -> str:
+    """Return what an unknown dotted path resembles, as `spelt`; where nothing, what there is."""
+    fields = {section.table: list(section.model_fields) for section in _sections()}
+    closest = _closest(path, fields)
+    if closest:
+        return f"the closest known is {spelt(closest)}"
+    table = path.rpartition(".")[0]
+    if table in fields:
+        return f"the fields of {table} are {', '.join(fields[table])}"
+    return f"the sections are {', '.join(fields)}"
+
+
+def _closest(path: str, fields: Mapping[str, list[str]]) -> str:
+    """Return the section or field that `path` was probably meant to be; empty: none."""
+    table, _, name = path.rpartition(".")
+    namesakes = [f"{other}.{name}" for other, names in fields.items() if name in names]
+    if namesakes:  # a field in the wrong section, or in one that is misspelt
+        return get_close_matches(path, namesakes, n=1, cutoff=0.0)[0]
+    if table in fields:  # by the name alone: all of them have the section in common
+        return "".join(f"{table}.{found}" for found in get_close_matches(name, fields[table], n=1))
+    known = [f"{other}.{each}" for other, names in fields.items() for each in names]
+    return "".join(get_close_matches(path, [*fields, *known], n=1))
 
 
 def _sections() -> list[type[_Table]]:

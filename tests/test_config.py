@@ -27,7 +27,7 @@ from persistence.config import (
     parse_bytes,
     render_toml,
 )
-from persistence.errors import ConfigError, PersistenceError
+from persistence.errors import ConfigError, InvalidArgument, PersistenceError
 
 ROOT = Path(__file__).parent.parent
 CONFIG_FILES = sorted((ROOT / "config").glob("*.toml"))
@@ -290,7 +290,7 @@ def test_all_faults_are_listed_one_per_line() -> None:
         (
             CheckpointConfig,
             {"store": ""},
-            '"auto", "redis", "postgresql" or the path of a directory',
+            '"auto", "redis", "postgresql" or the path of a directory; a URL is for redis.url',
         ),
         (StateConfig, {"memory": None}, "a table, or a MemoryConfig"),
         (StateConfig, {"memory": SessionConfig()}, "a table, or a MemoryConfig"),
@@ -336,15 +336,45 @@ def test_a_target_that_is_not_given_is_not_above_the_threshold(
     [
         (MemoryConfig, "max_byte", "memory.max_bytes"),
         (MemoryConfig, "ttl_seconds", "session.ttl_seconds"),
-        (MemoryConfig, "self", "memory."),
+        (MemoryConfig, "url", "redis.url"),
         (StateConfig, "memoory", "memory"),
+        (StateConfig, "Disk", "disk"),
         (StateConfig, "spill_target", "memory.spill_target"),
     ],
 )
 def test_an_unknown_field_is_refused_and_the_closest_known_is_named(
     section: type[Any], name: str, closest: str
 ) -> None:
-    assert f": unknown; the closest known is {closest}" in fault(section, **{name: 1})
+    assert fault(section, **{name: 1}).endswith(f": unknown; the closest known is {closest}")
+
+
+@pytest.mark.parametrize("name", ["self", "foobarbaz", "x", "", "ключ"])
+def test_an_unknown_field_that_resembles_none_is_told_which_there_are(name: str) -> None:
+    assert fault(ShutdownConfig, **{name: 1}) == (
+        f"shutdown.{name} = 1: unknown; the fields of shutdown are checkpoint, grace_seconds"
+    )
+
+
+@pytest.mark.parametrize(("name", "shown"), [("zzz", "zzz"), ("", "''")])
+def test_an_unknown_section_that_resembles_none_is_told_which_there_are(
+    name: str, shown: str
+) -> None:
+    sections = ", ".join(section.table for section in SECTIONS)
+    assert fault(StateConfig, **{name: 1}) == (f"{shown} = 1: unknown; the sections are {sections}")
+
+
+@pytest.mark.parametrize("given", [5, None, [], "worker.toml"])
+def test_what_is_no_table_is_not_taken_for_an_unknown_field(given: object) -> None:
+    with pytest.raises(ConfigError, match=r"must be a table, or a StateConfig$"):
+        StateConfig.model_validate(given)
+
+
+@pytest.mark.parametrize("url", ["redis://localhost", "postgresql://user:word@host/db"])
+def test_a_url_is_no_directory_for_checkpoints(url: str) -> None:
+    """It would be made as one, on the disk that checkpoints should outlive."""
+    line = fault(CheckpointConfig, store=url)
+    assert line.endswith("a URL is for redis.url")
+    assert "word" not in line
 
 
 def test_a_long_value_is_shortened_and_stays_on_one_line() -> None:
@@ -467,6 +497,17 @@ def test_a_file_is_read_and_what_it_leaves_out_is_the_default(tmp_path: Path) ->
 
 def test_without_a_file_the_defaults_are_loaded() -> None:
     assert StateConfig.load() == StateConfig()
+
+
+@pytest.mark.parametrize("path", [5, 1.5, b"worker.toml", [], {}])
+def test_a_path_that_is_none_is_an_invalid_argument(path: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"^path = .*: must be the path of a TOML file"):
+        StateConfig.load(path)
+
+
+def test_an_empty_path_is_shown_as_one() -> None:
+    with pytest.raises(ConfigError, match=r"^'': cannot be read"):
+        StateConfig.load("")
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
@@ -594,7 +635,8 @@ def test_a_variable_with_our_prefix_that_means_nothing_is_refused(
 ) -> None:
     monkeypatch.setenv(name, "1")
     [line] = load_fault()
-    assert line.startswith(f"{name}: unknown; the closest known is PERSISTENCE_")
+    sections = ", ".join(section.table for section in SECTIONS)
+    assert line == f"{name}: unknown; the sections are {sections}"
 
 
 def test_a_table_that_the_file_gives_as_a_number_is_a_fault_whatever_the_environment_says(
