@@ -34,9 +34,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from datetime import date, datetime
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from struct import Struct
 from typing import Any, Final
@@ -44,6 +45,7 @@ from uuid import UUID
 
 _EXACT_INT: Final = 2**53
 _FLOAT: Final = Struct(">d")
+_FRACTION_OF_OFFSET: Final = re.compile(r"([+-])00:00:00\.([0-9]{6})$")
 _MAX_INT_DIGITS: Final = 4000  # below the interpreter's own limit on text to int
 
 
@@ -181,10 +183,17 @@ def _map(plain: Any) -> dict[Any, Any]:
 
 
 def _datetime(plain: Any) -> datetime:
-    value = datetime.fromisoformat(_text(plain))
+    text = _text(plain)
+    value = datetime.fromisoformat(text)
     if value.utcoffset() is None:
         raise ValueError("no offset")
-    return value
+    # Python reads an offset of less than a second as none.
+    fraction = _FRACTION_OF_OFFSET.search(text)
+    return value if fraction is None else value.replace(tzinfo=_offset(*fraction.groups()))
+
+
+def _offset(sign: str, microseconds: str) -> timezone:
+    return timezone(timedelta(microseconds=int(sign + microseconds)))
 
 
 def _bytes(plain: Any) -> bytes:

@@ -20,7 +20,10 @@ from persistence.cli.jsonl import LineError, decode, encode, from_json, to_json
 from persistence.record import pack_value
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
-offsets = st.integers(-86399, 86399).map(lambda seconds: timezone(timedelta(seconds=seconds)))
+offsets = (
+    st.integers(-86_399_999_999, 86_399_999_999).filter(lambda each: abs(each) >= 1_000_000)
+    | st.integers(-86_399, 86_399).map(lambda seconds: seconds * 1_000_000)
+).map(lambda microseconds: timezone(timedelta(microseconds=microseconds)))
 atoms = (
     st.none()
     | st.booleans()
@@ -110,6 +113,14 @@ def test_every_value_comes_back_as_what_it_was(data: dict[str, Any]) -> None:
 def test_the_documented_form_of_each_type(value: Any, plain: Any) -> None:
     assert to_json(value) == plain
     assert same(from_json(json.loads(json.dumps(plain))), value)
+
+
+@pytest.mark.parametrize("microseconds", [1, -1, 999_999, -999_999, 1_000_001, -3_600_000_001])
+def test_an_offset_comes_back_to_the_microsecond(microseconds: int) -> None:
+    """Also one that no session holds: an import refuses it, and takes it for no other."""
+    offset = timedelta(microseconds=microseconds)
+    value = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=timezone(offset))
+    assert from_json(to_json(value)).utcoffset() == offset
 
 
 def test_an_integer_beyond_the_interpreters_digits_comes_back() -> None:
