@@ -27,7 +27,7 @@ from persistence.cli.directory import require_directory
 from persistence.cli.failure import EXIT_FAILED, EXIT_OK, CommandError
 from persistence.cli.jsonl import encode
 from persistence.cli.key_source import KeyFileOption, security_for
-from persistence.cli.options import DirectoryArgument, deep_values
+from persistence.cli.options import STANDARD_STREAM, DirectoryArgument, deep_values
 from persistence.cli.running import run
 from persistence.errors import CorruptionError
 
@@ -35,7 +35,8 @@ from persistence.errors import CorruptionError
 def command(
     directory: DirectoryArgument,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write to; else stdout.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write to; else, or with -, stdout."),
     ] = None,
     key_file: KeyFileOption = None,
 ) -> int:
@@ -65,7 +66,7 @@ def _opened(output: Path | None) -> Iterator[IO[bytes]]:
     Raises:
         CommandError: it is a directory.
     """
-    if output is None:
+    if output is None or output == STANDARD_STREAM:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from persistence.cli import screen
 from persistence.cli.failure import EXIT_OK, CommandError
 from persistence.cli.jsonl import LineError, decode
 from persistence.cli.key_source import KeyFileOption, security_for
-from persistence.cli.options import DirectoryArgument, deep_values
+from persistence.cli.options import STANDARD_STREAM, DirectoryArgument, deep_values
 from persistence.cli.running import run
 from persistence.clock import SystemClock
 from persistence.commit import committed
@@ -59,7 +60,7 @@ def command(
     directory: DirectoryArgument,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="Where to read from; else stdin."),
+        typer.Option("--input", metavar="FILE", help="Where to read from; else, or with -, stdin."),
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace sessions that exist; else they are refused.")
@@ -87,6 +88,8 @@ def command(
 @contextmanager
 def _opened(input_file: Path | None) -> Iterator[IO[bytes]]:
     """Open the input for reading it twice: what cannot be rewound is copied first."""
+    if input_file == STANDARD_STREAM:
+        input_file = None
     if input_file is not None and input_file.is_file():
         with input_file.open("rb") as file:
             yield file
@@ -156,6 +159,8 @@ class Line:
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, Line]]:
     """Yield line numbers and what the lines say, from the start; blank lines are skipped."""
     file.seek(0)
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:  # which editors on Windows put in front
+        file.seek(0)
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue

@@ -236,7 +236,7 @@ def decode(line: bytes) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(
-            line.decode("utf-8"),
+            line.rstrip().decode("utf-8"),  # what ends early, ends on this line
             parse_constant=_no_constant,
             parse_float=_finite,
             object_pairs_hook=_unique,

@@ -20,6 +20,9 @@ DirectoryArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="A directory of the engine (disk.path).")
 ]
 
+STANDARD_STREAM: Final = Path("-")
+"""Stands for stdin or stdout in the place of a file, as it does for most commands."""
+
 
 def size_option(name: str, help_text: str) -> Any:
     """Return an option that takes a size such as ``256KiB``."""

@@ -150,6 +150,8 @@ def test_a_type_that_sessions_cannot_hold_is_refused() -> None:
     [
         (b"", "not JSON"),
         (b"{", "not JSON"),
+        (b'{"id":"s"\r\n', r"delimiter at column 10$"),
+        (b'\xef\xbb\xbf{"id":"s"}', "not JSON"),
         (b"[]", "not a map"),
         (b"\xff{}", "not UTF-8 at byte 0"),
         (b'{"id": NaN}', "NaN"),

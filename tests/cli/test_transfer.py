@@ -109,17 +109,26 @@ def test_what_is_exported_can_be_imported_and_is_the_same(
     assert before == after
 
 
-def test_stdout_and_stdin_are_the_defaults(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("written", "read"), [([], []), (["--output", "-"], ["--input", "-"])], ids=["default", "dash"]
+)
+def test_stdout_and_stdin_are_the_defaults_and_have_a_name(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: list[str],
+    read: list[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no file of that name may appear
     stdout = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert run_command(["export", str(source)]) == 0
+    assert run_command(["export", str(source), *written]) == 0
     exported = stdout.buffer.getvalue()
     assert exported.count(b"\n") == 3
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(exported)))
-    assert run_command(["import", str(tmp_path / "target")]) == 0
+    assert run_command(["import", str(tmp_path / "target"), *read]) == 0
     assert contents(tmp_path / "target").keys() == contents(source).keys()
+    assert not (tmp_path / "-").exists()
 
 
 def test_exporting_does_not_change_the_sessions(
@@ -283,6 +292,15 @@ def test_a_directory_is_no_file_to_export_to(
 def write_lines(path: Path, *lines: bytes) -> Path:
     path.write_bytes(b"".join(lines))
     return path
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_faults(
+    command: Command, tmp_path: Path
+) -> None:
+    line = encode({"id": "s"}).replace(b"\n", b"\r\n")
+    lines = write_lines(tmp_path / "x.jsonl", b"\xef\xbb\xbf", line, b"\r\n")
+    assert command("import", tmp_path / "target", "--input", lines).code == 0
+    assert contents(tmp_path / "target").keys() == {"s"}
 
 
 def test_existing_sessions_are_refused_as_a_whole(
