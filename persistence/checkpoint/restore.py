@@ -110,12 +110,14 @@ class Candidates:
         wanted: an id, or "latest".
         ids: the one that is wanted, and those that are taken if it is damaged, in this order.
         fall_back: whether there may be any of those.
+        must_be_sealed: whether plain ones count as damaged.
     """
 
     catalogue: Catalogue
     wanted: str
     ids: list[str]
     fall_back: bool
+    must_be_sealed: bool
 
     @staticmethod
     async def find(
@@ -129,7 +131,49 @@ class Candidates:
         sealer = None if seals is None else seals.checkpoints
         catalogue = await Catalogue.load(store, sealer)
         ids = catalogue.newest_first(wanted)
-        return Candidates(catalogue, wanted, ids if fall_back else ids[:1], fall_back)
+        return Candidates(
+            catalogue, wanted, ids if fall_back else ids[:1], fall_back, seals is not None
+        )
+
+    def require_any(self) -> None:
+        """Make sure that the manifest of one of them is intact.
+
+        Raises:
+            CheckpointDamaged: none is, or the next one is of a newer format or other keys.
+        """
+        problems = []
+        for candidate in self.ids:
+            problem = self.problem_of(candidate)
+            if problem is None:
+                return
+            problems.append((candidate, problem))
+        raise self.none_intact(problems)
+
+    def problem_of(self, candidate: str) -> str | None:
+        """Return what is wrong with the manifest of one of them; None: nothing.
+
+        Raises:
+            CheckpointDamaged: it is of a newer format or other keys, so that nobody can tell.
+        """
+        newer = self.catalogue.newer.get(candidate)
+        if newer is not None:
+            raise CheckpointDamaged(
+                f"checkpoint {candidate} cannot be read: {newer}; nothing was changed"
+            )
+        problem = self.catalogue.damaged.get(candidate)
+        if problem is not None or not self.must_be_sealed:
+            return problem
+        is_sealed = self.catalogue.manifests[candidate].is_sealed
+        return None if is_sealed else "it is not encrypted, and security.encrypt is on"
+
+    def none_intact(self, problems: list[tuple[str, str]]) -> CheckpointDamaged:
+        """Return the error for when each of them has one of `problems`."""
+        newest, problem = problems[0]
+        return CheckpointDamaged(
+            f"checkpoint {newest} is damaged ({problem}), and so "
+            f"{'are all before it' if self.fall_back else 'it is not restored'}; "
+            "nothing was changed"
+        )
 
 
 class _Withdrawn(Exception):
@@ -216,20 +260,11 @@ class Restorer:
     async def _first_intact(
         self, candidates: Candidates
     ) -> tuple[Manifest, State, list[int], list[tuple[str, str]]]:
-        catalogue = candidates.catalogue
         skipped: list[tuple[str, str]] = []
         for candidate in candidates.ids:
-            if candidate in catalogue.newer:
-                raise CheckpointDamaged(
-                    f"checkpoint {candidate} cannot be read: {catalogue.newer[candidate]}; "
-                    "nothing was changed"
-                )
-            reason = catalogue.damaged.get(candidate)
+            reason = candidates.problem_of(candidate)
             if reason is None:
-                manifest = catalogue.manifests[candidate]
-                if self._seals is not None and not manifest.is_sealed:
-                    reason = "it is not encrypted, and security.encrypt is on"
-            if reason is None:
+                manifest = candidates.catalogue.manifests[candidate]
                 try:
                     state, places = await self._fetch(manifest)
                 except MalformedCheckpoint as error:
@@ -238,11 +273,7 @@ class Restorer:
                     return manifest, state, places, skipped
             skipped.append((candidate, reason))
             _log.error("checkpoint %s is damaged, trying the one before: %s", candidate, reason)
-        raise CheckpointDamaged(
-            f"checkpoint {skipped[0][0]} is damaged ({skipped[0][1]}), and so "
-            f"{'are all before it' if candidates.fall_back else 'it is not restored'}; "
-            "nothing was changed"
-        )
+        raise candidates.none_intact(skipped)
 
     def _codec_of(self, manifest: Manifest) -> RecordCodec | None:
         """Return what opens the frames of a checkpoint; None: they are not sealed."""
@@ -360,8 +391,10 @@ async def restore_into(  # noqa: PLR0913 - each a thing of its own
         DiskFull: there is no space.
         RemoteUnavailable: the store does not answer.
     """
-    # First of all: without a checkpoint no directory is made.
+    # First of all: without a checkpoint no directory is made. One that is made is encrypted or
+    # plain for good, so keys that are missing should not make it either.
     candidates = await Candidates.find(store, wanted, fall_back=fall_back, seals=seals)
+    candidates.require_any()
     records = None if seals is None else seals.records
     files = files or Files()
     directory = _absolute(directory)

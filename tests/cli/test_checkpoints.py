@@ -459,3 +459,24 @@ def test_a_directory_of_something_else_is_left_alone(
     words = ["checkpoints", "restore", "latest", tmp_path / "photos", *redis_place]
     command(*words).assert_refused("photos")
     assert [each.name for each in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+@pytest.mark.parametrize("is_sealed", [True, False], ids=["sealed", "plain"])
+def test_wrong_keys_leave_no_directory_that_the_right_ones_do_not_open(
+    command: Command, tmp_path: Path, is_sealed: bool
+) -> None:
+    """A directory is encrypted or plain for good: one made on the way is in the way of the next."""
+    keys, store, new = tmp_path / "keys", tmp_path / "store", tmp_path / "new"
+    assert command("keys", "create", keys).code == 0
+    with_keys = ["--key-file", keys]
+    right, wrong = (with_keys, []) if is_sealed else ([], with_keys)
+    security = {"key_file": str(keys), "encrypt": True} if is_sealed else {}
+    with_state(
+        tmp_path / "state", lambda state: state.create_session(session_id="a"), security=security
+    )
+    made = command("checkpoints", "create", tmp_path / "state", "--store", store, *right)
+    assert made.code == 0, made.err
+    restore = ["checkpoints", "restore", "latest", new, "--store", store]
+    command(*restore, *wrong).assert_refused("encrypted")
+    assert not new.exists()
+    assert command(*restore, *right).code == 0
