@@ -1,31 +1,33 @@
 """An embedded persistence engine for long-running Python workers.
 
 Hot sessions in memory, every update in a crash-safe log, cold sessions back on access.
+
+The public names are loaded when the first of them is asked for (PEP 562). So whoever imports a
+module of this package does not wait for all of it first: the command line can be interrupted, and
+say so, while it loads.
 """
 
-from persistence import errors as errors
-from persistence.clock import Clock as Clock
-from persistence.clock import ManualClock as ManualClock
-from persistence.clock import SystemClock as SystemClock
-from persistence.config import CheckpointConfig as CheckpointConfig
-from persistence.config import DiskConfig as DiskConfig
-from persistence.config import MemoryConfig as MemoryConfig
-from persistence.config import RedisConfig as RedisConfig
-from persistence.config import SecurityConfig as SecurityConfig
-from persistence.config import SessionConfig as SessionConfig
-from persistence.config import ShutdownConfig as ShutdownConfig
-from persistence.config import StateConfig as StateConfig
-from persistence.manager import StateManager as StateManager
-from persistence.observe.health import SessionHealth as SessionHealth
-from persistence.observe.metrics import RequestMetrics as RequestMetrics
-from persistence.session import ClientInfo as ClientInfo
-from persistence.session import Session as Session
-from persistence.session import SessionDraft as SessionDraft
-from persistence.session import SessionMetadata as SessionMetadata
-from persistence.stats import Stats as Stats
-from persistence.watching.changes import SessionChange as SessionChange
-from persistence.watching.stream import Watch as Watch
+from typing import TYPE_CHECKING
 
+from persistence import errors as errors
+
+if TYPE_CHECKING:
+    from persistence.exports import *  # noqa: F403 - __all__ says which
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from persistence import exports  # noqa: PLC0415 - that is the purpose
+
+        globals().update({each: getattr(exports, each) for each in __all__})
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+# ruff: noqa: F405 - a star import brings them
 __all__ = [
     "CheckpointConfig",
     "ClientInfo",

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import persistence
 from persistence import StateConfig, StateManager, errors
 from persistence.errors import ConfigError
 
+ROOT = Path(__file__).parent.parent
 CONTRACT = {
     "CheckpointConfig",
     "ClientInfo",
@@ -110,6 +113,21 @@ def test_a_star_import_brings_exactly_the_exports() -> None:
     namespace: dict[str, object] = {}
     exec("from persistence import *", namespace)
     assert namespace.keys() - {"__builtins__"} == set(persistence.__all__)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "persistence.StateManager().config",
+        "persistence.errors.ConfigError",
+        "[name for name in persistence.__all__ if name not in dir(persistence)] == [] or 1 / 0",
+        "__import__('persistence', fromlist=['StateManager']).StateManager",
+        "hasattr(persistence, 'Nonsense') and 1 / 0",
+    ],
+)
+def test_the_names_are_there_before_the_first_is_asked_for(asked: str) -> None:
+    program = f"import sys, persistence; 'persistence.manager' in sys.modules and 1 / 0; {asked}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_every_export_is_documented() -> None:

@@ -172,17 +172,18 @@ def test_where_the_locale_has_few_characters_the_others_are_escaped(tmp_path: Pa
     assert b"live sessions" in done.stdout
 
 
-def test_an_interruption_while_the_commands_are_loaded_is_one_line() -> None:
-    # A finder that stands for Ctrl-C in the middle of the import.
-    program = """
+@pytest.mark.parametrize("loading", ["persistence.cli.replay", "persistence.manager", "typer"])
+def test_an_interruption_while_the_commands_are_loaded_is_one_line(loading: str) -> None:
+    # A finder that stands for Ctrl-C in the middle of the import; then what the script does.
+    program = f"""
 import sys
-import persistence.cli
 class CtrlC:
     def find_spec(name, *_):
-        if name == "persistence.cli.replay":
+        if name == "{loading}":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, CtrlC)
-persistence.cli.main([])
+from persistence.cli import main
+main([])
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, cwd=ROOT, check=False
