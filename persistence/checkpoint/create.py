@@ -137,7 +137,9 @@ async def create_checkpoint(
     worker = tier.directory_id.hex()
     catalogue = await Catalogue.load(store, plan.sealer)
     await sweep(store, catalogue, worker, clock.wall())
-    parent = await _parent(tier, store, catalogue, is_last=is_last)
+    # Before the cut: what is sealed anew meanwhile may be shipped as it was.
+    keys = set() if plan.sealer is None else {plan.sealer.newest, *tier.keys_in_use}
+    parent = await _parent(tier, store, catalogue, keys, is_last=is_last)
     with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
         cut = await take_cut(tier, parent.sequence if parent else 0)
         try:
@@ -160,6 +162,7 @@ async def create_checkpoint(
             namespace=plan.namespace,
             worker=worker,
             chunks=(*(parent.chunks if parent else ()), *chunks),
+            keys=tuple(sorted(keys)),
         )
         await store.publish(made, encode_manifest(manifest, plan.sealer))
         await _remember(tier, Shipped(store.name, made, cut.sequence))
@@ -185,13 +188,13 @@ def _reading_log(tier: DiskTier) -> Iterator[None]:
 
 
 async def _parent(
-    tier: DiskTier, store: CheckpointStore, catalogue: Catalogue, *, is_last: bool
+    tier: DiskTier, store: CheckpointStore, catalogue: Catalogue, keys: set[bytes], *, is_last: bool
 ) -> Manifest | None:
     """Return the checkpoint to go on from; None: make a full one.
 
     That is the one of which the directory says that it is its newest, in this store; if it is
-    still there with all its chunks, and what has been shipped on top of its base is not yet as
-    much as the base, or that does not matter now.
+    still there with all its chunks, needs no other `keys` than a full one would, and what has been
+    shipped on top of its base is not yet as much as the base, or that does not matter now.
     """
     newest = tier.shipped.newest
     if newest is None or newest.store != store.name:
@@ -201,10 +204,13 @@ async def _parent(
         return None
     if parent.sequence != newest.sequence or newest.sequence > tier.writer.sequence:
         return None
+    if not keys.issuperset(parent.keys):
+        # A key that the log needs no more would be needed for as long as others go on from this.
+        return None
     if parent.total_bytes - parent.base_bytes >= parent.base_bytes and not is_last:
         return None
-    keys = [ChunkKey(chunk.checkpoint, chunk.number) for chunk in parent.chunks]
-    if await store.chunk_bytes(keys) != [chunk.stored_bytes for chunk in parent.chunks]:
+    places = [ChunkKey(chunk.checkpoint, chunk.number) for chunk in parent.chunks]
+    if await store.chunk_bytes(places) != [chunk.stored_bytes for chunk in parent.chunks]:
         _log.warning(
             "checkpoint %s has lost chunks or cannot read them: the next one is full", parent.id
         )

@@ -50,7 +50,7 @@ import msgpack
 from crc32c import crc32c
 
 from persistence.disk.format import OtherFormat, check_version
-from persistence.sealer import Sealer, key_id_of
+from persistence.sealer import KEY_ID_BYTES, Sealer, key_id_of
 
 FORMAT_VERSION: Final = 2
 
@@ -91,7 +91,19 @@ def _opened(sealed: bytes | memoryview, about: bytes, sealer: Sealer | None, wha
         Locked: the key is not here.
         MalformedCheckpoint: it is not what was sealed.
     """
-    key_id = key_id_of(sealed)
+    sealer = _check_known(key_id_of(sealed), sealer)
+    plain = sealer.open(sealed, about)
+    if plain is None:
+        raise MalformedCheckpoint(f"{what} is not what was sealed")
+    return plain
+
+
+def _check_known(key_id: bytes, sealer: Sealer | None) -> Sealer:
+    """Return the sealer, if it knows the key.
+
+    Raises:
+        Locked: the key is not here.
+    """
     if sealer is None or not sealer.knows(key_id):
         where = "security.encrypt is off" if sealer is None else "that is not among the keys given"
         raise Locked(
@@ -99,10 +111,7 @@ def _opened(sealed: bytes | memoryview, about: bytes, sealer: Sealer | None, wha
             "give its keys with security.key_file or security.secret_keys ('--key-file FILE' for "
             "commands)"
         )
-    plain = sealer.open(sealed, about)
-    if plain is None:
-        raise MalformedCheckpoint(f"{what} is not what was sealed")
-    return plain
+    return sealer
 
 
 # --- ids ----------------------------------------------------------------------------------------
@@ -188,7 +197,8 @@ class Manifest:
         namespace: of the worker.
         worker: who made it: the id of its directory, hexadecimal.
         chunks: everything that restoring needs, in the order in which it was shipped.
-        is_sealed: its chunks and itself are sealed. Not part of what is stored.
+        keys: ids of the keys that it, its chunks or the frames in them are sealed with; none: they
+            are not sealed.
     """
 
     id: str
@@ -202,7 +212,12 @@ class Manifest:
     namespace: str
     worker: str
     chunks: tuple[ChunkRef, ...]
-    is_sealed: bool = False
+    keys: tuple[bytes, ...] = ()
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether its chunks and itself are sealed."""
+        return bool(self.keys)
 
     @property
     def own_chunks(self) -> list[ChunkRef]:
@@ -237,7 +252,10 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
 
 def encode_manifest(manifest: Manifest, sealer: Sealer | None = None) -> bytes:
     """Encode `manifest`, sealed if there is a `sealer`."""
-    body: bytes = msgpack.packb({name: getattr(manifest, name) for name in _FIELDS})
+    entries = {name: getattr(manifest, name) for name in _FIELDS}
+    if sealer is not None:
+        entries["keys"] = manifest.keys
+    body: bytes = msgpack.packb(entries)
     magic = _MANIFEST_MAGIC
     if sealer is not None:
         magic = _SEALED_MAGIC
@@ -264,10 +282,13 @@ def decode_manifest(data: bytes, checkpoint_id: str, sealer: Sealer | None = Non
         _check_other(body, checksum_of(data), version)
     if checksum_of(data) != crc32c(data[:behind]):
         raise MalformedCheckpoint("the manifest fails its checksum")
-    is_sealed = magic == _SEALED_MAGIC
-    if is_sealed:
+    sealed_with: tuple[bytes, ...] = ()
+    if magic == _SEALED_MAGIC:
+        sealed_with = (key_id_of(body),)
         body = _opened(body, b"manifest " + checkpoint_id.encode(), sealer, "the manifest")
-    manifest = _manifest_of(body, is_sealed=is_sealed)
+    manifest = _manifest_of(body, sealed_with)
+    for key_id in manifest.keys:
+        _check_known(key_id, sealer)
     if manifest.id != checkpoint_id:
         raise MalformedCheckpoint(f"the manifest is that of {manifest.id!a}")
     return manifest
@@ -290,7 +311,7 @@ def _check_other(body: bytes, checksum: int, version: int) -> NoReturn:
     raise OtherFormat("another kind of manifest: use a newer version of the library")
 
 
-def _manifest_of(packed: bytes, *, is_sealed: bool) -> Manifest:
+def _manifest_of(packed: bytes, sealed_with: tuple[bytes, ...]) -> Manifest:
     try:
         body = msgpack.unpackb(packed)
         fields = {name: body[name] for name in _FIELDS}
@@ -298,9 +319,17 @@ def _manifest_of(packed: bytes, *, is_sealed: bool) -> Manifest:
         if wrong:
             raise TypeError(wrong)  # noqa: TRY301 - one handler for all that may be wrong
         fields["chunks"] = tuple(_chunk_ref(entry) for entry in fields["chunks"])
+        # Manifests of before they were noted have none.
+        keys = [_key_id(entry) for entry in body.get("keys", ())] if sealed_with else ()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MalformedCheckpoint(f"the manifest's content is wrong ({error!r})") from error
-    return Manifest(**fields, is_sealed=is_sealed)
+    return Manifest(**fields, keys=tuple(dict.fromkeys((*sealed_with, *keys))))
+
+
+def _key_id(entry: object) -> bytes:
+    if not isinstance(entry, bytes) or len(entry) != KEY_ID_BYTES:
+        raise ValueError("the id of a key")
+    return entry
 
 
 def _chunk_ref(entry: Sequence[Any]) -> ChunkRef:

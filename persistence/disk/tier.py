@@ -777,6 +777,11 @@ class DiskTier:
             )
             self._manifest = manifest
 
+    @property
+    def keys_in_use(self) -> list[bytes]:
+        """The ids of the keys that segments are sealed with, or were a moment ago."""
+        return [key_id for _, key_id in self._keys]
+
     def _needed_keys(self) -> tuple[tuple[int, bytes], ...]:
         """Return the keys without those that no segment is sealed with any more."""
         if len(self._keys) > 1:

@@ -145,3 +145,33 @@ async def test_a_plain_checkpoint_is_not_restored_where_everything_is_encrypted(
     assert restored.id == mine.id
     assert "not encrypted" in restored.skipped[0][1]
     assert await sealed.get_active_sessions() == ["a"]
+
+
+async def test_behind_a_rotation_no_checkpoint_needs_the_older_key(
+    start: Start, tmp_path: Path
+) -> None:
+    there = {"checkpoint": {"store": str(tmp_path / "store"), "keep": 2}}
+    there["shutdown"] = {"checkpoint": False}
+    before = await start(path=tmp_path / "one", security=security("old"), **there)
+    for number in range(50):
+        await before.create_session(session_id=f"s {number}", data={"text": "x" * 100})
+    assert (await before.create_checkpoint()).kind == "full"
+    await before.close()
+
+    after = await start(path=tmp_path / "one", security=security("old", "new"), **there)
+    await after.update_session_data("s 1", "n", 0)
+    mixed = await after.create_checkpoint()
+    stranger = await start(path=tmp_path / "stranger", security=security("new"), **there)
+    with pytest.raises(errors.CheckpointDamaged, match="encrypted with key"):  # not without some
+        await stranger.restore_checkpoint(mixed.id)
+    await after.compact()
+    kinds = []
+    for number in range(3):
+        await after.update_session_data("s 1", "n", number)
+        kinds.append((await after.create_checkpoint()).kind)
+    assert kinds == ["full", "incremental", "incremental"]
+
+    # As keep says, those of before the rotation are gone: the older key may go, too.
+    fresh = await start(path=tmp_path / "two", security=security("new"), **there)
+    restored = await fresh.restore_checkpoint("latest")
+    assert (restored.sessions, restored.skipped) == (50, ())
