@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
-from persistence import StateConfig, Stats, errors
+from persistence import ClientInfo, StateConfig, StateManager, Stats, errors
 from persistence.checkpoint.keeper import CheckpointStats
 from persistence.disk.tier import DiskStats
 from persistence.stats import PopulationStats, RequestStats, SharingStats
@@ -100,3 +101,57 @@ def test_every_error_that_is_named_exists(page: Path) -> None:
     known = {*vars(errors), "KeyError", "TypeError", "ValueError"}
     named = re.findall(r"`([A-Z]\w+Error)`", page.read_text(encoding="utf-8"))
     assert set(named) <= known
+
+
+# --- code ---------------------------------------------------------------------------------------
+
+BLOCKS = [
+    pytest.param(match[1], id=f"{page.stem}-{number}")
+    for page in PAGES
+    if page.parent.name == "docs"  # README.md has tests of its own
+    for number, match in enumerate(
+        re.finditer(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL), 1
+    )
+]
+ELSEWHERE = {
+    "DIRECTORY/CONFLICTS": "sharing: it reads a file that a conflict has made",
+    "as_mapping()\nsessions[": "a manager of threads",
+}
+"""What blocks need that the test does not give them, by what is in them."""
+
+
+class Connection:
+    async def aclose(self) -> None: ...
+
+
+async def connect() -> Connection:
+    return Connection()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+async def test_a_block_of_code_runs_with_what_its_page_takes_for_granted(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top_level = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    code = compile(block, "docs", "exec", flags=top_level, dont_inherit=True)
+    if any(text in block for text in ELSEWHERE):
+        return
+    monkeypatch.chdir(tmp_path)
+    client = ClientInfo(ip="203.0.113.9")
+    async with StateManager() as state:
+        sid = await state.create_session(user_id="ada", data={"cart": []})
+        given = {
+            "state": state,
+            "sid": sid,
+            "client": client,
+            "token": state.issue_token(sid, client),
+            "config": StateConfig.model_validate({"disk": {"path": "another"}}),
+            "StateManager": StateManager,
+            "dataclass": dataclass,
+            "render": lambda session: session.data,
+            "connect": connect,
+            "Connection": Connection,
+        }
+        result = eval(code, given)
+        if inspect.iscoroutine(result):
+            await result
