@@ -312,7 +312,9 @@ class StateManager(Assembly):
         `function` is synchronous and its result is ignored (one that has to be awaited is refused:
         that is what `edit` is for); it may be called again when another
         worker's commit came first. If it raises, nothing is written. If it changes nothing, there
-        is no new version.
+        is no new version. If it writes to the session in another way than by the draft (where the
+        event loop starts tasks eagerly, one that it makes may), that is kept, and ConflictError is
+        raised.
 
         Raises:
             SessionNotFound, ValueNotSerializable, ValueTooLarge, ConflictError, DiskFull,

@@ -220,6 +220,7 @@ class Updates:
         changes = drafted(base[0], function)
         if changes is None:
             return base
+        self._check_newest(session_id, base[0])
         return self.next_version(session_id, session_id.encode(), base, changes)
 
     async def by_function(
@@ -331,9 +332,27 @@ class Updates:
         changes = change.data(base[0])
         if changes is None:
             return None
+        self._check_newest(session_id, base[0])
         if change.meta is None and change.ttl_seconds is None:
             return self.next_version(session_id, key, base, changes)
         return self._rebuilt(session_id, key, base, change, changes)
+
+    def _check_newest(self, session_id: str, record: bytes) -> None:
+        """See that `record` is still the newest version, once a caller's function has seen it.
+
+        The function must not await, but what it starts may run inside of it: a task, where the
+        event loop makes eager ones, or a finalizer.
+
+        Raises:
+            ConflictError: it has written to the session.
+        """
+        tail = self._commits.tails.get(session_id)
+        if tail is not None and tail.record is not record:
+            raise ConflictError(
+                f"session {printable(session_id)} was written to while the function that changes "
+                "it ran, by that function or by what it has started; nothing of what it changed "
+                "was written: let it change its draft and nothing else"
+            )
 
     def next_version(self, session_id: str, key: bytes, base: Base, changes: Changes) -> Commit:
         """Submit the version after `base` with other data. Never awaits. The hot path."""

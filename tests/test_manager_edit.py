@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -415,3 +415,42 @@ async def test_concurrent_edits_and_updates_of_a_few_sessions_are_all_counted(
     sessions = [await state.get_session(name) for name in "abcd"]
     counts = [session["count"] for session in sessions if isinstance(session, Session)]
     assert counts == [90, 90, 90, 90]
+
+
+WITHIN: dict[str, Callable[[StateManager], Coroutine[Any, Any, Any]]] = {
+    "set a field": lambda state: state.update_session_data("a", "y", 9),
+    "TTL": lambda state: state.set_ttl("a", 9),
+    "terminate": lambda state: state.terminate_session("a"),
+}
+
+
+@pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN.keys())
+@pytest.mark.parametrize("in_flight", [False, True], ids=["at rest", "in flight"])
+async def test_what_an_update_starts_in_its_function_is_not_undone_by_it(
+    state: StateManager,
+    within: Callable[[StateManager], Coroutine[Any, Any, Any]],
+    *,
+    in_flight: bool,
+) -> None:
+    call = within(state)
+
+    def function(draft: SessionDraft) -> None:
+        draft["x"] = 2
+        call.send(None)  # as far as it comes without waiting: what an eager task does
+
+    before = [asyncio.ensure_future(set_in_edit(state, "z", 1))] if in_flight else []
+    await loop_steps(2)
+    with pytest.raises(ConflictError, match="while the function that changes it ran"):
+        await state.update_session("a", function)
+    await state.flush()
+    await outcomes(before)
+    with pytest.raises(StopIteration):
+        call.send(None)
+    session = await state.get_session("a", renew=False)
+    if within is WITHIN["terminate"]:
+        assert session is None
+        return
+    assert session is not None
+    assert session["x"] == 1
+    assert session.get("y") == (9 if within is WITHIN["set a field"] else None)
+    assert session.ttl_seconds == (9 if within is WITHIN["TTL"] else 3600)
