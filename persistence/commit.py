@@ -361,6 +361,11 @@ class CommitQueue:
         """
         if self._broken is not None:
             raise self._broken
+        if self._ending and (self._task is None or self._task.done()):
+            # Closed, or exchanged for another one, while whoever asks was at work: all is decided,
+            # and nobody is there to answer any more.
+            self._disk.writer.check_usable()
+            return
         flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._flushes.append((self._submitted, flushed))
         self._work.set()

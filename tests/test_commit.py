@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -218,6 +219,21 @@ async def test_a_flush_during_a_sync_waits_for_the_next_one(
     files.open_gates()
     await second
     assert files.calls["sync_data"] == 2
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["well", "poisoned"])
+async def test_a_flush_that_comes_when_the_queue_has_been_closed_is_answered(
+    start: Start, files: ScriptedFiles, *, fails: bool
+) -> None:
+    state = await with_sessions(start, "a")
+    commits = commits_of(state)
+    if fails:
+        files.sync_error = OSError(5, "Input/output error")
+        with pytest.raises(WriteOutcomeUnknown):
+            await state.update_session_data("a", "x", 1)
+    await state.close()
+    with pytest.raises(WriteOutcomeUnknown) if fails else nullcontext():
+        await asyncio.wait_for(commits.flush(), 10)
 
 
 async def test_a_sync_that_takes_longer_than_the_interval_holds_updates_back(

@@ -17,7 +17,7 @@ from persistence.errors import (
     InvalidArgument,
     PersistenceError,
 )
-from tests.engine import KIB, ScriptedFiles, Start, config_for, contents, names_in
+from tests.engine import KIB, ScriptedFiles, Start, config_for, contents, disk_of, names_in
 from tests.redis_servers import Group, RedisServer
 from tests.sharing.support import add_one, until, until_delivered, until_up, value
 
@@ -411,3 +411,33 @@ async def test_a_restore_reaches_the_workers_that_share_the_sessions(
         assert await b.get_session("later", fresh=True) is None
         assert (await b.update_session(ids[0], add_one))["n"] == 1
         assert (await a.get_session(ids[0], fresh=True))["n"] == 1  # type: ignore[index]
+
+
+async def test_a_cleanup_under_way_outlives_the_exchange_of_the_tiers(
+    start: Start, store: dict[str, Any], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await start(checkpoint=store)
+    await state.create_session(session_id="kept")
+    await state.create_checkpoint()
+    for number in range(3):
+        await state.create_session(session_id=f"short {number}", ttl_seconds=10)
+    clock.advance(11)
+    disk = disk_of(state)
+    read_keys, reached, goes_on = disk.read_keys, asyncio.Event(), asyncio.Event()
+    calls = 0
+
+    async def held(rows: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            reached.set()
+            await goes_on.wait()
+        return await read_keys(rows)
+
+    monkeypatch.setattr(disk, "read_keys", held)
+    cleaning = asyncio.create_task(state.cleanup_expired())
+    await reached.wait()
+    await state.restore_checkpoint()
+    goes_on.set()
+    await asyncio.wait_for(cleaning, 10)
+    assert await state.get_active_sessions() == ["kept"]
