@@ -346,6 +346,8 @@ def _why_not_made(session_id: str, resource: _Resource) -> BaseException | None:
 
 async def _made_for(resource: _Resource, factory: Factory) -> Any:
     """Call a factory, so that what it does can be told from what others do."""
+    # Also where the event loop starts tasks eagerly: not before it is known, and waited for.
+    await asyncio.sleep(0)
     _MAKING.set(resource)
     ASKERS.set(resource.askers)
     return await _called(factory)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -370,6 +371,12 @@ async def test_a_factory_that_asks_for_its_own_resource_is_refused(state: StateM
     with pytest.raises(ConflictError, match=r"'db' of session .* the factory of 'db' asks for it"):
         await state.resources(sid, "db", connect)
     assert (await state.stats()).resources == 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs asyncio.eager_task_factory")
+async def test_so_it_is_where_the_event_loop_begins_tasks_at_once(state: StateManager) -> None:
+    asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+    await test_a_factory_that_asks_for_its_own_resource_is_refused(state)
 
 
 async def test_factories_that_wait_for_each_other_are_refused(state: StateManager) -> None:
