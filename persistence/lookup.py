@@ -36,7 +36,7 @@ class Lookup:
 
     def attach(self, tiers: Tiers) -> None:
         """Look in the tiers as they are now."""
-        self._time, self._disk, self._memory = tiers.time, tiers.disk, tiers.memory
+        self._time, self._memory = tiers.time, tiers.memory
         self._residency, self._updates = tiers.residency, tiers.updates
         self._sharing = tiers.sharing
 
@@ -96,16 +96,12 @@ class Lookup:
         record = await self._residency.peek(session_id, key)
         if record is None:
             return None
-        if session_id in self._memory:
-            accessed, life = self._memory.times(session_id)
-            cap = self._memory.cap(session_id)
-        else:
-            row = self._disk.index.get(self._disk.fingerprint(key))
-            if row is None:
-                return None
-            ttl_seconds, flags = rec.ttl_and_flags_of(record)
-            accessed, cap = row.accessed, row.cap
-            life = life_of(ttl_seconds, flags & RENEWS, row.deadline)
+        times = self._residency.times(session_id, key)
+        if times is None:
+            return None
+        accessed, deadline, cap = times
+        ttl_seconds, flags = rec.ttl_and_flags_of(record)
+        life = life_of(ttl_seconds, flags & RENEWS, deadline)
         return Session.view(session_id, record, accessed, life, cap, self._time)
 
     async def has(self, session_id: str) -> bool:

@@ -424,17 +424,24 @@ class Residency(Spilling):
             return record[ID_BYTES:IDS_BYTES]
         return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
 
-    def wall_times(self, session_id: str) -> tuple[float, float, float]:
-        """Return last access, deadline and cap of a session that is here, in wall seconds."""
-        skew = self._time.skew()
+    def times(self, session_id: str, key: bytes) -> tuple[float, float, float] | None:
+        """Return last access, deadline and cap of the acknowledged version of a session.
+
+        None: there is none.
+        """
         if session_id in self.memory:
             accessed, _ = self.memory.times(session_id)
-            deadline, cap = self.memory.deadline(session_id), self.memory.cap(session_id)
-        else:
-            row = self.disk.index.get(self.disk.fingerprint(session_id.encode()))
-            if row is None:
-                return 0.0, 0.0, NEVER  # it has just ended
-            accessed, deadline, cap = row.accessed, row.deadline, row.cap
+            return accessed, self.memory.deadline(session_id), self.memory.cap(session_id)
+        found = self._leaving.get(session_id) or self.disk.index.get(self.disk.fingerprint(key))
+        return None if found is None else (found.accessed, found.deadline, found.cap)
+
+    def wall_times(self, session_id: str) -> tuple[float, float, float]:
+        """Return last access, deadline and cap of a session that is here, in wall seconds."""
+        times = self.times(session_id, session_id.encode())
+        if times is None:
+            return 0.0, 0.0, NEVER  # it has just ended
+        skew = self._time.skew()
+        accessed, deadline, cap = times
         return accessed + skew, deadline + skew, cap + skew
 
     def is_alive(self, session_id: str, key: bytes) -> bool:

@@ -530,6 +530,25 @@ async def test_an_adopted_session_reaches_the_log_when_it_has_to(
     assert residency_of(again).unlogged == {}
 
 
+async def test_a_session_that_is_on_its_way_into_the_log_can_be_looked_at(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await start()
+    await adopted(state, "a", {"x": 1})
+    files.writes.hold()
+    spilling = asyncio.create_task(state.spill_session("a"))
+    await files.writes.reached()
+    assert "a" not in memory_of(state)
+    session = await state.get_session("a", renew=False)
+    assert session is not None
+    assert (session["x"], session.expires_at) == (1, None)
+    health = await state.session_health("a")
+    assert (health.idle_seconds, health.left_seconds) == (0, NEVER)
+    assert not spilling.done()
+    files.open_gates()
+    assert await spilling
+
+
 async def test_an_adopted_session_may_be_terminated(start: Start, crash: Crash) -> None:
     state = await start()
     await adopted(state, "a", {"x": 1})
