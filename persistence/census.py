@@ -11,6 +11,7 @@ out rather than waited for.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
@@ -66,11 +67,16 @@ class Census:
         self._time = time
         self.last_created = ""
         self._shard = self._bucket = 0
+        self._looking = asyncio.Lock()
         self._oldest: _Met | None = None
         self._newest: _Met | None = None
 
     async def look(self) -> PopulationStats:
         """Return what a look at some sessions, or at all of them, tells."""
+        async with self._looking:  # each goes on where the one before has ended
+            return await self._look()
+
+    async def _look(self) -> PopulationStats:
         met: list[_Met] = []
         latest = self._residency.resident(self.last_created)
         if latest is not None:
@@ -84,14 +90,17 @@ class Census:
                 self._meet(session_id, record, None, met)
         is_complete = len(self._residency.unlisted) <= MAX_SAMPLE
         looked = 0
-        start = self._shard, self._bucket
+        # The cursor comes back to where it is now; unless that is gone: a checkpoint may be put in
+        # place meanwhile.
+        first, shards_left = self._bucket, SHARDS
         while True:
             rows = self._next_rows()
             looked += len(rows)
             for row in rows:
                 is_complete = self._look_at(row, met) and is_complete
+            shards_left -= self._bucket == 0
             await slices.give_way_if_due()
-            if (self._shard, self._bucket) == start:
+            if shards_left < 0 or (not shards_left and self._bucket >= first):
                 break
             if looked >= MAX_SAMPLE:
                 is_complete = False
@@ -101,7 +110,9 @@ class Census:
     def _next_rows(self) -> list[Row]:
         """Return the rows of one bucket, and go on to the next."""
         index = self._disk.index
-        rows = index.rows_of_bucket(self._shard, self._bucket)
+        rows: list[Row] = []
+        if self._bucket < index.bucket_count(self._shard):
+            rows = index.rows_of_bucket(self._shard, self._bucket)
         self._bucket += 1
         if self._bucket >= index.bucket_count(self._shard):
             self._shard, self._bucket = (self._shard + 1) % SHARDS, 0

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 
 from persistence import ManualClock, StateManager
+from persistence.slices import Slices
 from persistence.stats import Distribution, PopulationStats
 from tests.engine import Start
 
@@ -52,6 +55,16 @@ async def test_sessions_that_ended_do_not_count(state: StateManager, clock: Manu
     assert session is not None
     assert found.oldest_created_at == found.newest_created_at == session.created_at
     assert not await state.has_session(third)
+
+
+async def test_looks_at_the_same_time_see_all_sessions_each(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(50):
+        await state.create_session()
+    monkeypatch.setattr("persistence.census.Slices", partial(Slices, seconds=0))  # all take turns
+    found = await asyncio.gather(*(population(state) for _ in range(5)))
+    assert {(each.sampled, each.is_complete) for each in found} == {(50, True)}
 
 
 async def test_of_many_sessions_it_is_a_sample_that_meets_all_in_the_end(
