@@ -84,9 +84,24 @@ def not_usable(directory: str, error: OSError) -> PersistenceError:
     if what is None:  # it is not the directory's fault as a whole
         what = error.strerror or str(error)
         if isinstance(error.filename, str) and os.path.dirname(error.filename) == directory:
-            what = f"{os.path.basename(error.filename)!a}: {what}"
+            return _in_the_way(directory, os.path.basename(error.filename), error)
     return DirectoryNotUsable(
         f"{directory} cannot be used: {what}; nothing was changed; choose another disk.path"
+    )
+
+
+def _in_the_way(directory: str, name: str, error: OSError) -> PersistenceError:
+    """Return the error to raise when one file of a directory cannot be used."""
+    what = {
+        errno.EISDIR: "a directory is in the place of this file",
+        errno.EINVAL: error.strerror,  # no regular file; see `files`
+        errno.ENOENT: "it is a link that leads nowhere, or was removed this moment",
+        errno.ELOOP: "it is a link that leads to itself",
+    }.get(error.errno or 0)
+    way_out = "look at it" if what is None else "move it away"
+    return DirectoryNotUsable(
+        f"{directory} cannot be used: {name!a}: {what or error.strerror}; nothing was changed; "
+        f"{way_out}, or choose another disk.path"
     )
 
 
@@ -97,6 +112,8 @@ def make_directory(files: Files, directory: str) -> None:
     while not files.exists(path):
         missing.append(path)
         path = os.path.dirname(path)
+    for parent in reversed(missing[1:]):  # one by one: the system's own way is recursive
+        files.make_directory(parent)
     files.make_directory(directory)
     for made in missing:
         files.sync_directory(os.path.dirname(made))

@@ -82,6 +82,12 @@ def _parse(name: str, kind: str) -> int | None:
     return number if 0 < number <= MAX_SEGMENT_NUMBER else None
 
 
+def is_cache(name: str) -> bool:
+    """Whether a file of this name is, or was to be, made again out of the log if it is lost."""
+    name = name.removesuffix(TEMPORARY_SUFFIX)
+    return name == INDEX_SNAPSHOT or parse_hint(name) is not None
+
+
 def is_ours(name: str) -> bool:
     """Whether a file of this name is one that the engine writes."""
     if name in _NAMES:

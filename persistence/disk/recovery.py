@@ -30,6 +30,7 @@ from persistence.disk.filenames import (
     MAX_SEGMENT_NUMBER,
     TEMPORARY_SUFFIX,
     hint_name,
+    is_cache,
     is_ours,
     parse_hint,
     parse_segment,
@@ -182,7 +183,23 @@ class Recovery:
             # A crash may have come before the manifest that dropped them was durable.
             self._files.sync_directory(self._directory)
         for name in dead:
+            self._removed(name)
+
+    def _removed(self, name: str) -> bool:
+        """Remove a file that is dead; False: it is a cache, and a directory is in its place."""
+        try:
             self._files.remove(f"{self._directory}/{name}")
+        except IsADirectoryError:
+            if not is_cache(name):
+                raise
+            _log.warning(
+                "%s/%s: a directory is in the place of this file, which is only a cache; move it "
+                "away",
+                self._directory,
+                name,
+            )
+            return False
+        return True
 
     # --- the caches ---------------------------------------------------------------------------
 
@@ -194,8 +211,7 @@ class Recovery:
         """
         taken = self._load_snapshot(last_log)
         path = f"{self._directory}/{INDEX_SNAPSHOT}"
-        if self._files.exists(path):
-            self._files.remove(path)
+        if self._files.exists(path) and self._removed(INDEX_SNAPSHOT):
             self._files.sync_directory(self._directory)
         return taken
 

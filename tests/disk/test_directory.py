@@ -391,6 +391,52 @@ async def test_a_file_in_the_place_of_the_directory_is_refused() -> None:
     await assert_refused(files, errors.DirectoryNotUsable, "not a directory")
 
 
+@pytest.mark.parametrize("name", ["INDEX", "INDEX.tmp", "0000000099.hint", "0000000001.hint.tmp"])
+async def test_a_directory_in_the_place_of_a_cache_keeps_nobody_from_his_sessions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.WARNING, logger="persistence.recovery")
+    configuration = config(str(tmp_path / "state"))
+    for life in range(3):
+        async with StateManager(config=configuration) as state:
+            assert set(await state.get_active_sessions()) == {f"s{each}" for each in range(life)}
+            await state.create_session(session_id=f"s{life}")
+        if not life:
+            in_the_way = tmp_path / "state" / name
+            in_the_way.unlink(missing_ok=True)
+            in_the_way.mkdir()
+    assert f"{name}: a directory is in the place of this file" in caplog.text
+    assert in_the_way.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("0000000099.seg", "a link that leads nowhere"),
+        ("ROTATIONS", "a link that leads nowhere"),
+        ("LOCK", "a directory is in the place of this file"),
+        ("MANIFEST.tmp", "a directory is in the place of this file"),
+    ],
+)
+async def test_what_is_in_the_place_of_a_file_is_named_with_the_way_out(
+    tmp_path: Path, name: str, what: str
+) -> None:
+    configuration = config(str(tmp_path / "state"))
+    async with StateManager(config=configuration) as state:
+        await state.create_session(session_id="s")
+    in_the_way = tmp_path / "state" / name
+    in_the_way.unlink(missing_ok=True)
+    if "link" in what:
+        in_the_way.symlink_to(tmp_path / "gone" / "file")
+    else:
+        in_the_way.mkdir()
+    with pytest.raises(errors.DirectoryNotUsable, match=f"{name}.*{what}.*move it away"):
+        await StateManager(config=configuration).open()
+    in_the_way.rmdir() if in_the_way.is_dir() else in_the_way.unlink()
+    async with StateManager(config=configuration) as state:
+        assert await state.has_session("s")
+
+
 @pytest.mark.parametrize("name", ["MANIFEST", segment_name(1)])
 @pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
 async def test_what_is_no_file_in_the_place_of_one_is_refused_by_name(
@@ -406,6 +452,18 @@ async def test_what_is_no_file_in_the_place_of_one_is_refused_by_name(
         error = await refusal(Files(), directory)
     assert isinstance(error, errors.DirectoryNotUsable)
     assert f"'{name}': " in str(error)
+
+
+async def test_a_directory_may_be_a_thousand_levels_below_one_that_is_there(
+    tmp_path: Path,
+) -> None:
+    directory = str(tmp_path) + "/d" * 1200
+    async with StateManager(config=config(directory)) as state:
+        await state.create_session(session_id="s")
+    async with StateManager(config=config(directory)) as state:
+        assert await state.has_session("s")
+    # Not left to pytest, whose way of removing it is recursive as well.
+    await (await asyncio.create_subprocess_exec("rm", "-rf", tmp_path / "d")).wait()
 
 
 async def test_a_directory_below_a_file_is_refused(tmp_path: Path) -> None:
