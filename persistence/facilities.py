@@ -24,6 +24,7 @@ from persistence.errors import (
     InvalidArgument,
     SessionNotFound,
 )
+from persistence.ids import plain_id
 from persistence.lifecycle import Lifecycle
 from persistence.memory.tier import MemoryTier
 from persistence.observe.health import SessionHealth
@@ -189,7 +190,7 @@ class Facilities(Lifecycle):
         """
         if type(name) is not str:
             check_text("name", name)
-        return Request(self._requests, session_id, name)
+        return Request(self._requests, plain_id(session_id), name)
 
     def _request(
         self, session_id: str, name: str, get: Callable[[str], Awaitable[Session | None]]
@@ -217,7 +218,7 @@ class Facilities(Lifecycle):
             RequestLimitReached, SessionNotFound, …: as `request` on entering; it was not counted.
             InvalidArgument: `seconds` is no duration.
         """
-        await self._requests.record(session_id, name, seconds, error)
+        await self._requests.record(plain_id(session_id), name, seconds, error)
 
     async def record_error(self, session_id: str, error: BaseException | str) -> None:
         """Count an error of a session that belongs to no request, or to one counted already.
@@ -225,7 +226,7 @@ class Facilities(Lifecycle):
         Raises:
             SessionNotFound: missing, expired or terminated.
         """
-        await self._requests.record_error(session_id, error)
+        await self._requests.record_error(plain_id(session_id), error)
 
     async def is_request_limit_reached(self, session_id: str) -> bool:
         """Whether the next request would raise RequestLimitReached. Renews nothing.
@@ -233,7 +234,7 @@ class Facilities(Lifecycle):
         Raises:
             SessionNotFound: missing, expired or terminated.
         """
-        return await self._requests.is_limit_reached(session_id)
+        return await self._requests.is_limit_reached(plain_id(session_id))
 
     async def session_metrics(self, session_id: str) -> RequestMetrics:
         """Return what is known of the requests of a session. Renews nothing.
@@ -244,7 +245,7 @@ class Facilities(Lifecycle):
         Raises:
             SessionNotFound: missing, expired or terminated.
         """
-        return await self._requests.metrics(session_id)
+        return await self._requests.metrics(plain_id(session_id))
 
     async def session_health(self, session_id: str) -> SessionHealth:
         """Return how a session is doing: size, tier, age, rates, and a score from 0 to 1.
@@ -254,7 +255,7 @@ class Facilities(Lifecycle):
         Raises:
             SessionNotFound: missing, expired or terminated.
         """
-        return await self._requests.health(session_id)
+        return await self._requests.health(plain_id(session_id))
 
     # --- what cannot be stored ----------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class Facilities(Lifecycle):
             InvalidArgument: something that `factory` awaited was cancelled.
             Exception: whatever `factory` raises.
         """
-        return await self._resource(session_id, name, factory, close)
+        return await self._resource(plain_id(session_id), name, factory, close)
 
     async def _resource(
         self,
@@ -316,7 +317,7 @@ class Facilities(Lifecycle):
             DiskFull, WriteOutcomeUnknown: it cannot be made.
             DirectoryNotUsable: something is in its way.
         """
-        return await self._scratch_dir(session_id)
+        return await self._scratch_dir(plain_id(session_id))
 
     async def _scratch_dir(self, session_id: str, only: bytes | None = None) -> Path:
         """Do what `scratch_dir` says, if the session is incarnation `only`, or that is None."""

@@ -18,6 +18,17 @@ def new_session_id() -> str:
     return secrets.token_urlsafe(_RANDOM_BYTES)
 
 
+def plain_id(session_id: str) -> str:
+    """Return a session id as a plain `str`, if it is of a class of its own.
+
+    Such a class may compare, hash and encode as it likes: as a key in our tables it could be
+    another session's. What is no `str` at all is returned as it is, for `check_session_id`.
+    """
+    if type(session_id) is str or not isinstance(session_id, str):
+        return session_id
+    return str.__str__(session_id)  # what it is made of, whatever its own methods say
+
+
 def check_session_id(session_id: object) -> bytes:
     """Return a session id as UTF-8.
 

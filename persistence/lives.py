@@ -17,7 +17,7 @@ from persistence.arguments import (
 from persistence.commit import Commit, committed
 from persistence.config import SessionConfig
 from persistence.errors import Overtaken, SessionExists, SessionLimitReached, SessionNotFound
-from persistence.ids import check_session_id, new_session_id
+from persistence.ids import check_session_id, new_session_id, plain_id
 from persistence.lookup import Lookup
 from persistence.record import NEVER
 from persistence.session import MAX_REQUESTS, USER_ID, Data, Session, SessionMetadata
@@ -71,8 +71,7 @@ class Lives:
     ) -> Commit:
         """Do what `StateManager.create_session` says; return the acknowledged commit."""
         await self._begin()
-        if session_id is None:
-            session_id = new_session_id()
+        session_id = new_session_id() if session_id is None else plain_id(session_id)
         key = check_session_id(session_id)
         meta = _packed_meta(user_id, metadata, max_requests)
         fields = packed_data({} if data is None else self._plain_data(session_id, data))
@@ -114,6 +113,8 @@ class Lives:
             get: returns a live session.
             create: what `create` takes.
         """
+        if session_id is not None:
+            session_id = plain_id(session_id)
         while True:
             if session_id is not None:
                 session = await get(session_id)
@@ -158,6 +159,7 @@ class Lives:
 
     async def terminate(self, session_id: str) -> bool:
         """End a session; return whether it was alive. See `StateManager.terminate_session`."""
+        session_id = plain_id(session_id)
         while True:
             await self._begin()
             try:
@@ -185,6 +187,7 @@ class Lives:
             InvalidSessionId, CorruptionError: it is still what it was.
             DiskFull, WriteOutcomeUnknown: it may still be there; see `commit`.
         """
+        session_id = plain_id(session_id)
         key = check_session_id(session_id)
         while True:
             await self._begin()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from persistence import record as rec
 from persistence.errors import ConflictError
 from persistence.expiry import life_of
-from persistence.ids import check_session_id
+from persistence.ids import check_session_id, plain_id
 from persistence.record import RENEWS
 from persistence.session import Session
 from persistence.sharing.sharing import Sharing
@@ -70,6 +70,7 @@ class Lookup:
             InvalidSessionId: it is no session id.
         """
         await self._ready()
+        session_id = plain_id(session_id)
         check_session_id(session_id)
         await self.bring_here(session_id, fresh=True)
 
@@ -90,6 +91,7 @@ class Lookup:
 
     async def peek(self, session_id: str) -> Session | None:
         """Return a view, neither counting that as an access nor restoring a cold session."""
+        session_id = plain_id(session_id)
         if not await self.has(session_id):
             return None  # it has been brought here, if it lives elsewhere
         key = session_id.encode()
@@ -107,6 +109,7 @@ class Lookup:
     async def has(self, session_id: str) -> bool:
         """Whether a session is alive; see `StateManager.has_session`."""
         await self._ready()
+        session_id = plain_id(session_id)
         key = check_session_id(session_id)
         await self.bring_here(session_id)
         deadline = self._residency.acknowledged_deadline(session_id, key)
@@ -120,6 +123,7 @@ class Lookup:
     async def restore(self, session_id: str) -> bytes | None:
         """Bring a live session into memory, renewing nothing; return its record."""
         await self._ready()
+        session_id = plain_id(session_id)
         key = check_session_id(session_id)
         await self.bring_here(session_id)
         base = await self._residency.acknowledged_base(session_id, key, access=False)

@@ -30,7 +30,7 @@ from persistence.errors import (
     Overtaken,
     SessionNotFound,
 )
-from persistence.ids import check_session_id
+from persistence.ids import check_session_id, plain_id
 from persistence.lifecycle import wrong_loop
 from persistence.memory.budget import MemoryReader
 from persistence.memory.watch import MemoryWatch
@@ -240,6 +240,7 @@ class StateManager(Assembly):
             session = self._resident(session_id)
             if session is None:
                 self._check_open()
+                session_id = plain_id(session_id)
                 if not self._turns.take():
                     await self._begin()
                     session = self._resident(session_id)
@@ -285,6 +286,8 @@ class StateManager(Assembly):
             CorruptionError: its stored bytes are damaged.
         """
         self._check_open()
+        if session_id is not None:
+            session_id = plain_id(session_id)
         return self._watching.watch(session_id, after, max_pending)
 
     # --- updating -----------------------------------------------------------------------------
@@ -325,6 +328,8 @@ class StateManager(Assembly):
             raise refused("function", function, "a function that takes the draft and changes it")
         if self._gate is not None or not self._turns.take():
             await self._begin()
+        if type(session_id) is not str:  # `plain_id`, without the call
+            session_id = plain_id(session_id)
         updates = self._updates
         made = updates.made_now(session_id, function)
         if not isinstance(made, Commit):
@@ -466,6 +471,7 @@ class StateManager(Assembly):
         self._check_open()
         if self._gate is not None:
             raise ConflictError("a checkpoint is being put in place; issue the token behind it")
+        session_id = plain_id(session_id)
         key = check_session_id(session_id)
         whom = check_client(client)
         ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
@@ -498,6 +504,7 @@ class StateManager(Assembly):
             InvalidArgument: `client` is no ClientInfo.
         """
         whom = check_client(client)
+        session_id = plain_id(session_id)
         check_session_id(session_id)
         await self._ready()
         return await self._token_access.open_session(session_id, token, whom)
@@ -516,6 +523,7 @@ class StateManager(Assembly):
             DiskFull: it has kept its id.
             WriteOutcomeUnknown: one of the two ids lives; see `commit`.
         """
+        session_id = plain_id(session_id)
         check_session_id(session_id)
         return await self._rotate(session_id)
 
@@ -577,6 +585,7 @@ class StateManager(Assembly):
             DiskFull: it is not in the log yet, and the disk is full; it stays in memory.
         """
         await self._ready()
+        session_id = plain_id(session_id)
         key = check_session_id(session_id)
         if not self._residency.is_alive(session_id, key):
             await self._residency.expire_if_over(session_id, key)

@@ -27,7 +27,7 @@ from persistence.errors import (
     printable,
 )
 from persistence.expiry import deadline_after, life_of
-from persistence.ids import CommitIds, check_session_id
+from persistence.ids import CommitIds, check_session_id, plain_id
 from persistence.locks import SessionLocks
 from persistence.memory.tier import MemoryTier, deadline_of
 from persistence.record import FIXED_BYTES, ID_BYTES, NO_ID, RENEWS
@@ -231,6 +231,7 @@ class Updates:
 
     async def apply(self, session_id: str, change: Change) -> Session:
         """Build a version on the newest one and commit it; again when another worker was first."""
+        session_id = plain_id(session_id)
         while True:
             try:
                 return await self._apply_once(session_id, change)
@@ -531,7 +532,7 @@ class Edit:
 
     def __init__(self, current: Callable[[], Awaitable[Updates]], session_id: str) -> None:
         self._current = current
-        self._session_id = session_id
+        self._session_id = plain_id(session_id)
         self.commit: Commit | None = None
 
     async def __aenter__(self) -> SessionDraft:

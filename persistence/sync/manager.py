@@ -14,6 +14,7 @@ from persistence.commit import Commit
 from persistence.config import StateConfig
 from persistence.disk.files import Files
 from persistence.errors import ManagerClosed, Overtaken, SessionNotFound
+from persistence.ids import plain_id
 from persistence.manager import StateManager as AsyncManager
 from persistence.requests import Request
 from persistence.session import ClientInfo, Session, SessionDraft
@@ -181,6 +182,7 @@ class StateManager:
         """
         refuse_event_loop()
         self._on_loop()
+        session_id = plain_id(session_id)
         if not callable(function):
             raise refused("function", function, "a function that takes the draft and changes it")
         updated = self._try_update(session_id, function)
