@@ -13,6 +13,7 @@ from persistence.record import NEVER
 
 WINDOWS_PER_TTL: Final = 16
 _IDLE_WINDOW_SECONDS: Final = 3600.0
+_NO_LIFE_SECONDS: Final = 1e-300  # a sixteenth of the shortest float is nothing
 _MIN_SWEEP_SECONDS: Final = 0.05
 _MAX_SWEEP_SECONDS: Final = 30.0
 
@@ -35,7 +36,7 @@ def deadline_after(accessed: float, ttl_seconds: float) -> float:
 
 def must_record(before: float, accessed: float, life: float) -> bool:
     """Whether the move of the last access from `before` to `accessed` has to be logged."""
-    window = life / WINDOWS_PER_TTL if 0 < life < NEVER else _IDLE_WINDOW_SECONDS
+    window = life / WINDOWS_PER_TTL if _NO_LIFE_SECONDS < life < NEVER else _IDLE_WINDOW_SECONDS
     return accessed // window != before // window
 
 

@@ -116,6 +116,10 @@ def test_less_than_an_eighth_of_the_ttl_is_ever_unrecorded(ttl: float, steps: li
         assert now - recorded < ttl / 8
 
 
+def test_the_shortest_life_there_is_has_windows_too() -> None:
+    assert not must_record(1600.0, 1601.0, 5e-324)
+
+
 def test_accesses_within_one_window_are_not_recorded_again() -> None:
     assert not must_record(1600.0, 1609.9, TTL)
     assert must_record(1609.9, 1610.0, TTL)
