@@ -51,21 +51,24 @@ class _Lane:
         """Run `call` after all earlier ones; then, on the loop, `told` with what it led to."""
         if self._thread is None:
             loop = asyncio.get_running_loop()
-            self._thread = Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
-            self._thread.start()
+            thread = Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if not _is_exiting():
+                    raise
+                told(*_outcome(call))
+                return
+            self._thread = thread
         self._calls.put((call, told))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         mark_own_thread()
         while (item := self._calls.get()) is not None:
             call, told = item
-            result, failure = None, None
+            outcome = _outcome(call)
             try:
-                result = call()
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the call
-                failure = error
-            try:
-                loop.call_soon_threadsafe(told, result, failure)
+                loop.call_soon_threadsafe(told, *outcome)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
 
@@ -111,20 +114,11 @@ class Threads:
         try:
             return loop.run_in_executor(self._readers, partial(call, *args, **kwargs))
         except RuntimeError:
-            if not self._readers_are_gone():
+            if not _is_exiting():
                 raise
-            # The interpreter is exiting, and has ended all executors before it closes us. Then
-            # nothing else is left to do either.
             done: asyncio.Future[T] = loop.create_future()
-            try:
-                _resolve(done, call(*args, **kwargs), None)
-            except Exception as error:  # noqa: BLE001 - handed to whoever awaits the call
-                _resolve(done, None, error)
+            _resolve(done, *_outcome(partial(call, *args, **kwargs)))
             return done
-
-    @staticmethod
-    def _readers_are_gone() -> bool:
-        return not main_thread().is_alive()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -136,6 +130,23 @@ class Threads:
         self._writer.end()
         self._syncer.end()
         self._readers.shutdown(wait=True)
+
+
+def _is_exiting() -> bool:
+    """Whether the interpreter is exiting.
+
+    By the time it closes us it has ended all executors, and from Python 3.12 on it starts no more
+    threads. Calls run where they are made then: nothing else is left to do there either.
+    """
+    return not main_thread().is_alive()
+
+
+def _outcome(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """Return what a call returns, or what it raises."""
+    try:
+        return call(), None
+    except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the call
+        return None, error
 
 
 def _resolve(done: asyncio.Future[Any], result: object, error: BaseException | None) -> None:

@@ -9,21 +9,67 @@ What bounds the number of threads:
 - a factory runs for somebody who waits for it in a thread, so there are no more of them than those;
 - closes come in bunches, and nobody waits for them: so many at a time have a `Places`, which a
   close that hangs loses after some time. What is left then are threads that hang.
+
+From Python 3.12 on no thread can be started any more when the interpreter exits, which is when the
+last closes come. So one is kept ready for them as soon as there is something to close.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
+from queue import SimpleQueue
 from typing import Any, Final
 
 from persistence.resources import CLOSE_TIMEOUT_SECONDS
 
 _HELD_SECONDS: Final = CLOSE_TIMEOUT_SECONDS  # when a close is given up, somebody else has its turn
+
+
+class _Spare:
+    """A thread that calls what it is given, one after the other; it is there once it is `ready`.
+
+    A call that hangs keeps those behind it from being made, and nobody else.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._process = 0
+
+    def ready(self) -> None:
+        """Start the thread, unless this process has it or can have none."""
+        if self._process == os.getpid():
+            return
+        calls = self._calls = SimpleQueue()
+        thread = threading.Thread(
+            target=_call_all, args=(calls,), name="persistence-spare", daemon=True
+        )
+        with suppress(RuntimeError):
+            thread.start()
+            self._process = os.getpid()
+
+    def call(self, function: Callable[[], None]) -> bool:
+        """Let the thread call a function; False: there is no thread."""
+        if self._process != os.getpid():
+            return False
+        self._calls.put(function)
+        return True
+
+
+def _call_all(calls: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        calls.get()()
+
+
+_spare: Final = _Spare()
+_needs_spare: Final = sys.version_info >= (3, 12)
 
 
 class Places:
@@ -64,6 +110,8 @@ def off_loop(function: Any, places: Places | None = None) -> Any:
     """
     if not callable(function) or inspect.iscoroutinefunction(function):
         return function
+    if places is not None and _needs_spare:
+        _spare.ready()
 
     async def call(*arguments: Any) -> Any:
         result = await _Call(function, arguments, places).outcome
@@ -103,8 +151,8 @@ class _Call:
         except RuntimeError as error:
             if threading.main_thread().is_alive():
                 self._loop.call_soon(self._end, None, error)  # the system has none for us
-            else:
-                self._run()  # at exit, where there are none any more
+            elif not _spare.call(self._run):  # at exit, where there are none any more
+                self._run()
 
     def _run(self) -> None:
         result: Any = None

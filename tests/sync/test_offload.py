@@ -13,7 +13,7 @@ import pytest
 from persistence import sync
 from persistence.sync import offload
 from persistence.sync.offload import Places, off_loop
-from tests.engine import eventually
+from tests.engine import eventually, loop_steps
 
 PATIENCE_SECONDS = 20
 MANY = 40  # more than the threads of any default executor
@@ -161,3 +161,28 @@ async def test_where_the_system_has_no_thread_the_call_says_so_and_the_next_one_
         with pytest.raises(RuntimeError, match="can't start"):
             await call()
     assert await call() == "made"
+
+
+async def test_where_no_thread_can_be_started_closes_are_called_in_one_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, held: Held
+) -> None:
+    monkeypatch.setattr(offload, "_needs_spare", True)
+    monkeypatch.setattr(offload, "_spare", offload._Spare())
+    places = Places(4)
+    call, hanging = off_loop(threading.get_ident, places), off_loop(held, places)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr("threading.main_thread", threading.Thread)  # as at exit: it is not alive
+    spare = await call()
+    assert spare != threading.get_ident()
+    first = asyncio.create_task(hanging())
+    await eventually(lambda: held.calls == 1)
+    second = asyncio.create_task(call())
+    await loop_steps(20)
+    assert not first.done()
+    assert not second.done()
+    held.let_go.set()
+    assert (await first, await second) == (1, spare)
