@@ -189,7 +189,12 @@ class Resources:
             if resource is None:
                 resource = self._make(session_id, incarnation, name, factory, close)
             try:
+                has_waited = not resource.ready.done()
                 made = await resource.made(session_id)
+                if has_waited and not self._is_resident(session_id):
+                    # Kept although its session left memory meanwhile, because somebody waited: with
+                    # the session back, that closes it when it leaves the next time.
+                    await self._incarnation_of(session_id)
                 if self._of.get(session_id, {}).get(name) is resource:
                     return made
                 # The session ended or left memory meanwhile, and it is being closed.
@@ -219,6 +224,8 @@ class Resources:
             self.made += 1
             if not ready.done():
                 ready.set_result(making.result())
+                if not resource.askers:  # they have given up; its session may have left meanwhile
+                    self.idle(session_id)
             return
         if not ready.done():
             ready.set_exception(error)
@@ -237,15 +244,25 @@ class Resources:
     # --- closing ------------------------------------------------------------------------------
 
     def left(self, session_ids: Sequence[str]) -> None:
-        """Sessions leave memory: close what they have, unless a request of theirs is under way."""
+        """Sessions leave memory: close what they have, unless they are in use.
+
+        In use is one of which a request is under way, or somebody waits for a resource: under
+        pressure it might leave before each of its resources is made, again and again.
+        """
         for session_id in session_ids:
-            if session_id in self._of and not self._is_running(session_id):
+            if session_id in self._of and not self._is_used(session_id):
                 self.release(session_id)
 
     def idle(self, session_id: str) -> None:
-        """The last request of a session has ended: it may have left memory meanwhile."""
-        if session_id in self._of and not self._is_resident(session_id):
+        """A session is not in use any more, perhaps: it may have left memory meanwhile."""
+        is_left = session_id in self._of and not self._is_resident(session_id)
+        if is_left and not self._is_used(session_id):
             self.release(session_id)
+
+    def _is_used(self, session_id: str) -> bool:
+        return self._is_running(session_id) or any(
+            resource.askers for resource in self._of[session_id].values()
+        )
 
     def release(self, session_id: str) -> None:
         """Close everything that a session has, in the background. The reverse order of making."""

@@ -173,6 +173,43 @@ async def test_a_request_under_way_keeps_what_it_uses(state: StateManager) -> No
     assert not made.is_open
 
 
+async def test_whoever_waits_gets_a_resource_however_often_its_session_leaves_memory(
+    state: StateManager,
+) -> None:
+    pool, sid = Pool(), await state.create_session()
+
+    async def connect() -> Connection:
+        await state.spill_session(sid)
+        await loop_steps(5)
+        return await pool.connect()
+
+    async with asyncio.timeout(20):
+        made = await state.resources(sid, "db", connect, Connection.aclose)
+    assert len(pool.made) == 1
+    assert made.is_open
+    await state.spill_session(sid)  # it was brought back
+    await all_closed(state)
+    assert not made.is_open
+
+
+async def test_what_nobody_waits_for_any_more_is_closed_where_its_session_has_left(
+    state: StateManager,
+) -> None:
+    pool, sid, goes_on = Pool(), await state.create_session(), asyncio.Event()
+
+    async def connect() -> Connection:
+        await goes_on.wait()
+        return await pool.connect()
+
+    waiting = asyncio.create_task(state.resources(sid, "db", connect, Connection.aclose))
+    await loop_steps(5)
+    await state.spill_session(sid)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    goes_on.set()
+    await eventually(lambda: pool.closed == [0])
+
+
 async def test_a_request_that_ends_leaves_the_resources_of_a_resident_session(
     state: StateManager,
 ) -> None:
