@@ -320,6 +320,15 @@ class CommitQueue:
         self._admissions.popleft()
         self._admit()
 
+    def check_open(self) -> None:
+        """Raise what whoever submits is told, if no more is taken."""
+        if self._closing:
+            raise again(
+                self._broken
+                or self._why_closed
+                or ManagerClosed("the manager is closing: no more updates")
+            )
+
     def submit(self, commit: Commit, *, wait: bool = True) -> None:
         """Queue `commit`; with `wait`, its ``done`` resolves or fails once it is decided.
 
@@ -327,11 +336,7 @@ class CommitQueue:
         new version). No await may lie between looking at the chain and this call.
         """
         if self._closing:
-            raise again(
-                self._broken
-                or self._why_closed
-                or ManagerClosed("the manager is closing: no more updates")
-            )
+            self.check_open()
         if wait:
             commit.done = asyncio.Future(loop=self._loop)
         # Where memory lacks, an update is refused whole: a tail that is not queued would hold its

@@ -594,6 +594,7 @@ class Edit:
         changes = self._draft.changes()
         now = await self._residency.base(self._session_id, self._key)
         if rec.incarnation_of(now[0]) != rec.incarnation_of(self._base[0]):
+            self._updates._commits.check_open()  # it has been restored from a checkpoint
             raise SessionNotFound(self._session_id)
         is_same = rec.commit_of(now[0]) == rec.commit_of(self._base[0])
         if not is_same and not rec.has_same_data(now[0], self._base[0]):

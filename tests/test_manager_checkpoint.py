@@ -441,3 +441,20 @@ async def test_a_cleanup_under_way_outlives_the_exchange_of_the_tiers(
     goes_on.set()
     await asyncio.wait_for(cleaning, 10)
     assert await state.get_active_sessions() == ["kept"]
+
+
+@pytest.mark.parametrize("changes", [True, False], ids=["changes", "no changes"])
+async def test_an_edit_over_which_a_checkpoint_was_restored_is_a_conflict(
+    start: Start, store: dict[str, Any], *, changes: bool
+) -> None:
+    state = await start(checkpoint=store)
+    await state.create_session(session_id="a", data={"n": 1})
+    await state.create_checkpoint()
+    edit = state.edit("a")
+    draft = await edit.__aenter__()
+    if changes:
+        draft["n"] = 2
+    await state.restore_checkpoint()
+    with pytest.raises(ConflictError, match="restored from a checkpoint meanwhile"):
+        await edit.__aexit__(None, None, None)
+    assert await contents(state) == {"a": {"n": 1}}
