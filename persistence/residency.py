@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, ExactEnd, committed
@@ -338,6 +338,7 @@ class Residency(Spilling):
     def _reading_ended(self, session_id: str, task: asyncio.Task[object]) -> None:
         if self._reading.get(session_id) is task:
             del self._reading[session_id]
+        _look_at(task)
 
     async def _read_and_restore(
         self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool
@@ -361,6 +362,7 @@ class Residency(Spilling):
         record = self.disk.read_now(row, key)
         if record is None:
             reading = asyncio.ensure_future(self.disk.read(fingerprint, key))
+            reading.add_done_callback(_look_at)
             found = await asyncio.shield(reading)
             record = None if found is None else found[0]
         return record
@@ -602,3 +604,9 @@ class Residency(Spilling):
             await asyncio.wait([self._spilling])
         if self._reading:
             await asyncio.wait(list(self._reading.values()))
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Look at how a task ended: whoever waits is told, but perhaps nobody does any more."""
+    if not task.cancelled():
+        task.exception()

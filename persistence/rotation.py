@@ -141,8 +141,13 @@ class Rotations:
         # It has the lock, and gives it back, whatever becomes of the caller.
         task = asyncio.create_task(self._locked(tiers, session_id), name="persistence-rotate")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[str]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits is told; perhaps nobody does any more
 
     async def _locked(self, tiers: Tiers, session_id: str) -> str:
         try:

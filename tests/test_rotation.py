@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from persistence import ClientInfo, ManualClock, SessionMetadata, StateManager, errors
 from persistence.disk.filenames import ROTATIONS
 from tests.disk.memoryfiles import MUTATING, Killed, MemoryFiles, fail, kill_at
-from tests.engine import ScriptedFiles, Start
+from tests.engine import ScriptedFiles, Start, eventually
 from tests.support import abandon, config, opened
 
 CLIENT = ClientInfo("203.0.113.9", "Mozilla/5.0")
@@ -159,6 +161,28 @@ async def test_a_caller_that_is_cancelled_only_stops_waiting(
         await state.update_session_data(sid, "n", 2)  # it waits for the rotation
     [moved] = await state.get_active_sessions()
     assert moved != sid
+
+
+async def test_nobody_complains_of_a_rotation_that_fails_when_its_caller_has_gone(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await start()
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+    sid = await state.create_session(data=DATA)
+    files.syncs.hold()
+    moving = asyncio.create_task(state.rotate_session_id(sid))
+    await eventually(lambda: bool(state._rotations._tasks))
+    ending = asyncio.create_task(state.terminate_session(sid))
+    moving.cancel()
+    await asyncio.wait([moving])
+    files.open_gates()
+    assert await ending
+    await eventually(lambda: not state._rotations._tasks)
+    assert await state.get_active_sessions() == []
+    del moving  # whose trace knows of the rotation
+    gc.collect()
+    assert complaints == []
 
 
 async def test_a_full_disk_leaves_a_session_its_id() -> None:
