@@ -17,6 +17,7 @@ MAX_REQUESTS: Final = "max_requests"
 REQUESTS: Final = "requests"
 """In a record's metadata: a packed list of a limit's high-water mark and the parts of a `Tally`."""
 _NOTHING: Final[frozenset[str]] = frozenset()
+_LARGE_RECORD_BYTES: Final = 4096  # may have so many names that finding them is felt
 
 
 class DataclassObject(Protocol):
@@ -115,7 +116,7 @@ class Session:
     views are made on the hottest path; it would change nothing but this view.)
     """
 
-    __slots__ = ("_accessed", "_cap", "_life", "_record", "_skew", "_time", "id")
+    __slots__ = ("_accessed", "_cap", "_layout", "_life", "_record", "_skew", "_time", "id")
 
     # No __init__: views are made on the hottest path there is (`MemoryTier.access`), and an
     # empty constructor plus six assignments takes half the time of a constructor in Python.
@@ -124,6 +125,7 @@ class Session:
     _accessed: float
     _life: float
     _cap: float
+    _layout: rec.Layout  # once a field of a large record has been asked for
     _skew: float  # once a time has been asked for
     _time: EngineTime
 
@@ -148,25 +150,40 @@ class Session:
         session._time = time
         return session
 
+    def _get_layout(self) -> rec.Layout:
+        """Return where the fields are; of a large record, that is worked out once."""
+        record = self._record
+        if len(record) <= _LARGE_RECORD_BYTES:
+            return rec.layout_of(record)
+        try:
+            return self._layout
+        except AttributeError:
+            layout = self._layout = rec.layout_of(record)
+            return layout
+
     def __getitem__(self, name: str) -> Any:
-        packed = rec.packed_field(self._record, name)
+        record = self._record
+        if len(record) <= _LARGE_RECORD_BYTES:
+            packed = rec.packed_field(record, name)
+        else:
+            packed = rec.field_in(record, self._get_layout(), name)
         if packed is None:
             raise KeyError(name)
         return rec.unpack_value(packed)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of `name`, or `default` where the session has no such field."""
-        packed = rec.packed_field(self._record, name)
+        packed = rec.field_in(self._record, self._get_layout(), name)
         return default if packed is None else rec.unpack_value(packed)
 
     def __contains__(self, name: object) -> bool:
-        return name in rec.field_names(self._record)
+        return name in self._get_layout()[0].places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(rec.field_names(self._record))
+        return iter(self._get_layout()[0].names)
 
     def __len__(self) -> int:
-        return len(rec.field_names(self._record))
+        return len(self._get_layout()[0].names)
 
     def __bool__(self) -> bool:
         """True, also without any field: ``if session:`` asks whether there is one."""
@@ -174,7 +191,7 @@ class Session:
 
     def keys(self) -> list[str]:
         """Return the fields' names, in the order in which they were first set."""
-        return list(rec.field_names(self._record))
+        return list(self._get_layout()[0].names)
 
     def values(self) -> list[Any]:
         """Return the fields' values, unpacked, fresh each time."""
@@ -344,17 +361,25 @@ class SessionDraft(MutableMapping[str, Any]):
         self._before.pop(name, None)
         self._removed = self._removed | {name}
 
+    def clear(self) -> None:
+        """Remove all fields."""
+        if self._closed:
+            self._refuse()
+        self._values.clear()
+        self._before.clear()
+        self._removed = frozenset(self._layout[0].names)
+
     def __contains__(self, name: object) -> bool:
         if self._closed:
             self._refuse()
         if name in self._values:
             return True
-        return name in self._layout[0].names and name not in self._removed
+        return name in self._layout[0].places and name not in self._removed
 
     def __iter__(self) -> Iterator[str]:
         if self._closed:
             self._refuse()
-        stored, removed = self._layout[0].names, self._removed
+        stored, removed = self._layout[0].places, self._removed
         names = [name for name in stored if name not in removed]
         names += [name for name in self._values if name not in stored]
         return iter(names)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from persistence import ManualClock, Session, SessionDraft, StateManager
+from persistence import record as rec
 from persistence.errors import (
     ConflictError,
     DiskFull,
@@ -155,6 +156,42 @@ async def test_a_draft_is_a_mutable_mapping(state: StateManager) -> None:
         assert dict(draft) == {}
         draft.update(b=2, a=1)
     assert list((await data_of(state, "a")).items()) == [("b", 2), ("a", 1)]
+
+
+async def test_the_names_of_many_fields_are_not_worked_out_for_each_of_them(
+    state: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {f"field {number}": number for number in range(2000)}
+    await state.create_session(session_id="large", data=data)
+    decoded: list[bytes] = []
+    decode = rec._decoded_shape
+
+    def counted(packed: bytes, **options: bool) -> Any:
+        decoded.append(packed)
+        return decode(packed, **options)
+
+    monkeypatch.setattr(rec, "_decoded_shape", counted)
+    session = await state.get_session("large")
+    assert session is not None
+    assert {name: session[name] for name in session if name in session} == data
+    assert [session.get(name) for name in session.keys()] == session.values()  # noqa: SIM118
+    assert len(session) == 2000
+    await state.update_session("large", lambda draft: draft.clear())
+    assert await data_of(state, "large") == {}
+    assert len(decoded) < 10
+
+
+async def test_a_draft_can_be_cleared_and_filled_again(state: StateManager) -> None:
+    async with state.edit("a") as draft:
+        draft["new"] = 1
+        del draft["cart"]
+        draft.clear()
+        assert (dict(draft), "x" in draft, len(draft)) == ({}, False, 0)
+        draft["x"] = 5
+        draft["other"] = 6
+    assert await data_of(state, "a") == {"x": 5, "other": 6}
+    with pytest.raises(ConflictError, match="has ended"):
+        draft.clear()
 
 
 async def test_what_is_read_in_a_draft_is_the_same_object_each_time(state: StateManager) -> None:
