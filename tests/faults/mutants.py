@@ -432,10 +432,10 @@ MUTANTS: Final = (
     Mutant(
         "the snapshot of a clean close is not used up",
         RECOVERY,
-        "            self._files.remove(path)\n"
+        "        if self._files.exists(path) and self._removed(INDEX_SNAPSHOT):\n"
         "            self._files.sync_directory(self._directory)\n"
         "        return taken\n",
-        "            pass\n        return taken\n",
+        "        return taken\n",
         (f"{RECOVERING}::test_the_snapshot_of_a_clean_close_is_used_once",),
     ),
     # --- locks --------------------------------------------------------------------------------
