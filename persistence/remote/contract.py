@@ -196,7 +196,8 @@ class Listener(Protocol):
 
         What was before may have been missed: each local copy counts as unvalidated until its
         commit id has been compared (`RemoteTier.stored`). Another `epoch` than the one known
-        means that the tier lost its content.
+        means that the tier lost its content; a tier that notices this while it is connected
+        calls this once more.
         """
 
     def disconnected(self) -> None:

@@ -3,7 +3,8 @@
 A connection that is open proves nothing: every ``redis.heartbeat_seconds`` a beat is sent through
 the server, and must come back to the subscription within ``redis.timeout_seconds``. When one does
 not, or the connection breaks, the listener hears `disconnected`; then we connect again, for ever,
-with growing pauses, and it hears `connected`.
+with growing pauses, and it hears `connected`. Behind each beat the epoch is read: when the content
+was lost meanwhile, the listener hears `connected` with the new one.
 
 A server of another kind says how to listen (`_listen`) and how to prove it (`_prove`).
 """
@@ -109,17 +110,25 @@ class Subscription(ABC):
             await self._rediscover()
 
     async def _beat(self) -> None:
-        """Prove again and again that what is announced arrives here."""
+        """Prove again and again that what is announced arrives here, and is of the same content.
+
+        A content can be lost while all connections stay open (FLUSHALL, TRUNCATE). Nothing is
+        announced then, and who only reads what is here would never hear of it.
+        """
         number = 0
+        known = b""
         while True:
             number += 1
             await self._prove(number)
+            # Only now: what was committed before the subscription was complete may be missed.
+            epoch = await self._epoch()
             if not self.is_connected:
-                # Only now: what was committed before the subscription was complete may be missed.
-                epoch = await self._epoch()
                 self.is_connected = True
                 self.connects += 1
                 self._listener.connected(epoch=epoch)
+            elif epoch != known:
+                self._listener.connected(epoch=epoch)
+            known = epoch
             await asyncio.sleep(self._heartbeat_seconds)
 
 

@@ -107,6 +107,18 @@ async def test_a_server_that_comes_back_empty_is_told_with_another_epoch(
     assert len(set(heard.epochs)) == 2
 
 
+async def test_a_server_that_is_emptied_while_all_connections_stay_open_is_told(
+    open_tier: Open, own_server: RedisServer
+) -> None:
+    tier = await open_tier(own_server.url, heartbeat_seconds=0.05)
+    heard = await listening(tier)
+    own_server.ask("FLUSHALL")
+    await heard.hears("connected", "connected")
+    assert tier.is_listening
+    assert len(set(heard.epochs)) == 2
+    assert heard.epochs[-1] == await tier.epoch()
+
+
 async def test_on_cluster_each_primary_proves_that_its_announcements_arrive(
     open_tier: Open, cluster: Group
 ) -> None:

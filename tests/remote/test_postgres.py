@@ -349,12 +349,15 @@ async def test_namespaces_neither_see_nor_hear_each_other(open_tier: Open, names
 async def test_a_content_that_is_lost_is_told_by_another_epoch(
     postgres: PostgresServer, open_tier: Open, namespace: str
 ) -> None:
-    tier = await open_tier()
+    tier = await open_tier(heartbeat_seconds=0.05)
+    heard = await listening(tier)
     epoch = await tier.epoch()
     await created(tier, "a", {})
     await postgres.run(f"DELETE FROM {SESSIONS} WHERE namespace = $1", namespace)
     assert await tier.epoch() != epoch
     assert await tier.load("a") is None
+    await eventually(lambda: heard.events == ["connected", "connected"])
+    assert heard.epochs == [epoch, await tier.epoch()]
 
 
 async def count(postgres: PostgresServer, namespace: str) -> int:

@@ -277,6 +277,24 @@ async def test_a_server_that_forgot_everything_is_filled_again(
         await until(arrived)
 
 
+async def test_a_server_that_is_emptied_while_nobody_disconnects_is_filled_again(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    a = await worker(own_server.url, heartbeat_seconds=0.05)
+    await until_up(a)
+    ids = [await a.create_session(data={"n": number}) for number in range(20)]
+    ended = await a.create_session(data={"n": 0})
+    await a.terminate_session(ended)
+    own_server.ask("FLUSHALL")
+    b = await worker(own_server.url)  # a itself asks for nothing more
+
+    async def all_arrived() -> bool:
+        return [await value(b, sid) for sid in ids] == list(range(20))
+
+    await until(all_arrived)
+    assert await b.get_session(ended, fresh=True) is None
+
+
 async def test_a_server_that_went_back_in_time_gets_what_it_lost(
     worker: Worker, own_server: RedisServer
 ) -> None:
