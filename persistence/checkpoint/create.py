@@ -2,8 +2,8 @@
 
 Order: sweep up what a killed creation left; choose what to go on from; cut (see `disk.cut`); read,
 pack and put the chunks, some being packed in threads while others travel; publish the manifest;
-note in the directory that this is the newest (see `disk.shipped`); drop what `keep` no longer
-covers.
+look whether everything that it lists is still there; note in the directory that this is the newest
+(see `disk.shipped`); drop what `keep` no longer covers.
 
 It can die anywhere in between. Until the manifest is published there are only chunks that nobody
 lists; from then on the restore point is complete, and what is left to do is done by the next one.
@@ -50,7 +50,7 @@ from persistence.disk.files import Files, fill
 from persistence.disk.shipped import Shipped
 from persistence.disk.threads import undisturbed
 from persistence.disk.tier import DiskTier
-from persistence.errors import DirectoryNotUsable
+from persistence.errors import CheckpointDamaged, DirectoryNotUsable
 from persistence.sealer import Sealer, Seals
 from persistence.slices import Slices
 
@@ -132,6 +132,7 @@ async def create_checkpoint(
         RemoteUnavailable, DiskFull, DirectoryNotUsable: the store fails; the restore points that
             were there are as they were, and if only the publishing was unclear, this one may be.
         RemoteDamaged: a key of somebody else is where checkpoints are listed.
+        CheckpointDamaged: somebody has removed what was shipped; this one is withdrawn.
         WriteOutcomeUnknown: the log takes no more writes.
     """
     worker = tier.directory_id.hex()
@@ -140,39 +141,89 @@ async def create_checkpoint(
     # Before the cut: what is sealed anew meanwhile may be shipped as it was.
     keys = set() if plan.sealer is None else {plan.sealer.newest, *tier.keys_in_use}
     parent = await _parent(tier, store, catalogue, keys, is_last=is_last)
+    make = partial(
+        _make, tier, store, plan, clock, reason, on_progress, number_after(catalogue.ids), keys
+    )
     with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
-        cut = await take_cut(tier, parent.sequence if parent else 0)
-        try:
-            created = clock.wall()
-            number = number_after(catalogue.ids)
-            made = make_id(number, time_text(created), worker, secrets.token_bytes(4))
-            shipping = Shipping(tier, store, plan, clock, made, on_progress)
-            chunks = await shipping.ship(cut)
-        finally:
-            cut.close()
-        manifest = Manifest(
-            id=made,
-            parent=parent.id if parent else "",
-            base=parent.base if parent else made,
-            since=cut.since,
-            sequence=cut.sequence,
-            created=created,
-            reason=reason,
-            sessions=cut.sessions,
-            namespace=plan.namespace,
-            worker=worker,
-            chunks=(*(parent.chunks if parent else ()), *chunks),
-            keys=tuple(sorted(keys)),
-        )
-        await store.publish(made, encode_manifest(manifest, plan.sealer))
-        await _remember(tier, Shipped(store.name, made, cut.sequence))
+        manifest = await make(parent)
+        if parent is not None and not await _is_whole(store, manifest):
+            _log.warning(
+                "checkpoint %s was deleted while the next one was made: that is a full one now",
+                parent.id,
+            )
+            await store.withdraw(manifest.id)
+            manifest, parent = await make(None), None
+        if parent is None and not await _is_whole(store, manifest):
+            await store.withdraw(manifest.id)
+            raise CheckpointDamaged(
+                f"{store.name}: chunks of checkpoint {manifest.id} were removed while it was made; "
+                "it is withdrawn, those before it are as they were; look for who removes them"
+            )
+        await _remember(tier, Shipped(store.name, manifest.id, manifest.sequence))
     await _tidy(store, plan, worker, clock)
     info = info_of(manifest)
     _log.info(
         "checkpoint %s (%s, %s): %d sessions, %d bytes shipped",
-        made, info.kind, ascii(reason), info.sessions, info.bytes,
+        info.id, info.kind, ascii(reason), info.sessions, info.bytes,
     )  # fmt: skip
     return info
+
+
+async def _make(
+    tier: DiskTier,
+    store: CheckpointStore,
+    plan: Plan,
+    clock: Clock,
+    reason: str,
+    on_progress: OnProgress | None,
+    number: int,
+    keys: set[bytes],
+    parent: Manifest | None,
+) -> Manifest:
+    """Ship and publish a checkpoint that goes on from `parent`; None: a full one."""
+    worker = tier.directory_id.hex()
+    cut = await take_cut(tier, parent.sequence if parent else 0)
+    try:
+        created = clock.wall()
+        made = make_id(number, time_text(created), worker, secrets.token_bytes(4))
+        shipping = Shipping(tier, store, plan, clock, made, on_progress)
+        chunks = await shipping.ship(cut)
+    finally:
+        cut.close()
+    manifest = Manifest(
+        id=made,
+        parent=parent.id if parent else "",
+        base=parent.base if parent else made,
+        since=cut.since,
+        sequence=cut.sequence,
+        created=created,
+        reason=reason,
+        sessions=cut.sessions,
+        namespace=plan.namespace,
+        worker=worker,
+        chunks=(*(parent.chunks if parent else ()), *chunks),
+        keys=tuple(sorted(keys)),
+    )
+    await store.publish(made, encode_manifest(manifest, plan.sealer))
+    return manifest
+
+
+async def _is_whole(store: CheckpointStore, manifest: Manifest) -> bool:
+    """Whether a checkpoint that has just been published has all that it lists, and keeps it.
+
+    The race: while it was made, another process deleted the checkpoint that it goes on from. Who
+    deletes withdraws a manifest, looks at what the others list, and removes the rest. So if the
+    parent's manifest is still there now, whoever deletes it will see this one; if not, nobody can
+    tell whether they did.
+    """
+    if manifest.parent and manifest.parent not in await store.manifests():
+        return False
+    return await _has_all_chunks(store, manifest)
+
+
+async def _has_all_chunks(store: CheckpointStore, manifest: Manifest) -> bool:
+    keys = [ChunkKey(chunk.checkpoint, chunk.number) for chunk in manifest.chunks]
+    return await store.chunk_bytes(keys) == [chunk.stored_bytes for chunk in manifest.chunks]
 
 
 @contextmanager
@@ -209,8 +260,7 @@ async def _parent(
         return None
     if parent.total_bytes - parent.base_bytes >= parent.base_bytes and not is_last:
         return None
-    places = [ChunkKey(chunk.checkpoint, chunk.number) for chunk in parent.chunks]
-    if await store.chunk_bytes(places) != [chunk.stored_bytes for chunk in parent.chunks]:
+    if not await _has_all_chunks(store, parent):
         _log.warning(
             "checkpoint %s has lost chunks or cannot read them: the next one is full", parent.id
         )

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from persistence import ManualClock, StateManager
-from persistence.checkpoint.catalogue import list_checkpoints
+from persistence.checkpoint.catalogue import delete_checkpoint, list_checkpoints
 from persistence.checkpoint.create import Plan, Progress, create_checkpoint
 from persistence.checkpoint.manifest import decode_manifest
 from persistence.checkpoint.redis_store import RedisStore
@@ -17,6 +18,7 @@ from persistence.checkpoint.stores import CheckpointStore, ChunkKey
 from persistence.disk.cut import take_cut
 from persistence.disk.filenames import SHIPPED, parse_segment
 from persistence.disk.segments import Segment
+from persistence.errors import CheckpointDamaged, CheckpointNotFound
 from tests.checkpoint.support import (
     Died,
     MemoryStore,
@@ -208,6 +210,57 @@ async def test_a_parent_that_lost_a_chunk_is_not_gone_on_from(start: Start, tmp_
     await checkpoint(state, store)
     store.kept_chunks.clear()
     assert (await checkpoint(state, store)).kind == "full"
+    assert (await restored(store, tmp_path / "new"))[1] == expected
+
+
+@pytest.mark.parametrize("is_over", [True, False], ids=["deleted", "being deleted"])
+async def test_a_parent_that_is_deleted_meanwhile_is_not_gone_on_from(
+    start: Start,
+    store: CheckpointStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_over: bool,
+) -> None:
+    state = await start()
+    expected = await make(state, 10)
+    first = await checkpoint(state, store)
+    put = store.put_chunk
+
+    async def beside_a_deletion(key: ChunkKey, data: bytes) -> None:
+        """Another process deletes the first one; or has not got beyond its manifest yet."""
+        await put(key, data)
+        with suppress(CheckpointNotFound):
+            await (delete_checkpoint(store, first.id) if is_over else store.withdraw(first.id))
+
+    monkeypatch.setattr(store, "put_chunk", beside_a_deletion)
+    expected |= await make(state, 1, start=10)
+    info = await checkpoint(state, store)
+    assert info.kind == "full"
+    assert [each.id for each in await list_checkpoints(store)] == [info.id]
+    assert {key.checkpoint for key in await store.chunks()} == {info.id}
+    assert (await restored(store, tmp_path / "new"))[1] == expected
+    assert (await checkpoint(state, store)).parent == info.id
+
+
+async def test_what_loses_its_chunks_while_it_is_made_is_withdrawn(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a Redis that evicts keys."""
+    store = MemoryStore()
+    state = await start()
+    expected = await make(state, 10)
+    first = await checkpoint(state, store)
+    put = store.put_chunk
+
+    async def put_and_lose(key: ChunkKey, data: bytes) -> None:
+        await put(key, data)
+        del store.kept_chunks[key]
+
+    monkeypatch.setattr(store, "put_chunk", put_and_lose)
+    await make(state, 1, start=10)
+    with pytest.raises(CheckpointDamaged, match="were removed while it was made"):
+        await checkpoint(state, store)
+    assert [each.id for each in await list_checkpoints(store)] == [first.id]
     assert (await restored(store, tmp_path / "new"))[1] == expected
 
 
