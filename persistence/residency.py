@@ -426,6 +426,10 @@ class Residency(Spilling):
             return record[ID_BYTES:IDS_BYTES]
         return None if self.disk.index.get(self.disk.fingerprint(key)) is None else NO_ID
 
+    def sequence_of(self, session_id: str) -> int:
+        """Return the sequence number of a session's newest put in the log; 0: there is none."""
+        return self.disk.index.sequence(self.disk.fingerprint(session_id.encode())) or 0
+
     def times(self, session_id: str, key: bytes) -> tuple[float, float, float] | None:
         """Return last access, deadline and cap of the acknowledged version of a session.
 

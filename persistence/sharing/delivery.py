@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from persistence import record as rec
 from persistence.commit import Commit, committed
@@ -38,6 +39,18 @@ _log = logging.getLogger("persistence.sharing")
 
 _PER_ROUND: Final = 256
 _ENDS_KEPT: Final = 50_000
+
+
+class _Mine(NamedTuple):
+    """What was here of a session when its branch was sent.
+
+    Attributes:
+        record: the newest acknowledged version; None: there is no such session.
+        sequence: of its newest put in the log, before it was read.
+    """
+
+    record: bytes | None
+    sequence: int
 
 
 class Delivery:
@@ -179,31 +192,40 @@ class Delivery:
         try:
             for session_id in contested.intersection(session_ids):
                 await self._commits.decided(session_id)  # what comes from now on is refused
-            asked: list[tuple[str, Request, bytes | None]] = []
+            asked: list[tuple[str, Request, _Mine]] = []
             for session_id in session_ids:
                 branch = self._outbox.branches.get(session_id)
                 if branch is None:
                     continue
                 try:
-                    record = await self._residency.peek(session_id, session_id.encode())
+                    mine = await self._here(session_id)
                 except CorruptionError as error:  # it must not hold up the others
                     _log.warning("a session cannot be delivered: %s", error)
                     continue
-                request = self._request(session_id, record, branch)
+                request = self._request(session_id, mine.record, branch)
                 if request is None:
-                    await self._advance(session_id, None)
+                    await self._advance(session_id, mine)
                 else:
-                    asked.append((session_id, request, record))
+                    asked.append((session_id, request, mine))
             results = await self._remote.commit([request for _, request, _ in asked])
-            for (session_id, request, record), result in zip(asked, results, strict=True):
+            for (session_id, request, mine), result in zip(asked, results, strict=True):
                 try:
-                    await self._delivered(session_id, request, record, result)
+                    await self._delivered(session_id, request, mine, result)
                 except RemoteDamaged as error:  # the same
                     _log.warning("a session cannot be delivered: %s", error)
         finally:
             delivering.difference_update(session_ids)
             contested.difference_update(session_ids)
             self._round_over.set()
+
+    async def _here(self, session_id: str) -> _Mine:
+        """Return what is here of a session now.
+
+        Raises:
+            CorruptionError: its stored bytes are damaged.
+        """
+        sequence = self._residency.sequence_of(session_id)
+        return _Mine(await self._residency.peek(session_id, session_id.encode()), sequence)
 
     def _request(self, session_id: str, record: bytes | None, branch: Branch) -> Request | None:
         """Return what delivers a branch; None: the tier has nothing to learn of it."""
@@ -228,10 +250,11 @@ class Delivery:
         return Delete(session_id, commit, NO_ID if NO_ID in ended else ended[-1])
 
     async def _delivered(
-        self, session_id: str, request: Request, record: bytes | None, result: CommitResult
+        self, session_id: str, request: Request, mine: _Mine, result: CommitResult
     ) -> None:
         """Take what became of one branch."""
         outcome = result.outcome
+        record = mine.record
         if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
             if not isinstance(result.error, RemoteDamaged):
                 self._agreement.went_away()
@@ -241,7 +264,7 @@ class Delivery:
             return
         over = (Outcome.TERMINATED, Outcome.MISSING)
         if result.is_stored or (record is None and outcome in over):
-            await self._advance(session_id, record)
+            await self._advance(session_id, mine)
             return
         branch = self._outbox.branches.get(session_id)
         if branch is None:
@@ -255,51 +278,56 @@ class Delivery:
         if record is None and branch.base == NO_ID:
             await self._end_again(session_id, result.stored)
             return
-        await self._keep_conflict(session_id, record, branch, result.stored)
+        await self._keep_conflict(session_id, mine, branch, result.stored)
 
     async def _end_again(self, session_id: str, stored: Stored | None) -> None:
         """Another incarnation lives there than the one that was asked to end."""
         ended = self._outbox.ended.get(session_id, ())
         if stored is None or stored.incarnation not in ended:
-            await self._advance(session_id, None)  # it is somebody else's, and was never ours
+            await self._advance(session_id, _NOTHING)  # it is somebody else's, and was never ours
             return
         await self._outbox.advance(session_id, Branch(stored.commit, stored.version), lambda: None)
         self._wake.set()
 
-    async def _advance(self, session_id: str, record: bytes | None) -> None:
+    async def _advance(self, session_id: str, mine: _Mine) -> None:
         self.delivered += 1
         delivered = Branch(NO_ID, 0)
-        if record is not None:
-            delivered = Branch(rec.commit_of(record), rec.version_of(record))
-        await self._outbox.advance(session_id, delivered, self._newest_of(session_id))
+        if mine.record is not None:
+            delivered = Branch(rec.commit_of(mine.record), rec.version_of(mine.record))
+        newest = partial(self._newest, session_id, mine)
+        await self._outbox.advance(session_id, delivered, newest)
 
-    def _newest_of(self, session_id: str) -> Callable[[], bytes | None]:
-        """Return how to ask for the newest commit here.
+    def _newest(self, session_id: str, mine: _Mine) -> bytes | None:
+        """Return the newest commit here, where `mine` was here before.
 
         `NO_ID`: there is no such session. None: that cannot be told without waiting for the disk.
         """
-
-        def newest() -> bytes | None:
-            found = self._residency.commit_of(session_id)
-            if found is None:
-                return NO_ID
-            return None if found == NO_ID else found
-
-        return newest
+        found = self._residency.commit_of(session_id)
+        if found is None:
+            return NO_ID
+        if found != NO_ID:
+            return found
+        # It is nowhere but in the log, and too large to be read on the event loop, or there is no
+        # telling whether the disk has to be waited for (tmpfs). With the same sequence number it
+        # is what was read. Else its branch would never end, and be delivered again and again.
+        if mine.record is None or self._residency.sequence_of(session_id) != mine.sequence:
+            return None
+        return rec.commit_of(mine.record)
 
     async def _keep_conflict(
-        self, session_id: str, record: bytes | None, branch: Branch, stored: Stored | None
+        self, session_id: str, mine: _Mine, branch: Branch, stored: Stored | None
     ) -> None:
         """The shared state wins; what this worker had is kept and reported."""
+        record = mine.record
         found = await self._remote.load(session_id)
         version, ended = (0, False) if stored is None else (stored.version, not stored.lives)
         await self._conflicts.keep(
             Conflict(session_id, self._wall(), record or b"", branch.base, version, ended)
         )
-        mine = None if record is None else rec.commit_of(record)
         while session_id in self._agreement.contested and session_id in self._commits.tails:
             await self._commits.decided(session_id)  # it is refused
-        if self._residency.commit_of(session_id) != mine:
+        kept = NO_ID if record is None else rec.commit_of(record)
+        if self._newest(session_id, mine) != kept:
             return  # it went on here meanwhile: the next round keeps that too
         # From here to the submission nothing awaits, so what is replaced is what was kept.
         commit = self._replaced(session_id, found)
@@ -308,7 +336,8 @@ class Delivery:
         delivered = Branch(NO_ID, 0)
         if isinstance(found, RemoteSession):
             delivered = Branch(rec.commit_of(found.record), rec.version_of(found.record))
-        await self._outbox.advance(session_id, delivered, self._newest_of(session_id))
+        newest = partial(self._newest, session_id, _NOTHING)
+        await self._outbox.advance(session_id, delivered, newest)
 
     def _replaced(self, session_id: str, found: RemoteSession | Stored | None) -> Commit | None:
         """Submit what the shared tier has in place of what is here."""
@@ -387,6 +416,9 @@ class Delivery:
                 return
         if again:
             await self._remote.commit(again)
+
+
+_NOTHING: Final = _Mine(None, 0)
 
 
 def _other_base(

@@ -11,6 +11,7 @@ import pytest
 
 from persistence import StateManager
 from persistence.checkpoint.restore import StagedRestore
+from persistence.disk.reader import FrameReader
 from persistence.errors import DiskFull, PersistenceError, RemoteUnavailable
 from tests.redis_servers import Proxy, RedisServer
 from tests.sharing.conftest import Worker
@@ -275,6 +276,48 @@ async def test_a_server_that_forgot_everything_is_filled_again(
             return bool(await value(b, sid) == number)
 
         await until(arrived)
+
+
+@pytest.mark.parametrize("is_large", [True, False], ids=["large", "on a disk that cannot tell"])
+async def test_a_session_in_the_log_that_takes_a_thread_to_read_is_delivered_once(
+    worker: Worker, own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    if not is_large:
+        monkeypatch.setattr(FrameReader, "cached", lambda *_: None)  # as on tmpfs
+    a = await worker(own_server.url, flush_interval_seconds=0.02)
+    await until_up(a)
+    own_server.kill()
+    data = {"n": 1, "bytes": random.Random(1).randbytes(300_000 if is_large else 300)}
+    sid = await a.create_session(data=data)
+    await a.spill_session(sid)
+    own_server.start()
+    await until_up(a)
+    await until_delivered(a)
+    assert (await a.stats()).sharing.delivered == 1
+    b = await worker(own_server.url)
+    session = await b.get_session(sid)
+    assert session is not None
+    assert session.data == data
+
+
+async def test_a_large_session_in_the_log_loses_a_conflict_once(
+    worker: Worker, own_server: RedisServer, proxy: Proxy
+) -> None:
+    a = await worker(proxy.url, flush_interval_seconds=0.02)
+    b = await worker(own_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0, "bytes": random.Random(1).randbytes(300_000)})
+    proxy.refuse()
+    proxy.cut()
+    await until_down(a)
+    await a.update_session_data(sid, "n", 10)
+    await a.spill_session(sid)
+    await b.update_session(sid, add_one)
+    await proxy.start()
+    await until_up(a)
+    await until_delivered(a)
+    assert sharing_of(a).conflicts.count == 1
+    assert await value(a, sid) == 1
 
 
 async def test_a_server_that_is_emptied_while_nobody_disconnects_is_filled_again(
