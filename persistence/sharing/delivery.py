@@ -38,6 +38,7 @@ from persistence.sharing.outbox import Branch, Outbox
 _log = logging.getLogger("persistence.sharing")
 
 _PER_ROUND: Final = 256
+_BYTES_PER_ROUND: Final = 4 * 2**20  # and one more session: what is sent is all in memory
 _ENDS_KEPT: Final = 50_000
 
 
@@ -169,8 +170,7 @@ class Delivery:
             some = list(islice(waiting, _PER_ROUND))
             if not some:
                 return
-            seen.update(some)
-            await self._deliver(some)
+            seen.update(await self._deliver(some))
 
     async def _send_touches(self) -> None:
         touches = self._agreement.touches
@@ -180,9 +180,11 @@ class Delivery:
 
     # --- branches -----------------------------------------------------------------------------
 
-    async def _deliver(self, session_ids: list[str]) -> None:
-        """Deliver some branches in one round trip."""
+    async def _deliver(self, some: list[str]) -> list[str]:
+        """Deliver some branches in one round trip; return of which the turn has come."""
         delivering, contested = self._agreement.delivering, self._agreement.contested
+        session_ids = some
+        left: list[str] = []
         if self._agreement.writes_through:
             # A commit in flight may be delivering the branch itself.
             tails = self._commits.tails
@@ -192,21 +194,7 @@ class Delivery:
         try:
             for session_id in contested.intersection(session_ids):
                 await self._commits.decided(session_id)  # what comes from now on is refused
-            asked: list[tuple[str, Request, _Mine]] = []
-            for session_id in session_ids:
-                branch = self._outbox.branches.get(session_id)
-                if branch is None:
-                    continue
-                try:
-                    mine = await self._here(session_id)
-                except CorruptionError as error:  # it must not hold up the others
-                    _log.warning("a session cannot be delivered: %s", error)
-                    continue
-                request = self._request(session_id, mine.record, branch)
-                if request is None:
-                    await self._advance(session_id, mine)
-                else:
-                    asked.append((session_id, request, mine))
+            asked, left = await self._gathered(session_ids)
             results = await self._remote.commit([request for _, request, _ in asked])
             for (session_id, request, mine), result in zip(asked, results, strict=True):
                 try:
@@ -215,8 +203,35 @@ class Delivery:
                     _log.warning("a session cannot be delivered: %s", error)
         finally:
             delivering.difference_update(session_ids)
-            contested.difference_update(session_ids)
+            contested.difference_update(session_ids[: len(session_ids) - len(left)])
             self._round_over.set()
+        later = set(left)
+        return [session_id for session_id in some if session_id not in later]
+
+    async def _gathered(
+        self, session_ids: list[str]
+    ) -> tuple[list[tuple[str, Request, _Mine]], list[str]]:
+        """Return what delivers branches, as many as may be in memory at once, and the others."""
+        asked: list[tuple[str, Request, _Mine]] = []
+        nbytes = 0
+        for place, session_id in enumerate(session_ids):
+            if nbytes >= _BYTES_PER_ROUND:
+                return asked, session_ids[place:]
+            branch = self._outbox.branches.get(session_id)
+            if branch is None:
+                continue
+            try:
+                mine = await self._here(session_id)
+            except CorruptionError as error:  # it must not hold up the others
+                _log.warning("a session cannot be delivered: %s", error)
+                continue
+            request = self._request(session_id, mine.record, branch)
+            if request is None:
+                await self._advance(session_id, mine)
+            else:
+                asked.append((session_id, request, mine))
+                nbytes += len(mine.record or b"")
+        return asked, []
 
     async def _here(self, session_id: str) -> _Mine:
         """Return what is here of a session now.
@@ -389,7 +404,9 @@ class Delivery:
                     return
 
     async def _seed(self, session_ids: list[str]) -> None:
+        """Bring sessions to a tier that may have none of them, some in each round trip."""
         asked: list[tuple[bytes, Put]] = []
+        nbytes = 0
         for session_id in session_ids:
             try:
                 record = await self._residency.peek(session_id, session_id.encode())
@@ -399,6 +416,15 @@ class Delivery:
             if record is not None:
                 accessed, deadline, cap = self._residency.wall_times(session_id)
                 asked.append((record, Put(session_id, record, NO_ID, accessed, deadline, cap)))
+                nbytes += len(record)
+            if nbytes >= _BYTES_PER_ROUND:
+                await self._seed_some(asked)
+                asked, nbytes = [], 0
+            if not self._agreement.is_up:
+                return
+        await self._seed_some(asked)
+
+    async def _seed_some(self, asked: list[tuple[bytes, Put]]) -> None:
         again = []
         for (record, put), result in zip(
             asked, await self._remote.commit([put for _, put in asked]), strict=True

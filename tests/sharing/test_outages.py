@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from persistence import StateManager
 from persistence.checkpoint.restore import StagedRestore
 from persistence.disk.reader import FrameReader
 from persistence.errors import DiskFull, PersistenceError, RemoteUnavailable
+from persistence.remote.contract import CommitResult, Put, Request
 from tests.redis_servers import Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import (
@@ -293,11 +295,39 @@ async def test_a_session_in_the_log_that_takes_a_thread_to_read_is_delivered_onc
     own_server.start()
     await until_up(a)
     await until_delivered(a)
-    assert (await a.stats()).sharing.delivered == 1
+    assert sharing_of(a).stats().delivered == 1
     b = await worker(own_server.url)
     session = await b.get_session(sid)
     assert session is not None
     assert session.data == data
+
+
+async def test_large_sessions_are_brought_to_a_server_a_few_at_a_time(
+    worker: Worker, own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await worker(own_server.url)
+    await until_up(a)
+    large = {"bytes": random.Random(1).randbytes(2**20)}
+    ids = [await a.create_session(data=large) for _ in range(12)]  # to be brought back
+    own_server.kill()
+    ids += [await a.create_session(data=large) for _ in range(12)]  # to be delivered
+    remote = sharing_of(a)._remote
+    commit = remote.commit
+    brought: list[int] = []
+
+    async def counted(requests: Sequence[Request]) -> list[CommitResult]:
+        brought.append(sum(len(each.record) for each in requests if isinstance(each, Put)))
+        return await commit(requests)
+
+    monkeypatch.setattr(remote, "commit", counted)
+    own_server.start()
+    await until_up(a)
+    await until_delivered(a)
+    b = await worker(own_server.url)
+    for sid in ids:
+        assert await value(b, sid, "bytes") == large["bytes"]
+    assert sum(brought) > 24 * 2**20
+    assert max(brought) < 6 * 2**20
 
 
 async def test_a_large_session_in_the_log_loses_a_conflict_once(
