@@ -22,7 +22,7 @@ from persistence.sharing.questions import Questions
 from tests.engine import ScriptedFiles
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
-from tests.sharing.support import HeldReplies, add_one, sharing_of, until_up, value
+from tests.sharing.support import HeldReplies, add_one, sharing_of, until, until_up, value
 
 Pair = tuple[StateManager, StateManager]
 
@@ -87,6 +87,27 @@ async def test_a_fresh_read_is_not_answered_with_the_version_before(
     assert session is not None
     assert session["n"] == 1
     assert await before is not None
+
+
+async def test_an_answer_that_an_announcement_has_overtaken_is_not_taken_for_current(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    sid = await b.create_session(data={"n": 0})
+    replies = HeldReplies(a, monkeypatch)
+    reading = asyncio.create_task(a.get_session(sid))
+    await replies.arrived()
+    await b.update_session(sid, add_one)
+
+    async def announced() -> bool:
+        return sharing_of(a).copies.is_stale(sid)
+
+    await until(announced)
+    replies.release()
+    session = await reading
+    assert session is not None
+    assert session["n"] == 1
+    assert await value(a, sid) == 1
 
 
 async def test_readers_who_come_while_a_question_is_under_way_share_the_next_one(
