@@ -26,7 +26,14 @@ from persistence.remote.contract import (
     Request,
 )
 from persistence.remote.exchanges import Lost
-from persistence.remote.faults import code_in, explain, explain_key, explain_text, unknown
+from persistence.remote.faults import (
+    code_in,
+    explain,
+    explain_key,
+    explain_text,
+    stopped_a_script,
+    unknown,
+)
 from persistence.remote.keys import Keys
 from persistence.remote.layout import (
     APPLIED_CODE,
@@ -148,6 +155,7 @@ class Committer:
         """Write down what became of one run of the script."""
         reply, was_lost, is_outdated = settled
         if isinstance(reply, Exception):
+            was_lost = was_lost or stopped_a_script(reply)
             for index in group:
                 results[index] = self._failed(requests[index], reply, was_lost=was_lost)
             return

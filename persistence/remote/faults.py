@@ -55,6 +55,9 @@ _KNOWN_CODE: Final = re.compile(
     r"|WRONGPASS|WRONGTYPE|BUSY|MISCONF|NOREPLICAS|NOPROTO|CROSSSLOT)\b"
 )
 
+_IN_SCRIPT: Final = "@user_script"  # where it stopped, in the words of every version
+_BEFORE_ANY_WRITE: Final = frozenset({"READONLY", "OOM", "MISCONF", "NOREPLICAS"})
+
 _ADVICE: Final = {
     "LOADING": "Redis is loading its data; it will answer when that is done",
     "READONLY": "this Redis is a replica and takes no writes; the URL must lead to the primary",
@@ -117,10 +120,19 @@ def explain_key(code: str, text: str, key: str, session_id: str) -> PersistenceE
     return RemoteDamaged(key, f"{_ADVICE[code]} (it is no hash: {text})", session_id)
 
 
+def stopped_a_script(error: Exception) -> bool:
+    """Whether a script stopped with it that may have written something by then.
+
+    As with a command that it calls behind a write, and that the user may not use any more.
+    """
+    return _IN_SCRIPT in str(error) and code_of(error) not in _BEFORE_ANY_WRITE
+
+
 def unknown(error: Exception, doing: str) -> WriteOutcomeUnknown:
-    """Return the error of a write whose reply was lost for good."""
+    """Return the error of a write of which nobody can tell whether it was done."""
+    what = "and the script stopped" if stopped_a_script(error) else "and no reply came"
     return WriteOutcomeUnknown(
-        f"{doing}: sent to Redis, and no reply came ({error}); it may or may not be stored there: "
+        f"{doing}: sent to Redis, {what} ({error}); it may or may not be stored there: "
         "the same commit is safe to send again"
     )
 

@@ -281,6 +281,44 @@ async def test_scripts_that_were_flushed_are_loaded_again(
     assert await stored_version(tier, "a") == 300
 
 
+@pytest.mark.parametrize("command", ["publish", "pexpireat"])
+async def test_a_script_that_stops_behind_a_write_leaves_it_open_what_was_done(
+    open_tier: Open, each_server: RedisServer, command: str
+) -> None:
+    """An administrator takes a command away from a user whose worker runs."""
+    each_server.ask("ACL", "SETUSER", "limited", "on", ">secret", "~*", "&*", "+@all")
+    try:
+        tier = await open_tier(each_server.url.replace("://", "://limited:secret@"))
+        first = new_record({"n": 0})
+        await tier.commit([create("a", first)])
+        each_server.ask("ACL", "SETUSER", "limited", f"-{command}")
+        second = next_record(first, {"n": 1})
+        [result] = await tier.commit([update("a", first, second)])
+        assert await stored_version(tier, "a") == 2, "it was applied"
+        assert result.outcome is Outcome.UNKNOWN
+        assert isinstance(result.error, WriteOutcomeUnknown)
+        assert "the script stopped" in str(result.error)
+        each_server.ask("ACL", "SETUSER", "limited", f"+{command}")
+        [result] = await tier.commit([update("a", first, second)])
+        assert result.outcome is Outcome.ALREADY_APPLIED
+    finally:
+        each_server.ask("ACL", "DELUSER", "limited")
+
+
+async def test_a_replica_certainly_ends_nothing(open_tier: Open, each_server: RedisServer) -> None:
+    """What is taken away first there is done by a call that stops the script."""
+    tier = await open_tier(each_server.url)
+    await tier.commit([create("a", new_record({}))])
+    each_server.ask("REPLICAOF", "127.0.0.1", "1")
+    try:
+        [result] = await tier.commit([end("a")])
+    finally:
+        each_server.ask("REPLICAOF", "NO", "ONE")
+    assert result.outcome is Outcome.REFUSED
+    assert "takes no writes" in str(result.error)
+    assert await stored_version(tier, "a") == 1
+
+
 @pytest.mark.parametrize("existing", [False, True])
 async def test_a_server_without_memory_refuses_and_keeps_what_it_has(
     open_tier: Open, own_server: RedisServer, existing: bool
