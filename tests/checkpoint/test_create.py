@@ -27,7 +27,7 @@ from tests.checkpoint.support import (
     records_in,
     restored,
 )
-from tests.engine import KIB, Start, directory_of, disk_of, eventually, names_in
+from tests.engine import KIB, Start, directory_of, disk_of, eventually, names_in, residency_of
 
 
 async def make(state: StateManager, count: int, start: int = 0) -> dict[str, dict[str, Any]]:
@@ -58,6 +58,24 @@ async def test_everything_comes_back_byte_for_byte(
     other = await start(path=tmp_path / "new")
     assert await records_in(other) == expected
     assert disk_of(other).damages == []
+
+
+async def test_a_renewal_does_not_outlive_the_version_that_it_renewed(
+    start: Start, tmp_path: Path, clock: ManualClock
+) -> None:
+    store = MemoryStore()
+    state = await start()
+    await make(state, 50)
+    clock.advance(600)  # more than an eighth of the TTL, so that renewals are recorded
+    await state.get_session("s0")
+    await residency_of(state).record_renewals()
+    await state.flush()
+    clock.advance(600)
+    await state.update_session_data("s0", "n", "newest")
+    await checkpoint(state, store)
+    expected = await records_in(state)
+    await restore_into(store, str(tmp_path / "new"), clock)
+    assert await records_in(await start(path=tmp_path / "new")) == expected
 
 
 async def test_an_id_that_cannot_be_followed_keeps_none_from_being_made(
