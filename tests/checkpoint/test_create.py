@@ -260,6 +260,29 @@ async def test_a_parent_that_is_deleted_meanwhile_is_not_gone_on_from(
     assert (await checkpoint(state, store)).parent == info.id
 
 
+async def test_deleting_an_older_one_leaves_alone_what_is_being_made(
+    start: Start, store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await start()
+    expected = await make(state, 10)
+    first = await checkpoint(state, store)
+    expected |= await make(state, 1, start=10)
+    parent = await checkpoint(state, store)
+    put = store.put_chunk
+
+    async def before_a_deletion(key: ChunkKey, data: bytes) -> None:
+        await put(key, data)
+        with suppress(CheckpointNotFound):
+            await delete_checkpoint(store, first.id)
+
+    monkeypatch.setattr(store, "put_chunk", before_a_deletion)
+    expected |= await make(state, 1, start=11)
+    info = await checkpoint(state, store)
+    assert info.parent == parent.id
+    assert (await restored(store, tmp_path / "new", info.id))[0].skipped == ()
+    assert await data_in(tmp_path / "new") == expected
+
+
 async def test_what_loses_its_chunks_while_it_is_made_is_withdrawn(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,22 @@ async def test_without_falling_back_a_damaged_one_is_refused(start: Start, tmp_p
         await restore_into(store, str(tmp_path / "new"), CLOCK, newer, fall_back=False)
 
 
+async def test_one_that_was_asked_for_is_not_replaced_by_another_workers(
+    start: Start, tmp_path: Path
+) -> None:
+    store = MemoryStore()
+    other, state = await start(path=tmp_path / "other"), await start(path=tmp_path / "one")
+    expected = await make(other, 5)
+    await checkpoint(other, store)
+    await make(state, 5, start=5)
+    info = await checkpoint(state, store)
+    del store.kept_chunks[ChunkKey(info.id, 0)]
+    with pytest.raises(errors.CheckpointDamaged, match=info.id):
+        await restore_into(store, str(tmp_path / "new"), CLOCK, info.id)
+    # "latest" is whosever is the newest that is intact.
+    assert (await restored(store, tmp_path / "new"))[1] == expected
+
+
 async def test_a_newer_format_is_refused_and_nothing_is_swept(start: Start, tmp_path: Path) -> None:
     store = MemoryStore()
     state = await start()
