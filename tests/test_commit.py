@@ -448,6 +448,33 @@ async def test_a_failed_batch_fails_what_was_built_on_it_and_nothing_else(
     assert_idle(state)
 
 
+async def test_where_there_is_no_room_an_end_fails_with_the_update_that_it_was_built_on(
+    start: Start, files: ScriptedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await with_sessions(start, *"ab")
+    disk = disk_of(state)
+
+    async def make_room(nbytes: int, *, grows: bool) -> None:
+        if grows:
+            raise DiskFull(f"no space for {nbytes} bytes")
+
+    files.syncs.hold()
+    held = update(state, "a", 1)
+    await files.syncs.reached()
+    monkeypatch.setattr(disk, "make_room", make_room)
+    refused = [update(state, "a", 2), asyncio.create_task(state.terminate_session("a"))]
+    other = asyncio.create_task(state.terminate_session("b"))  # that frees space
+    await loop_steps(2)
+    files.open_gates()
+    await held
+    for error in await outcomes(refused):
+        assert isinstance(error, DiskFull)
+    await other
+    monkeypatch.undo()
+    assert await contents(state) == {"a": {"x": 1}}
+    assert_idle(state)
+
+
 async def test_every_error_is_an_object_of_its_own(start: Start, files: ScriptedFiles) -> None:
     """One exception raised in many tasks would collect all their tracebacks."""
     state = await with_sessions(start, *"ab")
