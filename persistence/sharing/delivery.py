@@ -95,6 +95,7 @@ class Delivery:
         self._commit_ids = CommitIds()
         self._wake = asyncio.Event()
         self._round_over = asyncio.Event()
+        self._failed: dict[str, None] = {}  # the latest last
         self._refill_epoch: bytes | None = None
         self._closing = False
         self._task: asyncio.Task[None] | None = None
@@ -166,11 +167,26 @@ class Delivery:
         seen: set[str] = set()
         while self._agreement.is_up:
             # A branch that cannot be delivered now is tried again at the next interval.
-            waiting = (sid for sid in self._outbox.branches if sid not in seen)
-            some = list(islice(waiting, _PER_ROUND))
+            some = self._next_round(seen)
             if not some:
                 return
             seen.update(await self._deliver(some))
+
+    def _next_round(self, seen: Collection[str]) -> list[str]:
+        """Return which branches come next. What has failed comes last, each by itself.
+
+        A session that the tier never takes, one that is larger than a server's or a proxy's limit
+        for example, breaks the connection for whatever is sent with it.
+        """
+        waiting = (
+            sid for sid in self._outbox.branches if sid not in seen and sid not in self._failed
+        )
+        some = list(islice(waiting, _PER_ROUND))
+        if some:
+            return some
+        branches = self._outbox.branches
+        self._failed = {sid: None for sid in self._failed if sid in branches}
+        return list(islice((sid for sid in self._failed if sid not in seen), 1))
 
     async def _send_touches(self) -> None:
         touches = self._agreement.touches
@@ -270,7 +286,9 @@ class Delivery:
         """Take what became of one branch."""
         outcome = result.outcome
         record = mine.record
+        self._failed.pop(session_id, None)
         if outcome in (Outcome.REFUSED, Outcome.UNKNOWN):
+            self._failed[session_id] = None
             if not isinstance(result.error, RemoteDamaged):
                 self._agreement.went_away()
             if outcome is Outcome.UNKNOWN and record is not None:

@@ -330,6 +330,28 @@ async def test_large_sessions_are_brought_to_a_server_a_few_at_a_time(
     assert max(brought) < 6 * 2**20
 
 
+async def test_a_session_that_the_server_never_takes_holds_up_no_other(
+    worker: Worker, own_server: RedisServer
+) -> None:
+    own_server.ask("CONFIG", "SET", "proto-max-bulk-len", str(2**20))  # the least there is
+    a = await worker(own_server.url, timeout_seconds=0.5, flush_interval_seconds=0.02)
+    await until_up(a)
+    own_server.hang()
+    too_large = await a.create_session(data={"bytes": random.Random(1).randbytes(2**23)})
+    others = [await a.create_session(data={"n": number}) for number in range(20)]
+    own_server.go_on()
+
+    async def only_one_is_left() -> bool:
+        return list(sharing_of(a).outbox.branches) == [too_large]
+
+    await until(only_one_is_left)
+    b = await worker(own_server.url)
+    assert [await value(b, sid) for sid in others] == list(range(20))
+    own_server.ask("CONFIG", "SET", "proto-max-bulk-len", str(2**29))
+    await until_delivered(a)
+    assert await b.get_session(too_large, fresh=True) is not None
+
+
 async def test_a_large_session_in_the_log_loses_a_conflict_once(
     worker: Worker, own_server: RedisServer, proxy: Proxy
 ) -> None:
