@@ -60,6 +60,17 @@ async def test_everything_comes_back_byte_for_byte(
     assert disk_of(other).damages == []
 
 
+async def test_what_was_acknowledged_without_a_sync_is_shipped(
+    start: Start, tmp_path: Path, clock: ManualClock
+) -> None:
+    store = MemoryStore()
+    state = await start(disk={"fsync": "never"})
+    expected = await make(state, 10)
+    info = await create_checkpoint(disk_of(state), store, Plan(), clock)
+    assert info.sessions == 10
+    assert (await restored(store, tmp_path / "new"))[1] == expected
+
+
 async def test_a_renewal_does_not_outlive_the_version_that_it_renewed(
     start: Start, tmp_path: Path, clock: ManualClock
 ) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from persistence import SessionMetadata, StateManager
-from persistence.errors import ConflictError, RemoteUnavailable, SessionExists, SessionNotFound
+from persistence.errors import (
+    ConflictError,
+    DiskFull,
+    RemoteUnavailable,
+    SessionExists,
+    SessionNotFound,
+)
 from persistence.record import NO_ID
-from tests.engine import ScriptedFiles, residency_of
+from persistence.remote.contract import CommitResult, Request
+from tests.engine import ScriptedFiles, commits_of, residency_of
 from tests.redis_servers import Group, Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import add_one, sharing_of, until, until_up, value
@@ -559,3 +567,40 @@ async def test_what_was_newer_is_remembered_while_the_subscription_is_broken(
     assert await value(a, sid) is None
     await sharing_of(b).deliver()
     assert not shared_server.ask("EXISTS", "persistence:session:{a}")
+
+
+async def test_what_fails_while_the_server_is_asked_for_it_is_not_written(
+    worker: Worker, shared_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await worker(shared_server.url)
+    await until_up(a)
+    sid = await a.create_session(data={"n": 0})
+    files = a._tiers._files
+    assert isinstance(files, ScriptedFiles)
+    files.writes.hold()
+    first = asyncio.create_task(a.update_session(sid, add_one))
+    await files.writes.reached()
+    remote = sharing_of(a)._remote
+    commit = remote.commit
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(requests: Sequence[Request]) -> list[CommitResult]:
+        results = await commit(requests)
+        asked.set()
+        await go_on.wait()
+        return results
+
+    monkeypatch.setattr(remote, "commit", held)
+    second = asyncio.create_task(a.update_session(sid, add_one))  # built on the first
+    await asked.wait()
+    files.full = True
+    files.open_gates()
+    for each in (first, second):
+        with pytest.raises(DiskFull):
+            await each
+    files.full = False
+    committed = commits_of(a).committed
+    go_on.set()
+    await a.flush()
+    assert commits_of(a).committed == committed
+    assert commits_of(a).pending_bytes == 0
