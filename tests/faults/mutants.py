@@ -66,6 +66,8 @@ EVERY_AWAIT: Final = "tests/faults/test_every_await.py"
 AGREEMENT: Final = "persistence/sharing/agreement.py"
 OUTAGES: Final = "tests/sharing/test_outages.py"
 SHARING: Final = "tests/sharing/test_sharing.py"
+OUTBOX: Final = "persistence/sharing/outbox.py"
+OUTBOXES: Final = "tests/sharing/test_outbox.py"
 WRITING: Final = "tests/disk/test_writer.py"
 RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
@@ -860,6 +862,77 @@ MUTANTS: Final = (
         "        if first in patches:\n",
         "        if False:\n",
         ("tests/checkpoint/test_patches.py",),
+    ),
+    Mutant(
+        "an answer that an announcement has overtaken is taken for current",
+        "persistence/sharing/fills.py",
+        "        if announced and _commit_id(found) != announced[-1]:\n            return False\n",
+        "",
+        ("tests/sharing/test_fills.py",),
+    ),
+    Mutant(
+        "what is not delivered yet is noted without a sync",
+        OUTBOX,
+        "                await self._append(entries, sync=self._sync)\n                for entry",
+        "                await self._append(entries, sync=False)\n                for entry",
+        (OUTBOXES,),
+    ),
+    Mutant(
+        "a branch ends although it has gone on",
+        OUTBOX,
+        "            if newest() == delivered.base:\n",
+        "            if newest():\n",
+        (OUTBOXES,),
+    ),
+    Mutant(
+        "a lost content is noticed at the next connection only",
+        "persistence/remote/subscription.py",
+        "            elif epoch != known:\n",
+        "            elif False:\n",
+        ("tests/remote/test_announcements.py",),
+    ),
+    Mutant(
+        "a script that stops has certainly written nothing",
+        "persistence/remote/committer.py",
+        "            was_lost = was_lost or stopped_a_script(reply)\n",
+        "",
+        ("tests/remote/test_faults_live.py",),
+    ),
+    Mutant(
+        "what failed while the shared tier was asked is written",
+        COMMIT,
+        "            self._queue.extend(commit for commit in agreed if not commit.settled)\n",
+        "            self._queue.extend(agreed)\n",
+        (SHARING,),
+    ),
+    # --- checkpoints --------------------------------------------------------------------------
+    Mutant(
+        "a cut is made without a sync",
+        "persistence/disk/cut.py",
+        "    writer.sync()\n    writer.check_usable()\n",
+        "    writer.check_usable()\n",
+        (SHIPPING,),
+    ),
+    Mutant(
+        "a renewal counts for a newer version",
+        "persistence/checkpoint/state.py",
+        "        if touch is not None and touch[0] > frame.sequence:\n",
+        "        if touch is not None:\n",
+        (SHIPPING,),
+    ),
+    Mutant(
+        "a deletion takes what is being made",
+        "persistence/checkpoint/catalogue.py",
+        "                and key.checkpoint <= checkpoint_id\n",
+        "",
+        (SHIPPING,),
+    ),
+    Mutant(
+        "a checkpoint goes on from one that is being deleted",
+        "persistence/checkpoint/create.py",
+        "    if manifest.parent and manifest.parent not in await store.manifests():\n",
+        "    if False:\n",
+        (SHIPPING,),
     ),
     Mutant(
         "an old copy brings back what has expired",
