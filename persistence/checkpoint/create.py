@@ -138,11 +138,9 @@ async def create_checkpoint(
     worker = tier.directory_id.hex()
     catalogue = await Catalogue.load(store, plan.sealer)
     await sweep(store, catalogue, worker, clock.wall())
-    # Before the cut: what is sealed anew meanwhile may be shipped as it was.
-    keys = set() if plan.sealer is None else {plan.sealer.newest, *tier.keys_in_use}
-    parent = await _parent(tier, store, catalogue, keys, is_last=is_last)
+    parent = await _parent(tier, store, catalogue, _keys(tier, plan), is_last=is_last)
     make = partial(
-        _make, tier, store, plan, clock, reason, on_progress, number_after(catalogue.ids), keys
+        _make, tier, store, plan, clock, reason, on_progress, number_after(catalogue.ids)
     )
     with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
         manifest = await make(parent)
@@ -177,11 +175,12 @@ async def _make(
     reason: str,
     on_progress: OnProgress | None,
     number: int,
-    keys: set[bytes],
     parent: Manifest | None,
 ) -> Manifest:
     """Ship and publish a checkpoint that goes on from `parent`; None: a full one."""
     worker = tier.directory_id.hex()
+    # Before the cut: what is sealed anew meanwhile may be shipped as it was.
+    keys = _keys(tier, plan).union(parent.keys if parent else ())
     cut = await take_cut(tier, parent.sequence if parent else 0)
     try:
         created = clock.wall()
@@ -206,6 +205,11 @@ async def _make(
     )
     await store.publish(made, encode_manifest(manifest, plan.sealer))
     return manifest
+
+
+def _keys(tier: DiskTier, plan: Plan) -> set[bytes]:
+    """Return the ids of the keys that a full checkpoint would need now."""
+    return set() if plan.sealer is None else {plan.sealer.newest, *tier.keys_in_use}
 
 
 async def _is_whole(store: CheckpointStore, manifest: Manifest) -> bool:
