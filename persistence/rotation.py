@@ -161,17 +161,27 @@ class Rotations:
         await commits.outcome(session_id)  # only what is acknowledged is moved
         base = (await residency.base(session_id, key))[0]
         new_id = new_session_id()
-        incarnation = updates.new_incarnation()
-        move = _Move(session_id, rec.incarnation_of(base), incarnation)
+        move = _Move(session_id, rec.incarnation_of(base), updates.new_incarnation())
         await self._begin(new_id, move)
+        async with residency.disk.wholes.change():
+            await self._exchange(updates, residency, new_id, move)
+        await self._over(new_id, move)
+        return new_id
+
+    async def _exchange(
+        self, updates: Updates, residency: Residency, new_id: str, move: _Move
+    ) -> None:
+        """Create the one and end the other."""
+        session_id = move.old_id
+        key = session_id.encode()
         is_made = False
         try:
             newest = await residency.base(session_id, key)
-            made = updates.copy(newest, new_id, incarnation)
+            made = updates.copy(newest, new_id, move.new_incarnation)
             await committed(made)
             is_made = True
             if self.follow is not None:
-                await self.follow(session_id, new_id, incarnation)
+                await self.follow(session_id, new_id, move.new_incarnation)
             now = await residency.base(session_id, key)
             if rec.commit_of(now[0]) != rec.commit_of(newest[0]):
                 raise _overtaken(session_id)
@@ -182,8 +192,6 @@ class Rotations:
         except PersistenceError:
             await self._undo(residency, new_id, move, is_made=is_made)
             raise
-        await self._over(new_id, move)
-        return new_id
 
     async def _undo(self, residency: Residency, new_id: str, move: _Move, *, is_made: bool) -> None:
         try:

@@ -15,7 +15,7 @@ import pytest
 from persistence import ClientInfo, ManualClock, SessionMetadata, StateManager, errors
 from persistence.disk.filenames import ROTATIONS
 from tests.disk.memoryfiles import MUTATING, Killed, MemoryFiles, fail, kill_at
-from tests.engine import ScriptedFiles, Start, eventually
+from tests.engine import ScriptedFiles, Start, disk_of, eventually, loop_steps
 from tests.support import abandon, config, opened
 
 CLIENT = ClientInfo("203.0.113.9", "Mozilla/5.0")
@@ -283,3 +283,45 @@ async def test_the_calls_of_a_rotation_are_all_among_those_at_which_it_was_kille
         made = [call for call in files.calls[before:] if call.operation in MUTATING]
     assert 4 <= len(made) <= 10
     assert sum(call.path.endswith(ROTATIONS) for call in made) == 3  # begun, synced, over
+
+
+async def test_a_checkpoint_beside_a_rotation_does_not_restore_both_ids(start: Start) -> None:
+    """It was cut between the creation of the one and the end of the other."""
+    state = await start()
+    sid = await state.create_session(data=DATA)
+    rotations, wholes = state._rotations, disk_of(state).wholes
+    follow = rotations.follow
+    assert follow is not None
+    checkpoints: list[asyncio.Task[Any]] = []
+
+    async def begin_a_checkpoint(old_id: str, new_id: str, incarnation: bytes) -> None:
+        making = asyncio.create_task(state.create_checkpoint())
+        await eventually(lambda: making.done() or wholes._cuts > 0)
+        checkpoints.append(making)
+        await follow(old_id, new_id, incarnation)
+
+    rotations.follow = begin_a_checkpoint
+    moved = await state.rotate_session_id(sid)
+    await checkpoints[0]
+    assert await state.get_active_sessions() == [moved]
+    await state.restore_checkpoint()
+    assert await state.get_active_sessions() == [moved]
+
+
+async def test_a_rotation_waits_for_a_cut_that_waits_and_not_for_the_checkpoint(
+    start: Start,
+) -> None:
+    state = await start()
+    first, second = [await state.create_session(data=DATA) for _ in range(2)]
+    disk = disk_of(state)
+    async with disk.wholes.change():
+        checkpoint = asyncio.create_task(state.create_checkpoint())
+        await loop_steps(50)
+        rotation = asyncio.create_task(state.rotate_session_id(first))
+        await loop_steps(50)
+        assert not checkpoint.done()
+        assert not rotation.done()
+    async with asyncio.timeout(10):
+        await asyncio.gather(checkpoint, rotation, state.rotate_session_id(second))
+    await state.restore_checkpoint()
+    assert len(await state.get_active_sessions()) == 2

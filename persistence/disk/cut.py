@@ -99,13 +99,14 @@ async def take_cut(tier: DiskTier, since: int = 0) -> Cut:
     Raises:
         WriteOutcomeUnknown: a sync failed, now or before.
     """
-    while True:
-        active = await undisturbed(tier.threads.write(_cut_open_segment, tier.writer, since))
-        # From here to the pins nothing awaits. A segment that was created a moment ago, or a
-        # damaged one that was open when the thread looked, is looked for again.
-        if not active.number or active.number in tier.segments:
-            break
-    cut = Cut(tier, since, active.sequence, list(_parts(tier, active)))
+    async with tier.wholes.cut():
+        while True:
+            active = await undisturbed(tier.threads.write(_cut_open_segment, tier.writer, since))
+            # From here to the pins nothing awaits. A segment that was created a moment ago, or a
+            # damaged one that was open when the thread looked, is looked for again.
+            if not active.number or active.number in tier.segments:
+                break
+        cut = Cut(tier, since, active.sequence, list(_parts(tier, active)))
     if since:
         try:
             await _leave_out_older(tier, cut)

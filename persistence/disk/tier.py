@@ -50,6 +50,7 @@ from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
 from persistence.disk.segments import Damage, OpenSegments, Pins, Segment, bytes_behind
 from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
+from persistence.disk.wholes import Wholes
 from persistence.disk.writer import LogWriter, Write
 from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
 from persistence.sealer import Sealer
@@ -136,7 +137,7 @@ class DiskTier:
         self._dead_since_check = 0
         self._frames_applied = 0
         self._compaction_check_bytes = _COMPACTION_CHECK_FRACTION * config.segment_bytes
-        self.pins = Pins()
+        self.pins, self.wholes = Pins(), Wholes()
         self.shipped = ShippedRecord(files, self.directory, threads)
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)

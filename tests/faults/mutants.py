@@ -397,6 +397,13 @@ MUTANTS: Final = (
         (f"{COMMITTING}::test_while_one_sync_runs_the_next_batch_gathers",),
     ),
     Mutant(
+        "a checkpoint is cut amid the rotation of an id",
+        "persistence/disk/wholes.py",
+        "            while self._changes:\n",
+        "            while False:\n",
+        ("tests/test_rotation.py::test_a_checkpoint_beside_a_rotation_does_not_restore_both_ids",),
+    ),
+    Mutant(
         "a flush is content with a sync that began before its updates",
         COMMIT,
         "        covered = min(self._oldest_undecided(), self._submitted + 1)\n",
