@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import pytest
 
@@ -167,9 +167,14 @@ def test_the_commands_print_what_is_shown(clone: Path, environ: dict[str, str]) 
     assert run == ["replay", "inspect", "verify", "export", "import"]
 
 
+PROGRESS: Final = re.compile(r"^[\d,]+ (requests|sessions verified), [\d,]+/s \|")
+"""How far a replay is: on a slow machine."""
+
+
 def labels(output: str) -> list[str]:
     """Return what the lines say, without the values that another machine may have."""
-    texts = (line.strip().partition("  ")[0] for line in output.splitlines())
+    lines = [line for line in output.splitlines() if not PROGRESS.search(line)]
+    texts = (line.strip().partition("  ")[0] for line in lines)
     return [re.sub(r"[\d,.]+( [KMG]?i?B)?", "0", text) for text in texts]
 
 

@@ -681,8 +681,8 @@ MUTANTS: Final = (
     Mutant(
         "a plain checkpoint is restored where everything is encrypted",
         "persistence/checkpoint/restore.py",
-        "                if self._seals is not None and not manifest.is_sealed:\n",
-        "                if self._seals is None and manifest.is_sealed:\n",
+        '        return None if is_sealed else "it is not encrypted, and security.encrypt is on"\n',
+        "        return None\n",
         ("tests/checkpoint/test_sealed.py",),
     ),
     Mutant(
