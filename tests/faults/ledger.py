@@ -82,6 +82,22 @@ class Ledger:
                 return entry.value
         return self.settled.get(session_id)
 
+    def acknowledged(self, entry: Entry) -> None:
+        """Note that a call has succeeded.
+
+        Calls of a group that change the same session may overtake each other, where one of them
+        has to wait for the disk. They were done in the order in which they succeed.
+        """
+        entry.outcome = "acknowledged"
+        done = [
+            number
+            for number, each in enumerate(self.log)
+            if (each.session_id, each.group, each.outcome)
+            == (entry.session_id, entry.group, "acknowledged")
+        ]
+        at = next(number for number in done if self.log[number] is entry)
+        self.log.insert(done[-1], self.log.pop(at))
+
     def later(self, entry: Entry) -> list[Value]:
         """Return what was submitted of the same session behind `entry`."""
         at = next(number for number, each in enumerate(self.log) if each is entry)

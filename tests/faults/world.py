@@ -356,7 +356,7 @@ class World:
             self._refused(sid, error)
         else:
             self._check_durable(entry, alone=group is None and not does_nothing)
-            entry.outcome = "acknowledged"
+            self.ledger.acknowledged(entry)
         return entry.outcome
 
     def _check_durable(self, entry: Entry, *, alone: bool) -> None:
