@@ -756,6 +756,20 @@ async def test_a_crash_takes_nothing_of_a_lifetime_and_gives_at_most_an_eighth(
     assert await again.get_active_sessions() == []
 
 
+async def test_what_a_crash_grants_is_not_made_an_access_by_a_restore(
+    start: Start, crash: Crash, clock: ManualClock
+) -> None:
+    state = await start()
+    await create(state)
+    again = await start(path=crash(state))
+    clock.advance(TTL / 2)
+    assert await again.restore_session("a")
+    clock.advance(TTL * 5 / 8 - 0.25)
+    assert await again.has_session("a")
+    clock.advance(0.5)
+    assert not await again.has_session("a")
+
+
 async def test_a_renewal_is_recorded_before_a_session_leaves_memory(
     start: Start, crash: Crash, clock: ManualClock
 ) -> None:
