@@ -765,8 +765,8 @@ class CommitQueue:
                 self._written(batch, started)
                 self._settle(batch)
                 self.committed += 1
-            elif isinstance(error, DiskFull):
-                self._queue.extendleft(batch)  # the task knows what else to try
+            elif isinstance(error, DiskFull) and self._alone.kind != PUT:
+                self._queue.extendleft(batch)  # it frees space: the task knows what else to try
                 error = None
             elif isinstance(error, PersistenceError):
                 self._fail(batch, error)
