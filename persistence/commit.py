@@ -736,6 +736,7 @@ class CommitQueue:
         """
         if (
             not self._is_idle
+            or self._work.is_set()  # it is about to begin: a sync for example, which must get on
             or self._alone is not None
             or self._gathers
             or self._arrivals is not self._queue

@@ -671,6 +671,30 @@ async def test_a_flush_and_a_close_wait_for_what_is_written_alone(
     assert await contents(await start(path=crash(state))) == {"a": {"x": 1}}
 
 
+async def test_syncs_and_flushes_come_while_one_task_updates_without_a_pause(
+    start: Start, files: ScriptedFiles
+) -> None:
+    state = await with_sessions(
+        start, "a", disk={"fsync": "interval", "flush_interval_seconds": 0.02}
+    )
+    done = False
+
+    async def write() -> None:
+        number = 0
+        while not done:
+            number += 1
+            await state.update_session_data("a", "x", number)
+
+    writing = asyncio.create_task(write())
+    before = files.calls["sync_data"]
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await state.flush()
+        await eventually(lambda: files.calls["sync_data"] > before + 5)
+    done = True
+    await writing
+
+
 async def test_an_end_written_alone_on_a_full_disk_is_tried_again_by_the_task(
     start: Start, files: ScriptedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
