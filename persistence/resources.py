@@ -198,8 +198,12 @@ class Resources:
                 if self._of.get(session_id, {}).get(name) is resource:
                     return made
                 # The session ended or left memory meanwhile, and it is being closed.
-            except PersistenceError as error:
-                raise again(error) from None
+            except BaseException as error:
+                # It may have left memory, and kept its resources only because somebody waited.
+                self.idle(session_id)
+                if isinstance(error, PersistenceError):
+                    raise again(error) from None
+                raise
 
     def _make(
         self,
@@ -224,8 +228,6 @@ class Resources:
             self.made += 1
             if not ready.done():
                 ready.set_result(making.result())
-                if not resource.askers:  # they have given up; its session may have left meanwhile
-                    self.idle(session_id)
             return
         if not ready.done():
             ready.set_exception(error)

@@ -205,8 +205,53 @@ async def test_what_nobody_waits_for_any_more_is_closed_where_its_session_has_le
     await loop_steps(5)
     await state.spill_session(sid)
     waiting.cancel()
-    await asyncio.wait([waiting])
+    with pytest.raises((OSError, asyncio.CancelledError)):
+        await waiting
     goes_on.set()
+    await eventually(lambda: pool.closed == [0])
+
+
+@pytest.mark.parametrize("ends", ["fails", "cancelled"])
+async def test_a_session_that_left_while_one_resource_was_not_made_has_the_others_closed(
+    state: StateManager, ends: str
+) -> None:
+    pool, sid, goes_on = Pool(), await state.create_session(), asyncio.Event()
+    await connection(state, sid, pool)
+
+    async def fail() -> None:
+        await goes_on.wait()
+        raise OSError("no")
+
+    waiting = asyncio.create_task(state.resources(sid, "page", fail))
+    await loop_steps(5)
+    await state.spill_session(sid)  # it keeps its resources: somebody waits for one
+    assert pool.open
+    if ends == "cancelled":
+        waiting.cancel()
+    else:
+        goes_on.set()
+    with pytest.raises((OSError, asyncio.CancelledError)):
+        await waiting
+    goes_on.set()
+    await eventually(lambda: pool.closed == [0])
+
+
+async def test_what_is_made_as_its_asker_gives_up_is_closed_where_its_session_has_left(
+    state: StateManager,
+) -> None:
+    pool, sid = Pool(), await state.create_session()
+
+    async def connect() -> Connection:
+        await state.spill_session(sid)
+        # When it has been made, and before who asked runs again.
+        making = asyncio.current_task()
+        assert making is not None
+        making.add_done_callback(lambda _: waiting.cancel())
+        return await pool.connect()
+
+    waiting = asyncio.create_task(state.resources(sid, "db", connect, Connection.aclose))
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
     await eventually(lambda: pool.closed == [0])
 
 
