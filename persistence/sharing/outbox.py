@@ -136,7 +136,11 @@ class Outbox:
         async with self._lock:
             new = {sid: each for sid, each in branches.items() if sid not in self.branches}
             entries = [_entry(_BRANCH, each, sid) for sid, each in new.items()]
-            entries += [_entry(_SENT, Branch(commit, 0), sid) for sid, commit in sent]
+            entries += [
+                _entry(_SENT, Branch(commit, 0), sid)
+                for sid, commit in sent
+                if sid in new or commit not in self.sent.get(sid, ())
+            ]
             for sid, incarnation in ended:
                 branch = self.branches.get(sid) or new.get(sid)
                 if branch is not None and branch.base == NO_ID:

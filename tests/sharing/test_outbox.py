@@ -54,6 +54,23 @@ async def test_a_branch_goes_on_when_a_commit_comes_while_its_delivery_is_noted(
     await outbox.close()
 
 
+async def test_a_commit_that_is_sent_again_and_again_without_a_reply_is_noted_once(
+    threads: Threads,
+) -> None:
+    files = MemoryFiles()
+    outbox = await opened(files, threads)
+    await outbox.add({"a": Branch(BASE, 1)}, [("a", FIRST)])
+    size_bytes = outbox._journal.size_bytes
+    for _ in range(3):
+        await outbox.add({}, [("a", FIRST)])
+    assert outbox._journal.size_bytes == size_bytes
+    await outbox.add({}, [("a", SECOND)])
+    await outbox.close()
+    again = await opened(files, threads)
+    assert again.sent == {"a": {FIRST, SECOND}}
+    await again.close()
+
+
 async def test_a_long_journal_is_written_anew_with_all_that_counts(
     threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
