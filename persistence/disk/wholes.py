@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 
 class Wholes:
-    """Any number of changes at a time, or one cut. On the event loop.
+    """Changes or cuts at a time, any number of them, never both. On the event loop.
 
     Cuts go first: a change that comes while one waits begins behind it, so that changes that never
     cease keep no cut waiting. A change must not wait for a cut.
