@@ -276,6 +276,14 @@ class Session:
         """Whether an access moves the deadline."""
         return bool(rec.flags_of(self._record) & rec.RENEWS)
 
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Return what a copy is made of, here or in another process: all but the layout.
+
+        That cannot be pickled, and is worked out again.
+        """
+        names = (name for name in self.__slots__ if name != "_layout" and hasattr(self, name))
+        return None, {name: getattr(self, name) for name in names}
+
     def __repr__(self) -> str:
         return f"<Session {self.id!a} version {self.version}, fields {self.keys()}>"
 

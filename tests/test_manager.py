@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import random
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -587,6 +589,24 @@ async def test_a_view_is_immutable_and_stays_at_its_version(state: StateManager)
         before["x"] = 3  # type: ignore[index]
     await state.terminate_session("a")
     assert before.data == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+@pytest.mark.parametrize("field_count", [1, 500], ids=["small", "large"])
+async def test_a_view_that_has_been_read_can_be_copied_and_pickled(
+    state: StateManager, copied: Callable[[Session], Session], field_count: int
+) -> None:
+    sid = await state.create_session(data={f"f{n}": "x" * 20 for n in range(field_count)})
+    view = await state.get_session(sid)
+    assert view is not None
+    assert view["f0"] == "x" * 20  # of a large one, where the fields are is known from here on
+    made = copied(view)
+    assert (made.id, made["f0"], made.data) == (sid, view["f0"], view.data)
+    assert (made.last_accessed, made.expires_at) == (view.last_accessed, view.expires_at)
 
 
 async def test_readers_see_acknowledged_versions_only(
