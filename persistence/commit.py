@@ -355,7 +355,10 @@ class CommitQueue:
         self.pending_bytes = pending_bytes
         if commit.creates:
             self.creating += 1
-        if is_first and not self._start_alone(commit):
+        try:
+            if is_first and not self._start_alone(commit):
+                self._arrived.set()
+        except MemoryError:  # it is queued, and whoever comes next would not wake the task
             self._arrived.set()
 
     async def flush(self) -> None:

@@ -710,6 +710,22 @@ async def test_an_end_written_alone_on_a_full_disk_is_tried_again_by_the_task(
     assert_idle(state)
 
 
+async def test_where_memory_lacks_to_write_an_update_alone_the_task_writes_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = await with_sessions(start, "a", "b")
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(disk_of(state), "begin_now", fail)
+    async with asyncio.timeout(10):
+        for name in "ab":
+            await state.update_session_data(name, "x", 1)
+    assert await contents(state) == {"a": {"x": 1}, "b": {"x": 1}}
+    assert_idle(state)
+
+
 @pytest.mark.parametrize("place", ["encode", "append", "apply"])
 async def test_an_error_that_nobody_thought_of_does_not_lose_what_is_written_alone(
     start: Start, monkeypatch: pytest.MonkeyPatch, place: str
