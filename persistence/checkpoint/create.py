@@ -259,7 +259,7 @@ async def _parent(
         return None
     if parent.sequence != newest.sequence or newest.sequence > tier.writer.sequence:
         return None
-    if not keys.issuperset(parent.keys):
+    if not keys.issuperset(parent.keys) and not is_last:
         # A key that the log needs no more would be needed for as long as others go on from this.
         return None
     if parent.total_bytes - parent.base_bytes >= parent.base_bytes and not is_last:

@@ -99,9 +99,13 @@ class Ledger:
         self.log.insert(done[-1], self.log.pop(at))
 
     def later(self, entry: Entry) -> list[Value]:
-        """Return what was submitted of the same session behind `entry`."""
+        """Return what was submitted of the same session behind `entry`, and not refused."""
         at = next(number for number, each in enumerate(self.log) if each is entry)
-        return [each.value for each in self.log[at + 1 :] if each.session_id == entry.session_id]
+        behind = self.log[at + 1 :]
+        sid = entry.session_id
+        return [
+            each.value for each in behind if each.session_id == sid and each.outcome != "refused"
+        ]
 
     def replaced(self, state: State) -> None:
         """Everything is different from now on: a checkpoint was restored."""
