@@ -38,6 +38,7 @@ from persistence.sealer import Seals
 from persistence.sharing.conflicts import Conflicts
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Outbox
+from persistence.sharing.restoring import Restoring
 from persistence.sharing.sharing import Sharing
 from persistence.shutdown import Grace
 from persistence.updates import Updates
@@ -122,6 +123,9 @@ class Tiers:
                 config.disk, self.time, self._files, None if seals is None else seals.records
             )
             undo.push_async_callback(self.disk.close)
+            self._restoring = Restoring(self.disk, self._clock)
+            undo.push_async_callback(self._restoring.close)
+            await self._restoring.open()
             threads = self.disk.threads
             self._store = open_store(
                 config.checkpoint, config.redis, self.disk.directory, threads, self._files
@@ -143,7 +147,7 @@ class Tiers:
             if self.sharing is not None:
                 await self._outbox.open()
                 await self._conflicts.open()
-                await self.sharing.open()
+                await self.sharing.open(self._restoring)
             undo.pop_all()
 
     def _check_places(self) -> None:
@@ -195,6 +199,7 @@ class Tiers:
         """Close everything, in order; the log is sealed in any case."""
         try:
             await self.rotations.close()
+            await self._restoring.close()
             await self._store.close()
             if self.sharing is not None:
                 await self.sharing.close()
@@ -315,7 +320,7 @@ class Tiers:
         The tiers above the log are others afterwards, also when this fails; then with the
         sessions that there were.
         """
-        before: list[str] = []
+        before: list[str] | None = None
         why = ConflictError(
             "the sessions were restored from a checkpoint meanwhile; nothing was written: try again"
         )
@@ -325,18 +330,20 @@ class Tiers:
                 before = [session_id async for session_id in self.listing.ids("")]
                 await self.sharing.close(why)
             await self.residency.close()
-            await staged.install()
+            async with self._restoring.noted(before, is_empty=not staged.info.sessions):
+                await staged.install()
         except BaseException:
+            await staged.discard()  # also where it was not got to
             await self._exchanged()
             raise
-        await self._exchanged()
-        await self.watching.restored()
-        if self.sharing is not None:
-            await self.sharing.impose(before)
+        try:
+            await self._exchanged()
+        finally:
+            await self.watching.restored()
 
     async def _exchanged(self) -> None:
         """Work with what is in the log now."""
         self.memory.clear()
         self._assemble()
         if self.sharing is not None:
-            await self.sharing.open(again=True)
+            await self.sharing.open(self._restoring, again=True)

@@ -16,6 +16,7 @@ QUARANTINE: Final = "quarantine"
 OUTBOX: Final = "OUTBOX"
 CONFLICTS: Final = "CONFLICTS"
 ROTATIONS: Final = "ROTATIONS"
+RESTORING: Final = "RESTORING"
 SCRATCH: Final = "SCRATCH"
 SCRATCH_DIRECTORY: Final = "scratch"
 SEGMENT_SUFFIX: Final = ".seg"
@@ -35,6 +36,7 @@ _NAMES: Final = frozenset(
         OUTBOX,
         CONFLICTS,
         ROTATIONS,
+        RESTORING,
         SCRATCH,
         SCRATCH_DIRECTORY,
     }

@@ -177,6 +177,16 @@ class Journal:
         self._fd = fd
         self._end = len(data)
 
+    def remove(self) -> None:
+        """Remove the file, durably; that takes no space.
+
+        Raises:
+            OSError: it may still be there.
+        """
+        self.close()
+        self._files.remove(self._path)
+        self._files.sync_directory(self._directory)
+
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:

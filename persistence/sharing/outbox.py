@@ -183,6 +183,8 @@ class Outbox:
     ) -> None:
         """Begin branches here, whatever there was of them: the local state was replaced.
 
+        Synced in any case, like what has replaced it: nothing else will tell once this returns.
+
         Args:
             branches: by session id.
             replaces: of which sessions nobody knows what the shared tier has: if they have ended
@@ -191,7 +193,7 @@ class Outbox:
         async with self._lock:
             entries = [_entry(_BRANCH, each, sid) for sid, each in branches.items()]
             entries += [_entry(_ENDED, _NOTHING, sid) for sid in replaces]
-            await self._append(entries, sync=self._sync)
+            await self._append(entries, sync=True)
             for entry in entries:
                 self._replay(entry)
 

@@ -30,6 +30,7 @@ from persistence.sharing.delivery import Delivery
 from persistence.sharing.fills import Fills
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
+from persistence.sharing.restoring import Restoring
 from persistence.stats import SharingStats
 
 _log = logging.getLogger("persistence.sharing")
@@ -72,6 +73,7 @@ class Sharing:
         self._connected = asyncio.Event()
         self._has_subscribed = False
         self._to_follow: dict[str, None] = {}
+        self._may_follow = False
         self._watchers = local.watchers
         self._ending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
@@ -114,18 +116,21 @@ class Sharing:
 
     # --- opening and closing ------------------------------------------------------------------
 
-    async def open(self, *, again: bool = False) -> None:
+    async def open(self, restoring: Restoring, *, again: bool = False) -> None:
         """Connect, and start listening and delivering. It listens when this returns.
 
         With ``on_outage = "local"`` a shared tier that is away is no reason not to start.
 
         Args:
+            restoring: whether there is a restored state to impose, before anything else is done.
             again: this worker was connected before, so whatever fails now is an outage.
 
         Raises:
             ConfigError: it can never work like this.
             RemoteUnavailable: it is away or announcements do not arrive, and ``on_outage`` is
                 ``"fail"``.
+            DiskFull, WriteOutcomeUnknown: a restored state is not imposed as a whole. The next
+                opening does it again.
         """
         try:
             await self._remote.open()
@@ -138,7 +143,14 @@ class Sharing:
             _log.warning("starting without the shared tier: %s", error)
             if not self._has_subscribed:  # else the subscription connects by itself
                 self._probe(_PROBE_SECONDS)
-        self._delivery.start()
+        try:
+            if restoring.before is not None:
+                await self._impose(restoring.before)
+                await restoring.over()
+        finally:
+            self._delivery.start()
+            self._may_follow = True
+            self._start_following()
 
     async def _subscribe(self) -> None:
         await self._remote.subscribe(self)
@@ -166,16 +178,23 @@ class Sharing:
         await self._commits.flush()
         await self._delivery.end()
 
-    async def impose(self, before: Iterable[str]) -> None:
+    async def _impose(self, before: Iterable[str]) -> None:
         """Let the shared tier have what is here now, after all of it was replaced.
+
+        The race: a copy of what is there is taken over here before it is noted that it is to be
+        replaced. So nothing is delivered and nothing followed meanwhile. And those that were here
+        before come first: with the list of what is here now, the expired among them are ended.
 
         Args:
             before: the sessions that were here: those that are gone are ended there as well.
         """
         self.copies.reset(is_listening=self.copies.is_listening, is_lost=True)
-        everything = dict.fromkeys(before)
-        everything.update(dict.fromkeys([each async for each in self._all_ids()]))
-        rest = iter(everything)
+        known = dict.fromkeys(before)
+        await self._impose_each(known)
+        await self._impose_each([each async for each in self._all_ids() if each not in known])
+
+    async def _impose_each(self, session_ids: Iterable[str]) -> None:
+        rest = iter(session_ids)
         while some := list(islice(rest, _IMPOSED_AT_ONCE)):
             unseen: list[str] = []
             try:
@@ -193,7 +212,6 @@ class Sharing:
                 },
                 unseen,
             )
-        self._delivery.wake()
 
     async def close(self, why: PersistenceError | None = None) -> None:
         """Disconnect. What was not delivered is in the outbox.
@@ -319,7 +337,7 @@ class Sharing:
             return
 
     def _start_following(self) -> None:
-        if self._to_follow and self._ending is None and not self._closing:
+        if self._to_follow and self._may_follow and self._ending is None and not self._closing:
             self._ending = asyncio.create_task(self._follow_ends(), name="persistence-ends")
             self._ending.add_done_callback(self._followed)
 

@@ -109,6 +109,13 @@ def test_inspect_counts_what_the_shared_tier_refused(command: Command, directory
     assert "CONFLICT RECORDS" in command("inspect", directory).out
 
 
+def test_a_restore_that_was_cut_short_is_no_damage(command: Command, directory: Path) -> None:
+    (directory / "RESTORING").write_bytes(MAGIC + bytes(16) + encode_entry(bytes(16), bytes(9)))
+    assert command("inspect", directory, "--json").json["damages"] == 0
+    assert command("verify", directory, "--json").json["damages"] == []
+    assert (directory / "RESTORING").exists()
+
+
 def test_verify_of_a_clean_directory_is_intact(command: Command, directory: Path) -> None:
     result = command("verify", directory, "--json")
     assert result.code == 0

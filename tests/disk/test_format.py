@@ -550,6 +550,7 @@ def tables() -> list[Table]:
                 ),
                 (filenames.CONFLICTS, "a journal: versions that Redis refused"),
                 (filenames.ROTATIONS, "a journal: sessions whose id is being rotated"),
+                (filenames.RESTORING, "a journal: a restore that Redis has not learned of yet"),
                 (
                     filenames.SCRATCH,
                     f"a journal: which directory in `{filenames.SCRATCH_DIRECTORY}/` is whose",

@@ -68,6 +68,8 @@ OUTAGES: Final = "tests/sharing/test_outages.py"
 SHARING: Final = "tests/sharing/test_sharing.py"
 OUTBOX: Final = "persistence/sharing/outbox.py"
 OUTBOXES: Final = "tests/sharing/test_outbox.py"
+RESTORING: Final = "persistence/sharing/restoring.py"
+RESTORED: Final = "tests/sharing/test_restoring.py"
 WRITING: Final = "tests/disk/test_writer.py"
 RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
@@ -890,6 +892,27 @@ MUTANTS: Final = (
         "            if newest() == delivered.base:\n",
         "            if newest():\n",
         (OUTBOXES,),
+    ),
+    Mutant(
+        "a restore is not noted before it is in place",
+        "persistence/tiers.py",
+        "            async with self._restoring.noted(before, is_empty",
+        "            async with self._restoring.noted(None, is_empty",
+        (RESTORED,),
+    ),
+    Mutant(
+        "a restore that was noted counts as one that is in place",
+        RESTORING,
+        "        return sequence > self.sequence + SEQUENCE_GAP // 2\n",
+        "        return True\n",
+        (RESTORED,),
+    ),
+    Mutant(
+        "what the shared tier has is followed before the restored state is imposed",
+        "persistence/sharing/sharing.py",
+        "        if self._to_follow and self._may_follow and",
+        "        if self._to_follow and",
+        (RESTORED,),
     ),
     Mutant(
         "a lost content is noticed at the next connection only",
