@@ -153,11 +153,11 @@ def _run(options: argparse.Namespace, printer: Printer) -> int:
     old = results.read(options.compare) if options.compare else None
     if old is not None:
         check_comparable(old, sizes_result(options.sizes), {each.name for each in workloads})
-    if options.html is not None:
-        html.available()
     for path in (options.json, options.html):
         if path is not None:
             _check_writable(path)
+    if options.html is not None:
+        html.available()
     measured, broken, interrupted = _measure(options, printer, workloads)
     if options.json is not None:
         options.json.write_text(measured.as_json(), encoding="utf-8")

@@ -316,7 +316,7 @@ async def test_a_rotation_waits_for_a_cut_that_waits_and_not_for_the_checkpoint(
     disk = disk_of(state)
     async with disk.wholes.change():
         checkpoint = asyncio.create_task(state.create_checkpoint())
-        await loop_steps(50)
+        await eventually(lambda: disk.wholes._cuts > 0)
         rotation = asyncio.create_task(state.rotate_session_id(first))
         await loop_steps(50)
         assert not checkpoint.done()
