@@ -286,7 +286,7 @@ async def test_a_session_in_the_log_that_takes_a_thread_to_read_is_delivered_onc
 ) -> None:
     if not is_large:
         monkeypatch.setattr(FrameReader, "cached", lambda *_: None)  # as on tmpfs
-    a = await worker(own_server.url, flush_interval_seconds=0.02)
+    a = await worker(own_server.url, timeout_seconds=1, flush_interval_seconds=0.02)
     await until_up(a)
     own_server.kill()
     data = {"n": 1, "bytes": random.Random(1).randbytes(300_000 if is_large else 300)}
@@ -305,7 +305,7 @@ async def test_a_session_in_the_log_that_takes_a_thread_to_read_is_delivered_onc
 async def test_large_sessions_are_brought_to_a_server_a_few_at_a_time(
     worker: Worker, own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = await worker(own_server.url)
+    a = await worker(own_server.url, timeout_seconds=1)
     await until_up(a)
     large = {"bytes": random.Random(1).randbytes(2**20)}
     ids = [await a.create_session(data=large) for _ in range(12)]  # to be brought back

@@ -221,7 +221,7 @@ async def test_copies_of_others_sessions_in_an_empty_log_are_not_ended_by_what_n
 async def test_a_worker_that_comes_back_while_the_server_is_away_serves_what_was_restored(
     restorer: Open, shared_server: RedisServer, proxy: Proxy, own_server: RedisServer, kill: Kill
 ) -> None:
-    a, b = await restorer(proxy.url), await restorer(own_server.url)
+    a, b = await restorer(proxy.url, timeout_seconds=0.5), await restorer(own_server.url)
     await until_up(a, b)
     await prepare(a)
     async with kill.at(directory_of(a), BEGUN, 1, a.restore_checkpoint()) as image:
