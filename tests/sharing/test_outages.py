@@ -31,7 +31,7 @@ from tests.sharing.support import (
 async def test_work_goes_on_while_the_server_is_away_and_arrives_when_it_is_back(
     worker: Worker, own_server: RedisServer
 ) -> None:
-    a, b = await worker(own_server.url), await worker(own_server.url)
+    a, b = [await worker(own_server.url, timeout_seconds=1) for _ in range(2)]
     await until_up(a, b)
     ids = [await a.create_session(data={"n": 0}) for _ in range(20)]
     own_server.kill()
