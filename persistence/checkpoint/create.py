@@ -143,20 +143,19 @@ async def create_checkpoint(
         _make, tier, store, plan, clock, reason, on_progress, number_after(catalogue.ids)
     )
     with _reading_log(tier), tier.shipped.keeping(tier.writer.durable_sequence):
-        manifest = await make(parent)
-        if parent is not None and not await _is_whole(store, manifest):
+        while not await _is_whole(store, manifest := await make(parent)):
+            await store.withdraw(manifest.id)
+            if parent is None:
+                raise CheckpointDamaged(
+                    f"{store.name}: chunks of checkpoint {manifest.id} were removed while it was "
+                    "made; it is withdrawn, those before it are as they were; look for who removes "
+                    "them"
+                )
             _log.warning(
                 "checkpoint %s was deleted while the next one was made: that is a full one now",
                 parent.id,
             )
-            await store.withdraw(manifest.id)
-            manifest, parent = await make(None), None
-        if parent is None and not await _is_whole(store, manifest):
-            await store.withdraw(manifest.id)
-            raise CheckpointDamaged(
-                f"{store.name}: chunks of checkpoint {manifest.id} were removed while it was made; "
-                "it is withdrawn, those before it are as they were; look for who removes them"
-            )
+            parent = None
         await _remember(tier, Shipped(store.name, manifest.id, manifest.sequence))
     await _tidy(store, plan, worker, clock)
     info = info_of(manifest)
