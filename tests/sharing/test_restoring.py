@@ -115,6 +115,14 @@ async def prepare(state: StateManager) -> None:
         await state.create_session(session_id=session_id, data={"n": 1})
 
 
+async def prepared(restorer: Open, server: RedisServer) -> tuple[StateManager, StateManager]:
+    """Return two workers; the first has a checkpoint, and has gone on from it."""
+    a, b = await restorer(server.url), await restorer(server.url)
+    await until_up(a, b)
+    await prepare(a)
+    return a, b
+
+
 async def seen(state: StateManager, session_ids: Iterable[str]) -> set[int | None]:
     """Return which values sessions have, once the shared tier was asked."""
     found = set()
@@ -147,9 +155,7 @@ async def test_what_was_in_place_when_the_worker_was_killed_is_restored_for_ever
     place: tuple[type, str],
     calls: int,
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     async with kill.at(directory_of(a), place, calls, a.restore_checkpoint()) as image:
         assert RESTORING in names_in(image)
         again = await restorer(shared_server.url, path=image)
@@ -160,9 +166,7 @@ async def test_what_was_in_place_when_the_worker_was_killed_is_restored_for_ever
 async def test_a_worker_that_is_killed_once_more_while_it_opens_has_everything_restored(
     restorer: Open, shared_server: RedisServer, kill: Kill
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     async with kill.at(directory_of(a), BEGUN, 1, a.restore_checkpoint()) as first:
         opening = restorer(shared_server.url, path=first)
         async with kill.at(first, BEGUN, 2, opening) as second:
@@ -174,9 +178,7 @@ async def test_a_worker_that_is_killed_once_more_while_it_opens_has_everything_r
 async def test_a_restore_that_was_killed_before_it_was_in_place_changes_nothing_for_anybody(
     restorer: Open, shared_server: RedisServer, kill: Kill
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     installing = (StagedRestore, "install")
     async with kill.at(directory_of(a), installing, 0, a.restore_checkpoint()) as image:
         assert RESTORING in names_in(image)
@@ -206,9 +208,7 @@ async def test_nothing_was_restored_yet_is_told_from_an_empty_state_that_was(
 async def test_copies_of_others_sessions_in_an_empty_log_are_not_ended_by_what_never_was_restored(
     restorer: Open, shared_server: RedisServer, kill: Kill
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     await a.terminate_session(KEPT[0])
     assert await value(b, LATER[0]) == 1
     installing = (StagedRestore, "install")
@@ -243,9 +243,7 @@ async def test_a_worker_that_comes_back_while_the_server_is_away_serves_what_was
 async def test_a_worker_that_does_not_share_keeps_the_note_for_when_it_does_again(
     restorer: Open, shared_server: RedisServer, kill: Kill
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     async with kill.at(directory_of(a), BEGUN, 1, a.restore_checkpoint()) as image:
         async with StateManager(None, config_for(image)) as alone:
             await alone.update_session_data(KEPT[0], "n", 0)
@@ -258,9 +256,7 @@ async def test_a_worker_that_does_not_share_keeps_the_note_for_when_it_does_agai
 async def test_a_restore_that_cannot_be_noted_leaves_everything_as_it_was(
     restorer: Open, shared_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     files = disk_of(a).files
     assert isinstance(files, ScriptedFiles)
     write = Restoring._write
@@ -319,9 +315,7 @@ async def test_the_note_goes_when_nothing_was_installed_and_stays_when_nobody_kn
 async def test_a_restore_of_which_not_all_could_be_noted_for_the_server_is_done_again(
     restorer: Open, shared_server: RedisServer, kill: Kill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     begin, calls = Outbox.begin_anew, 0
 
     async def full(*arguments: Any) -> None:
@@ -344,9 +338,7 @@ async def test_a_restore_of_which_not_all_could_be_noted_for_the_server_is_done_
 async def test_a_watched_session_is_not_taken_back_while_its_restored_version_is_imposed(
     restorer: Open, shared_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = await restorer(shared_server.url), await restorer(shared_server.url)
-    await until_up(a, b)
-    await prepare(a)
+    a, b = await prepared(restorer, shared_server)
     watches = [a.watch(session_id) for session_id in KEPT]
     waiting = [asyncio.ensure_future(anext(watch)) for watch in watches]
     await asyncio.sleep(0)
