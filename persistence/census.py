@@ -98,7 +98,8 @@ class Census:
             looked += len(rows)
             for row in rows:
                 is_complete = self._look_at(row, met) and is_complete
-            shards_left -= self._bucket == 0
+            if not self._bucket:  # on to the next shard
+                shards_left -= 1
             await slices.give_way_if_due()
             if shards_left < 0 or (not shards_left and self._bucket >= first):
                 break
