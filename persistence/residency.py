@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from persistence.clock import Clock, EngineTime
 from persistence.commit import Commit, ExactEnd, committed
@@ -41,6 +41,7 @@ from persistence.remote.contract import RemoteSession
 from persistence.renewals import IDS_BYTES
 from persistence.session import Session
 from persistence.spilling import Spilling
+from persistence.tasks import look_at
 
 _log = logging.getLogger("persistence.residency")
 
@@ -338,7 +339,7 @@ class Residency(Spilling):
     def _reading_ended(self, session_id: str, task: asyncio.Task[object]) -> None:
         if self._reading.get(session_id) is task:
             del self._reading[session_id]
-        _look_at(task)
+        look_at(task)
 
     async def _read_and_restore(
         self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool
@@ -362,7 +363,7 @@ class Residency(Spilling):
         record = self.disk.read_now(row, key)
         if record is None:
             reading = asyncio.ensure_future(self.disk.read(fingerprint, key))
-            reading.add_done_callback(_look_at)
+            reading.add_done_callback(look_at)
             found = await asyncio.shield(reading)
             record = None if found is None else found[0]
         return record
@@ -608,9 +609,3 @@ class Residency(Spilling):
             await asyncio.wait([self._spilling])
         if self._reading:
             await asyncio.wait(list(self._reading.values()))
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Look at how a task ended: whoever waits is told, but perhaps nobody does any more."""
-    if not task.cancelled():
-        task.exception()

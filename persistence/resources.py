@@ -33,6 +33,7 @@ from persistence.errors import (
     printable,
 )
 from persistence.locks import ASKERS, caller
+from persistence.tasks import look_at
 
 _log = logging.getLogger("persistence.resources")
 
@@ -321,7 +322,7 @@ class Resources:
             self.failed_closes += 1
             self._tasks.discard(closing)
             closing.cancel()
-            closing.add_done_callback(_look_at)
+            closing.add_done_callback(look_at)
             _log.error("closing %s: not done in %g seconds; given up", what, self._timeout_seconds)
         elif closing.cancelled() or closing.exception() is not None:
             self.failed_closes += 1
@@ -344,12 +345,6 @@ class Resources:
             for task in self._tasks:
                 task.cancel()
             raise
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Look at how a task ended, so that nobody complains that nobody did."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _why_not_made(session_id: str, resource: _Resource) -> BaseException | None:

@@ -31,6 +31,7 @@ from persistence.errors import (
 )
 from persistence.ids import check_session_id, new_session_id
 from persistence.residency import Residency
+from persistence.tasks import look_at
 from persistence.updates import Updates
 
 _log = logging.getLogger("persistence.rotation")
@@ -146,8 +147,7 @@ class Rotations:
 
     def _ended(self, task: asyncio.Task[str]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waits is told; perhaps nobody does any more
+        look_at(task)
 
     async def _locked(self, tiers: Tiers, session_id: str) -> str:
         try:

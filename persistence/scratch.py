@@ -29,6 +29,7 @@ from persistence.errors import (
     SessionNotFound,
     printable,
 )
+from persistence.tasks import look_at
 
 _log = logging.getLogger("persistence.scratch")
 
@@ -213,8 +214,7 @@ class Scratch:
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waits is told; perhaps nobody does any more
+        look_at(task)
 
     async def _remove(self, session_id: str, place: _Place) -> None:
         try:

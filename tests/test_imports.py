@@ -2,7 +2,7 @@
 
 Imports point one way, from the bottom up::
 
-    errors, clock, config, record, session, slices, turns, admission, sealer
+    errors, clock, config, record, session, slices, tasks, turns, admission, sealer
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit | providers | entries
                 renewals | keys
@@ -41,7 +41,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "persistence"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("errors", "clock", "config", "record", "session", "slices", "turns"), 0),
+    **dict.fromkeys(
+        ("errors", "clock", "config", "record", "session", "slices", "tasks", "turns"), 0
+    ),
     **dict.fromkeys(("arguments", "ids", "locks", "expiry", "shutdown", "sealer", "admission"), 0),
     **dict.fromkeys(("resources", "typed", "background", "lifecycle", "own_threads"), 0),
     **dict.fromkeys(("memory", "disk", "remote", "limits", "security", "observe"), 1),

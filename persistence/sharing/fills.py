@@ -25,6 +25,7 @@ from persistence.sharing.copies import Copies
 from persistence.sharing.local import Local
 from persistence.sharing.outbox import Branch, Outbox
 from persistence.sharing.questions import Questions
+from persistence.tasks import look_at
 
 
 class _Fill:
@@ -125,8 +126,7 @@ class Fills:
         self._tasks.discard(task)
         if self._newest.get(session_id) is fill:
             del self._newest[session_id]
-        if not task.cancelled():
-            task.exception()  # whoever waits is told; nobody may
+        look_at(task)
 
     async def close(self, why: PersistenceError) -> None:
         """End all comparisons.

@@ -28,6 +28,7 @@ from persistence.errors import ManagerClosed, WrongEventLoop
 from persistence.locks import OWNER
 from persistence.own_threads import is_own_thread, mark_own_thread
 from persistence.sync.offload import Places
+from persistence.tasks import look_at
 
 T = TypeVar("T")
 
@@ -242,7 +243,7 @@ class LoopThread:
             self._ending = self.loop.create_task(self._end(grace_seconds), name="persistence-end")
         elif grace_seconds is not None and not self._ending.done():
             self._hurrying = self.loop.create_task(self._finish(grace_seconds))
-            self._hurrying.add_done_callback(_look_at)
+            self._hurrying.add_done_callback(look_at)  # `_end` has met the same one
 
     async def _end(self, grace_seconds: float | None) -> None:
         try:
@@ -298,11 +299,6 @@ def refuse_event_loop() -> None:
             "from the engine's own thread, wait for itself): use persistence.StateManager with "
             "await there, or make the call in another thread (await asyncio.to_thread(...))"
         )
-
-
-def _look_at(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()  # `_end` has met the same one
 
 
 _running: set[LoopThread] = set()
