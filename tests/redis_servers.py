@@ -197,11 +197,18 @@ class RedisServer:
             return client.execute_command(*command)
 
     def told(self, command: str) -> str:
-        """Return the text that a command answers with, unparsed."""
+        """Return the text that a command answers with, unparsed.
+
+        Raises:
+            ConnectionError: it hung up instead, as a replica does that is being promoted.
+        """
         with socket.create_connection((HOST, self.port), 5.0) as connection:
             connection.sendall(f"{command}\r\n".encode())
             with connection.makefile("rb") as replies:
-                size = int(replies.readline()[1:])
+                first = replies.readline()
+                if not first.endswith(b"\n"):
+                    raise ConnectionError(f"the server at port {self.port} hung up")
+                size = int(first[1:])
                 return replies.read(size).decode()
 
     @property
