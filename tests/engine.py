@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from persistence import StateConfig, StateManager
+from persistence import Session, StateConfig, StateManager
 from persistence.commit import CommitQueue
 from persistence.disk.files import Files
 from persistence.disk.tier import DiskTier
@@ -27,8 +27,10 @@ DAY: Final = 86_400.0
 _PATIENCE_SECONDS: Final = 20.0
 
 Start = Callable[..., Awaitable[StateManager]]
-OpenTyped = Callable[..., Awaitable[Any]]  # a StateManager whose sessions have a schema
 """Opens a manager on a directory of the test; see the fixture `start`."""
+
+OpenTyped = Callable[..., Awaitable[Any]]
+"""The same for a manager whose sessions have a schema."""
 
 Crash = Callable[[StateManager], Path]
 """Returns what a SIGKILL would leave; see the fixture `crash`."""
@@ -226,6 +228,19 @@ def directory_of(state: StateManager) -> Path:
 def names_in(directory: Path) -> set[str]:
     """Return the names of the files in a directory."""
     return {path.name for path in directory.iterdir()}
+
+
+async def with_sessions(start: Start, *names: str, **sections: dict[str, Any]) -> StateManager:
+    """Return a manager in which each of `names` is a session with a field x = 0."""
+    state = await start(**sections)
+    for name in names:
+        await state.create_session(session_id=name, data={"x": 0})
+    return state
+
+
+def update(state: StateManager, name: str, value: Any) -> asyncio.Task[Session]:
+    """Begin to set the field x of a session."""
+    return asyncio.create_task(state.update_session_data(name, "x", value))
 
 
 async def loop_steps(count: int) -> None:

@@ -31,7 +31,8 @@ _KILLED: Final = 1  # pytest's exit code when tests failed
 WRITER: Final = "persistence/disk/writer.py"
 FORMAT: Final = "persistence/disk/format.py"
 FILES: Final = "persistence/disk/files.py"
-COMMIT: Final = "persistence/commit.py"
+QUEUE: Final = "persistence/commit/queue.py"
+SYNCS: Final = "persistence/commit/syncs.py"
 UPDATES: Final = "persistence/updates.py"
 REQUESTS: Final = "persistence/requests.py"
 COMPACTION: Final = "persistence/disk/compaction.py"
@@ -75,7 +76,8 @@ RECOVERING: Final = "tests/disk/test_recovery.py"
 MERGING: Final = "tests/disk/test_compaction.py"
 ORDER: Final = f"{MERGING}::test_the_order_of_a_merge_is_outputs_then_manifest_then_removal"
 PATCHING: Final = "tests/disk/test_patches.py"
-COMMITTING: Final = "tests/test_commit.py"
+QUEUING: Final = "tests/commit/test_queue.py"
+SYNCING: Final = "tests/commit/test_syncs.py"
 EXPIRING: Final = "tests/test_expiry.py"
 REQUESTING: Final = "tests/test_requests.py"
 SHIPPING: Final = "tests/checkpoint/test_create.py"
@@ -317,10 +319,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what was built on a failed commit is not failed",
-        COMMIT,
+        QUEUE,
         "        later = self._withdraw_later(commits, sessions)",
         "        later: list[Commit] = []",
-        (f"{COMMITTING}::test_a_failed_batch_fails_what_was_built_on_it_and_nothing_else",),
+        (f"{QUEUING}::test_a_failed_batch_fails_what_was_built_on_it_and_nothing_else",),
     ),
     Mutant(
         "a short write is not cut back",
@@ -393,10 +395,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a batch is written beside a commit that is written alone",
-        COMMIT,
-        "            if self._alone is not None:\n                continue\n",
-        "",
-        (f"{COMMITTING}::test_while_one_sync_runs_the_next_batch_gathers",),
+        QUEUE,
+        "        while self._alone is not None or not (",
+        "        while not (",
+        (f"{QUEUING}::test_while_one_sync_runs_the_next_batch_gathers",),
     ),
     Mutant(
         "a checkpoint is cut amid the rotation of an id",
@@ -407,31 +409,31 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a flush is content with a sync that began before its updates",
-        COMMIT,
-        "        covered = min(self._oldest_undecided(), self._submitted + 1)\n",
+        SYNCS,
+        "        covered = min(self._oldest_undecided(), submitted + 1)\n",
         "        covered = self._oldest_undecided()\n",
-        (f"{COMMITTING}::test_a_flush_during_a_sync_waits_for_the_next_one",),
+        (f"{SYNCING}::test_a_flush_during_a_sync_waits_for_the_next_one",),
     ),
     Mutant(
         "updates go on however long a sync takes",
-        COMMIT,
-        "        return self._sync_due and self._syncing is not None\n",
+        SYNCS,
+        "        return self._is_due and self._syncing is not None\n",
         "        return False\n",
-        (f"{COMMITTING}::test_a_sync_that_takes_longer_than_the_interval_holds_updates_back",),
+        (f"{SYNCING}::test_a_sync_that_takes_longer_than_the_interval_holds_updates_back",),
     ),
     Mutant(
         "a segment is synced as a whole when it is full",
-        COMMIT,
-        'config.segment_bytes * _SYNCED_EARLY if config.fsync == "interval" else math.inf',
+        SYNCS,
+        "config.segment_bytes * _SYNCED_EARLY if is_timed else math.inf",
         "math.inf",
-        (f"{COMMITTING}::test_a_segment_is_synced_in_parts_before_it_is_full",),
+        (f"{SYNCING}::test_a_segment_is_synced_in_parts_before_it_is_full",),
     ),
     Mutant(
         "updates wait for the sync of each interval",
-        COMMIT,
+        SYNCS,
         "        self._syncing = self._disk.threads.sync(writer.sync)\n",
         "        self._syncing = self._disk.threads.write(writer.sync)\n",
-        (f"{COMMITTING}::test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing",),
+        (f"{SYNCING}::test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing",),
     ),
     Mutant(
         "damage in the last segment passes for a torn tail",
@@ -546,12 +548,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "all who wait for one sync are woken at once",
-        COMMIT,
+        QUEUE,
         "            if has_woken or slices.due():\n",
         "            if slices.due():\n",
-        (
-            f"{COMMITTING}::test_one_sync_that_acknowledges_many_wakes_a_few_in_each_turn_of_the_loop",
-        ),
+        (f"{QUEUING}::test_one_sync_that_acknowledges_many_wakes_a_few_in_each_turn_of_the_loop",),
     ),
     Mutant(
         "who waited for a turn does not look again whether a restore has begun",
@@ -930,7 +930,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what failed while the shared tier was asked is written",
-        COMMIT,
+        QUEUE,
         "            self._queue.extend(commit for commit in agreed if not commit.settled)\n",
         "            self._queue.extend(agreed)\n",
         (SHARING,),

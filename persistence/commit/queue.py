@@ -29,14 +29,24 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from struct import Struct
 from typing import Any, Final, TypeAlias
 
 from persistence.clock import Clock
+from persistence.commit.batches import (
+    THREAD_ENCODE_BYTES,
+    joined,
+    next_batch,
+    pieces,
+    remove_first,
+    take_out,
+    woken_together,
+)
+from persistence.commit.commits import Commit
+from persistence.commit.syncs import Syncs
 from persistence.config import DiskConfig
-from persistence.disk.format import FRAME_OVERHEAD_BYTES, PUT, ROW_RENEWS, TOUCH
+from persistence.disk.format import PUT, TOUCH
 from persistence.disk.tier import DiskTier
 from persistence.errors import (
     DiskFull,
@@ -47,151 +57,18 @@ from persistence.errors import (
     WriteOutcomeUnknown,
     again,
 )
-from persistence.record import FLAGS_AT, ID_BYTES, RENEWS
 from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.commit")
 
 _MAX_BATCH_BYTES: Final = 2 * 2**20
-_THREAD_ENCODE_BYTES: Final = 128 * 1024
-_PIECE_COMMITS: Final = 32
-_WOKEN_COMMITS: Final = 8  # in one turn of the loop: each wakes a task that may have much to do
-_JOINED_BYTES: Final = 2**20
 _LATENCIES_KEPT: Final = 1024
-_SYNCED_EARLY: Final = 1 / 8  # of a segment: with `interval`, so much is synced before its time
-_FRAME_BYTES: Final = FRAME_OVERHEAD_BYTES - 2 * ID_BYTES  # beside key and record: its ids move
-_FLAGS_AND_USER: Final = Struct("<II")
-_unpack_flags_and_user = _FLAGS_AND_USER.unpack_from
 
 
 Decide: TypeAlias = Callable[
-    [Sequence["Commit"]],
-    Awaitable[tuple[list["Commit"], list[tuple["Commit", PersistenceError]]]],
+    [Sequence[Commit]],
+    Awaitable[tuple[list[Commit], list[tuple[Commit, PersistenceError]]]],
 ]
-
-
-class Commit:
-    """One frame on its way into the log; see `disk.writer.Write` for what the writer reads.
-
-    Attributes:
-        session_id: whose.
-        ids: incarnation id, commit id, and the id of the commit it was built on.
-        record: the new record; None for a tombstone or a touch.
-        changed: the new packed values, if only values of fields that were there before changed.
-        life: the session's life once this is acknowledged (see `memory.tier`).
-        nbytes: about how many bytes the frame takes, before compression.
-        creates: it makes a session that was not there.
-        previous: the commit in flight that this one was built on.
-        number: its place in the order of submission.
-        settled, failed, error: it has been decided, against it, and why.
-        before: the record it was built on, if it was at hand.
-        local: nothing that the shared tier has to learn of.
-        shared: the shared tier has it.
-        expired: the session's time is over; of tombstones only.
-        spills: drop the session from memory when this is in the log.
-        done: resolved when acknowledged; None when nobody waits.
-    """
-
-    row: bytes
-    segment: int
-    length: int
-    expired: bool
-
-    __slots__ = (
-        "accessed",
-        "before",
-        "cap",
-        "changed",
-        "creates",
-        "deadline",
-        "done",
-        "error",
-        "expired",
-        "failed",
-        "fingerprint",
-        "ids",
-        "key",
-        "kind",
-        "length",
-        "life",
-        "local",
-        "nbytes",
-        "number",
-        "previous",
-        "record",
-        "row",
-        "segment",
-        "session_id",
-        "settled",
-        "shared",
-        "spills",
-        "user",
-    )
-
-    def __init__(  # noqa: PLR0913, PLR0917 - made on the hot path, where keywords are felt
-        self,
-        kind: int,
-        session_id: str,
-        key: bytes,
-        fingerprint: bytes,
-        record: bytes | None,
-        ids: bytes,
-        accessed: float,
-        deadline: float,
-        cap: float,
-        life: float,
-        user: int,
-    ) -> None:
-        self.kind = kind
-        self.session_id = session_id
-        self.key = key
-        self.fingerprint = fingerprint
-        self.record = record
-        self.ids = ids
-        self.accessed = accessed
-        self.deadline = deadline
-        self.cap = cap
-        self.life = life
-        self.user = user
-        self.nbytes = _FRAME_BYTES + len(key)
-        if record is not None:
-            self.nbytes += len(record)
-        self.spills = False
-        self.local = False
-        self.shared = False
-        self.before: bytes | None = None
-        self.changed: dict[str, bytes] | None = None
-        self.creates = False
-        self.failed = False
-        self.error: PersistenceError | None = None
-        self.number = 0
-        self.settled = False
-        self.previous: Commit | None = None
-        self.done: asyncio.Future[None] | None = None
-        # The writer fills in where the frame lies: `row`, `segment`, `length`. Whoever submits a
-        # tombstone says why: `expired`.
-
-
-class ExactEnd(Commit):
-    """A tombstone that counts only on the very commit that it names as its base.
-
-    Another worker's commit since then is not ended unseen.
-    """
-
-    __slots__ = ()
-
-
-def row_user(record: bytes) -> int:
-    """Return the `user` of the frame and the index row of a record (see `disk.format`)."""
-    flags, user = _unpack_flags_and_user(record, FLAGS_AT)
-    word: int = user | ROW_RENEWS if flags & RENEWS else user
-    return word
-
-
-async def committed(commit: Commit) -> None:
-    """Wait until a commit is acknowledged, or raise why it failed."""
-    assert commit.done is not None, "submitted to be waited for"
-    await commit.done
 
 
 class CommitQueue:
@@ -223,13 +100,6 @@ class CommitQueue:
         self.latencies_seconds: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._disk = disk
         self._sync_each_batch = config.fsync == "always"
-        self._sync_later_seconds = (
-            config.flush_interval_seconds if config.fsync == "interval" else None
-        )
-        # So that little is left to be synced when a segment is full, which updates wait for.
-        self._sync_early_bytes = (
-            config.segment_bytes * _SYNCED_EARLY if config.fsync == "interval" else math.inf
-        )
         self._max_pending_bytes = config.queue_bytes
         self._max_batch_bytes = min(_MAX_BATCH_BYTES, config.segment_bytes // 2)
         self._monotonic = clock.monotonic
@@ -250,11 +120,9 @@ class CommitQueue:
         self._inflight: list[list[Commit]] = []
         self._broken: WriteOutcomeUnknown | None = None
         self._admissions: deque[asyncio.Future[None]] = deque()
-        self._flushes: list[tuple[int, asyncio.Future[None]]] = []
-        self._sync_timer: asyncio.TimerHandle | None = None
-        self._sync_due = False
-        self._syncing: asyncio.Future[None] | None = None
-        self._bytes_before_sync = 0  # that had been written when the last sync was started
+        self._syncs = Syncs(
+            disk, config, oldest_undecided=self._oldest_undecided, wake=self._work.set
+        )
         self._failure: BaseException | None = None  # what the task is to end with
         # A commit that is written alone, while the task waits for work (see `_start_alone`).
         self._alone: Commit | None = None
@@ -374,10 +242,7 @@ class CommitQueue:
             # and nobody is there to answer any more.
             self._disk.writer.check_usable()
             return
-        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._flushes.append((self._submitted, flushed))
-        self._work.set()
-        await flushed
+        await self._syncs.flushed(self._submitted)
 
     async def decided(self, session_id: str) -> None:
         """Wait until what is in flight of one session now is decided."""
@@ -423,12 +288,11 @@ class CommitQueue:
             self._decider = None
         self._ending = True
         self._work.set()
-        if self._sync_timer is not None:
-            self._sync_timer.cancel()
+        self._syncs.stop_timer()
         if self._task is not None:
             await asyncio.wait([self._task])
             self._task = None
-        await self._sync_ended()  # if it is still there, the task has failed
+        await self._syncs.ended()  # if it is still there, the task has failed
 
     # --- the committing task ------------------------------------------------------------------
 
@@ -456,7 +320,7 @@ class CommitQueue:
         for commit in undecided:  # acknowledged already, but the waiter had not been told
             if commit.done is not None and not commit.done.done():
                 commit.done.set_exception(again(self._broken))
-        self._resolve_flushes(self._broken)
+        self._syncs.answer(self._broken)
 
     async def _decide_until_closed(self, decide: Decide) -> None:
         """Let the shared tier decide batch after batch; what it agrees to goes on to the log."""
@@ -466,8 +330,8 @@ class CommitQueue:
                     return
                 await self._arrived.wait()
             self._arrived.clear()
-            self._deciding = self._next_batch(self._arrivals)
-            _remove_first(self._arrivals, len(self._deciding))
+            self._deciding = next_batch(self._arrivals, self._max_batch_bytes)
+            remove_first(self._arrivals, len(self._deciding))
             agreed, refused = await decide(self._deciding)
             self._deciding = []
             # Something may have failed meanwhile, and with it what was built on it.
@@ -480,26 +344,16 @@ class CommitQueue:
     async def _commit_until_closed(self) -> None:
         """Write batch n + 1 in the thread while batch n is being acknowledged on the loop."""
         written: list[Commit] = []
-        while True:
-            if self._alone is not None or not (written or self._queue or self._wants_sync()):
-                if self._ending and self._alone is None:
-                    break
-                self._is_idle = True
-                await self._work.wait()
-                self._is_idle = False
-            self._work.clear()
-            if self._alone is not None:
-                continue
-            self._check_failure()
-            batch = self._next_batch(self._queue)
+        while await self._has_work(written):
+            batch = next_batch(self._queue, self._max_batch_bytes)
             self._inflight = [written, batch]  # before they leave the queue: `_ended` finds each
-            _remove_first(self._queue, len(batch))
-            if written and (self._disk.holds_back or self._is_behind):
+            remove_first(self._queue, len(batch))
+            if written and (self._disk.holds_back or self._syncs.is_behind):
                 # What is durable must not wait for what has to wait.
                 await self._acknowledge(written)
                 written = []
-            if self._is_behind:
-                await self._sync_ended()
+            if self._syncs.is_behind:
+                await self._syncs.ended()
             self._check_failure()
             writing = await self._start(batch) if batch else None
             if written:
@@ -507,28 +361,36 @@ class CommitQueue:
                 written = []
             if writing is not None:
                 written = await self._finish(*writing)
-            if self._wants_sync():
-                self._start_sync()
-        await self._sync_ended()
-        if self._disk.writer.poisoned is None and self._failure is None:
-            self._start_sync()
-            await self._sync_ended()
+            if self._syncs.is_wanted:
+                self._syncs.start(self._submitted)
+        await self._syncs.ended()
+        self._check_failure()
+        if self._disk.writer.poisoned is None:
+            self._syncs.start(self._submitted)
+            await self._syncs.ended()
         self._check_failure()
 
-    def _check_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    async def _has_work(self, written: list[Commit]) -> bool:
+        """Wait for something to do; False: the queue is closed, and everything is decided.
 
-    def _next_batch(self, queue: deque[Commit]) -> list[Commit]:
-        """Return the next batch, which stays in the queue: as much as fits, at least one."""
-        batch: list[Commit] = []
-        nbytes = 0
-        for commit in queue:
-            nbytes += commit.nbytes
-            if batch and nbytes > self._max_batch_bytes:
-                break
-            batch.append(commit)
-        return batch
+        While a commit is written alone there is nothing to do.
+        """
+        self._check_failure()
+        while self._alone is not None or not (written or self._queue or self._syncs.is_wanted):
+            if self._ending and self._alone is None:
+                return False
+            self._is_idle = True
+            await self._work.wait()
+            self._is_idle = False
+            self._work.clear()
+            self._check_failure()
+        self._work.clear()
+        return True
+
+    def _check_failure(self) -> None:
+        for failure in (self._failure, self._syncs.failure):
+            if failure is not None:
+                raise failure
 
     async def _start(
         self, batch: list[Commit]
@@ -580,15 +442,14 @@ class CommitQueue:
         encode = self._disk.writer.encode
         chunks: list[bytes] = []
         slices = Slices(self._monotonic)
-        for some in _pieces(batch):
-            if some[0].nbytes >= _THREAD_ENCODE_BYTES:
-                # Compressing and checksumming this much would be a stall; both let go of the lock.
+        for some in pieces(batch):
+            if some[0].nbytes >= THREAD_ENCODE_BYTES:
                 chunks.append(await self._disk.threads.write(encode, some))
             else:
                 chunks.append(encode(some))
             if slices.due():
                 await slices.give_way()
-        return _joined(chunks)
+        return joined(chunks)
 
     async def _finish(
         self,
@@ -624,14 +485,13 @@ class CommitQueue:
         self._disk.segments[batch[0].segment].unapplied += len(batch)
         self.latencies_seconds.append(self._monotonic() - started)
         self.batches += 1
-        if self._sync_later_seconds is not None and self._sync_timer is None:
-            self._sync_timer = self._loop.call_later(self._sync_later_seconds, self._want_sync)
+        self._syncs.appended()
 
     async def _acknowledge(self, batch: list[Commit]) -> None:
         """Let index, memory and waiters know, in order, a few in each turn of the loop."""
         slices = Slices(self._monotonic)
         has_woken = False
-        for some in _woken_together(batch):
+        for some in woken_together(batch):
             if has_woken or slices.due():
                 # Whoever was waiting goes on before more are woken: a thousand at a time would
                 # keep everything else from the loop for as long as they all take.
@@ -697,9 +557,9 @@ class CommitQueue:
     def _withdraw_later(self, commits: list[Commit], sessions: set[str]) -> list[Commit]:
         """Take what was built on `commits` out of the queues, and return it."""
         first = min((commit.number for commit in commits), default=0)
-        doomed = _take_out(self._queue, sessions, first)
+        doomed = take_out(self._queue, sessions, first)
         if self._arrivals is not self._queue:
-            doomed += _take_out(self._arrivals, sessions, first)
+            doomed += take_out(self._arrivals, sessions, first)
         known = set(map(id, commits))
         doomed += [
             commit
@@ -728,6 +588,14 @@ class CommitQueue:
             else:
                 self.tails[commit.session_id] = before
 
+    def _oldest_undecided(self) -> float:
+        """Return the number of the first commit that has not been decided."""
+        for batch in (*self._inflight, self._queue, self._deciding, self._arrivals):
+            for commit in batch:
+                if not commit.settled:
+                    return commit.number
+        return math.inf
+
     # --- one commit by itself -----------------------------------------------------------------
 
     def _start_alone(self, commit: Commit) -> bool:
@@ -743,9 +611,8 @@ class CommitQueue:
             or self._alone is not None
             or self._gathers
             or self._arrivals is not self._queue
-            or commit.nbytes >= _THREAD_ENCODE_BYTES
-            or self._failure is not None
-            or self._is_behind
+            or commit.nbytes >= THREAD_ENCODE_BYTES
+            or self._syncs.is_behind
             or not self._disk.begin_now(commit.nbytes, grows=commit.kind == PUT)
         ):
             return False
@@ -786,148 +653,5 @@ class CommitQueue:
             self._inflight = []
         else:
             self._failure = failure
-        if self._queue or self._ending or self._failure is not None or self._wants_sync():
+        if self._queue or self._ending or self._failure is not None or self._syncs.is_wanted:
             self._work.set()
-
-    # --- syncing ------------------------------------------------------------------------------
-
-    def _want_sync(self) -> None:
-        self._sync_timer = None
-        self._sync_due = True
-        self._work.set()
-
-    def _wants_sync(self) -> bool:
-        """Whether a sync is to be started: one at a time."""
-        return self._syncing is None and (
-            self._sync_due
-            or self._flushes_due()
-            or self._disk.writer.bytes_written - self._bytes_before_sync > self._sync_early_bytes
-        )
-
-    @property
-    def _is_behind(self) -> bool:
-        """Whether a sync has come to take longer than the interval.
-
-        Then updates wait for it: what is acknowledged and not synced must not grow with the time
-        that the disk takes. It is never more than the updates of two intervals, nor, as a segment
-        is synced when it is full, more than a segment.
-        """
-        return self._sync_due and self._syncing is not None
-
-    def _start_sync(self) -> None:
-        """Have synced what is in the log now, while the next batches are written."""
-        self._sync_due = False
-        self._bytes_before_sync = self._disk.writer.bytes_written
-        # Not what is decided meanwhile, nor what is submitted meanwhile.
-        covered = min(self._oldest_undecided(), self._submitted + 1)
-        writer = self._disk.writer
-        if writer.is_synced and writer.poisoned is None:
-            self._resolve_flushes(None, covered)
-            return
-        self._syncing = self._disk.threads.sync(writer.sync)
-        self._syncing.add_done_callback(partial(self._synced, covered))
-
-    def _synced(self, covered: float, syncing: asyncio.Future[None]) -> None:
-        """Resolve the flushes that waited for a sync; those that came later wait for another."""
-        self._syncing = None
-        error = syncing.exception()
-        if error is None or isinstance(error, PersistenceError):
-            self._resolve_flushes(error, covered)
-        else:
-            self._failure = error
-        self._work.set()
-
-    async def _sync_ended(self) -> None:
-        """Wait for the sync that is under way, whatever it ends with."""
-        if self._syncing is not None:
-            await asyncio.wait([self._syncing])
-
-    def _oldest_undecided(self) -> float:
-        """Return the number of the first commit that has not been decided."""
-        for batch in (*self._inflight, self._queue, self._deciding, self._arrivals):
-            for commit in batch:
-                if not commit.settled:
-                    return commit.number
-        return math.inf
-
-    def _flushes_due(self) -> bool:
-        return bool(self._flushes) and self._oldest_undecided() > self._flushes[0][0]
-
-    def _resolve_flushes(self, error: PersistenceError | None, covered: float = math.inf) -> None:
-        """Resolve those who wait for commits before number `covered`; on an error, everybody."""
-        waiting = []
-        for target, flushed in self._flushes:
-            if error is None and covered <= target:
-                waiting.append((target, flushed))
-            elif not flushed.done():
-                if error is None:
-                    flushed.set_result(None)
-                else:
-                    flushed.set_exception(again(error))
-        self._flushes = waiting
-
-
-def _remove_first(queue: deque[Commit], count: int) -> None:
-    for _ in range(count):
-        queue.popleft()
-
-
-def _take_out(queue: deque[Commit], sessions: set[str], first: int) -> list[Commit]:
-    """Remove the commits of `sessions` that came after number `first`; return them."""
-    taken = [commit for commit in queue if commit.session_id in sessions and commit.number > first]
-    if taken:
-        kept = [
-            commit
-            for commit in queue
-            if commit.session_id not in sessions or commit.number <= first
-        ]
-        queue.clear()
-        queue.extend(kept)
-    return taken
-
-
-def _joined(chunks: list[bytes]) -> list[bytes]:
-    """Return a batch in one chunk, unless it is so large that copying it would be felt.
-
-    Each chunk is a system call of the writer thread, and after each it may have to wait for the
-    interpreter lock.
-    """
-    if len(chunks) > 1 and sum(map(len, chunks)) <= _JOINED_BYTES:
-        return [b"".join(chunks)]
-    return chunks
-
-
-def _woken_together(batch: list[Commit]) -> Iterator[list[Commit]]:
-    """Split a batch into pieces that wake `_WOKEN_COMMITS` tasks at most; a spill wakes none."""
-    start = waiting = 0
-    for end, commit in enumerate(batch):
-        if waiting == _WOKEN_COMMITS or end - start == _PIECE_COMMITS:
-            yield batch[start:end]
-            start, waiting = end, 0
-        if commit.done is not None:
-            waiting += 1
-    yield batch[start:]
-
-
-def _pieces(batch: list[Commit]) -> Iterator[list[Commit]]:
-    """Split a batch into pieces that are encoded at once; a large commit is one of its own."""
-    for start in range(0, len(batch), _PIECE_COMMITS):
-        some = batch[start : start + _PIECE_COMMITS]
-        if sum([commit.nbytes for commit in some]) < _THREAD_ENCODE_BYTES:
-            yield some
-        else:
-            yield from _by_size(some)
-
-
-def _by_size(batch: list[Commit]) -> Iterator[list[Commit]]:
-    """The same for commits that are too large to be encoded all at once."""
-    piece: list[Commit] = []
-    nbytes = 0
-    for commit in batch:
-        if piece and nbytes + commit.nbytes >= _THREAD_ENCODE_BYTES:
-            yield piece
-            piece, nbytes = [], 0
-        piece.append(commit)
-        nbytes += commit.nbytes
-    if piece:
-        yield piece
