@@ -123,7 +123,7 @@ class Census:
         """Look at one session; False: what it is could not be told without waiting."""
         if row.deadline <= self._time.now():
             return True
-        found = self._disk.glimpse(row)
+        found = self._disk.reading.glimpse(row)
         if found is None:
             return self._disk.index.get(row.fingerprint) is None
         key, record = found

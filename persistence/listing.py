@@ -114,7 +114,7 @@ class Listing:
         alive = []
         ends = _Ends(self._residency, self._commits)
         slices = Slices(self._monotonic)
-        for key, _ in await self._disk.read_keys(rows) if rows else ():
+        for key, _ in await self._disk.reading.keys(rows) if rows else ():
             session_id = key.decode()
             deadline = self._residency.acknowledged_deadline(session_id, key)
             if deadline is None:
@@ -195,7 +195,7 @@ class Listing:
             await self._remove_if_over(ends, session_id, session_id.encode(), now, idle_since)
         for shard in self._disk.index.filled_shards():
             rows = self._disk.index.expired_in_shard(shard, now, idle_since)
-            for key, _ in await self._disk.read_keys(rows) if rows else ():
+            for key, _ in await self._disk.reading.keys(rows) if rows else ():
                 await self._remove_if_over(ends, key.decode(), key, now, idle_since)
                 if self._commits.is_full:
                     await self._commits.admission()

@@ -89,7 +89,7 @@ class Residency(Spilling):
         self.restored = 0
         self.expired = 0
         self._commit_ids = CommitIds()
-        self._read_at = disk.read_at
+        self._read_at = disk.reading.at
         self._find = disk.index.find
         self._renew = memory.renew
         self._monotonic = time.monotonic
@@ -259,7 +259,7 @@ class Residency(Spilling):
                 if await self.expire(session_id, key):
                     return None
                 continue
-            record = self.disk.read_now(row, key)
+            record = self.disk.reading.now(row, key)
             if record is not None:
                 return self._restore(session_id, record, row, access=access)
             found = await self._read_in_thread(session_id, key, fingerprint, access=access)
@@ -344,7 +344,7 @@ class Residency(Spilling):
     async def _read_and_restore(
         self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool
     ) -> tuple[bytes, Row] | None:
-        found = await self.disk.read(fingerprint, key)
+        found = await self.disk.reading.newest(fingerprint, key)
         if found is not None and self.memory.peek(session_id) is None:
             self._restore(session_id, *found, access=access)
         return found
@@ -360,9 +360,9 @@ class Residency(Spilling):
         row = self.disk.index.get(fingerprint)
         if row is None:
             return None
-        record = self.disk.read_now(row, key)
+        record = self.disk.reading.now(row, key)
         if record is None:
-            reading = asyncio.ensure_future(self.disk.read(fingerprint, key))
+            reading = asyncio.ensure_future(self.disk.reading.newest(fingerprint, key))
             reading.add_done_callback(look_at)
             found = await asyncio.shield(reading)
             record = None if found is None else found[0]
@@ -392,7 +392,7 @@ class Residency(Spilling):
         if row is None:
             return record
         try:
-            return self.disk.read_now(row, key)
+            return self.disk.reading.now(row, key)
         except CorruptionError:
             return None
 
@@ -410,7 +410,7 @@ class Residency(Spilling):
         if record is not None:
             return record
         row = self.disk.index.get(self.disk.fingerprint(key))
-        return None if row is None else self.disk.read_waiting(row, key)
+        return None if row is None else self.disk.reading.waiting(row, key)
 
     def commit_of(self, session_id: str) -> bytes | None:
         """Return the id of the newest commit of a session, in flight or acknowledged.

@@ -422,8 +422,8 @@ async def test_a_cleanup_under_way_outlives_the_exchange_of_the_tiers(
     for number in range(3):
         await state.create_session(session_id=f"short {number}", ttl_seconds=10)
     clock.advance(11)
-    disk = disk_of(state)
-    read_keys, reached, goes_on = disk.read_keys, asyncio.Event(), asyncio.Event()
+    reading = disk_of(state).reading
+    read_keys, reached, goes_on = reading.keys, asyncio.Event(), asyncio.Event()
     calls = 0
 
     async def held(rows: Any) -> Any:
@@ -434,7 +434,7 @@ async def test_a_cleanup_under_way_outlives_the_exchange_of_the_tiers(
             await goes_on.wait()
         return await read_keys(rows)
 
-    monkeypatch.setattr(disk, "read_keys", held)
+    monkeypatch.setattr(reading, "keys", held)
     cleaning = asyncio.create_task(state.cleanup_expired())
     await reached.wait()
     await state.restore_checkpoint()

@@ -56,7 +56,7 @@ async def assert_in_step(state: StateManager) -> None:
     for session_id, record in held.items():
         assert record is not None
         key = session_id.encode()
-        found = await disk_of(state).read(disk_of(state).fingerprint(key), key)
+        found = await disk_of(state).reading.newest(disk_of(state).fingerprint(key), key)
         assert found is not None
         assert commit_of(found[0]) == commit_of(record)
 

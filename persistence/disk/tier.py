@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 from collections.abc import Coroutine, Iterator, Sequence
@@ -27,32 +26,28 @@ from persistence.disk.directory import (
     write_manifest,
 )
 from persistence.disk.filenames import MANIFEST, MANIFEST_COPY, segment_name
-from persistence.disk.files import NO_SPACE, Files, read_exactly
+from persistence.disk.files import NO_SPACE, Files
 from persistence.disk.format import (
     DELETE,
-    FRAME_HEADER_BYTES,
-    MAX_KEY_BYTES,
     PUT,
-    ROW_IS_PATCH,
-    is_intact,
-    read_put,
 )
-from persistence.disk.index import SHARDS, Fingerprints, Index, Row
+from persistence.disk.index import SHARDS, Fingerprints, Index
 from persistence.disk.journal import Journal
 from persistence.disk.lastlog import Tail, seal_if_room
 from persistence.disk.manifest import Manifest
-from persistence.disk.patches import Patched, PlainRecords, Records
+from persistence.disk.patches import PlainRecords, Records
 from persistence.disk.pressure import Pressure
-from persistence.disk.reader import FrameReader, read_patched_at
+from persistence.disk.reader import FrameReader
+from persistence.disk.reading import Reading
 from persistence.disk.recovery import Recovery
 from persistence.disk.reserve import RESERVE_BYTES, Reserve
-from persistence.disk.sealed import NOT_SEALED_HERE, RecordCodec
+from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import Damage, OpenSegments, Pins, Segment, bytes_behind
 from persistence.disk.shipped import ShippedRecord
 from persistence.disk.threads import Threads
 from persistence.disk.wholes import Wholes
 from persistence.disk.writer import LogWriter, Write
-from persistence.errors import CorruptionError, DirectoryNotUsable, DiskFull
+from persistence.errors import DiskFull
 from persistence.sealer import Sealer
 
 _log = logging.getLogger("persistence.disk")
@@ -60,7 +55,6 @@ _log = logging.getLogger("persistence.disk")
 _STEPS_PER_HOP: Final = 4
 _NEGLIGIBLE_SKEW_SECONDS: Final = 1.0
 _MAX_KEPT_FRACTION: Final = 1 / 4  # of the log: tombstones kept for the next checkpoint
-_OUT_OF_FILES: Final = (errno.EMFILE, errno.ENFILE)
 _COMPACTION_CHECK_FRACTION: Final = 1 / 4  # of a segment: dead bytes after which to look again
 
 
@@ -123,7 +117,6 @@ class DiskTier:
         self.index: Index = recovered.index
         self.segments: dict[int, Segment] = recovered.segments
         self.damages: list[Damage] = recovered.damages
-        self._damaged_reads: set[tuple[str, int]] = set()
         self._number_lock = Lock()
         self._last_number = recovered.last_number
         self._unsealed = recovered.unsealed
@@ -142,7 +135,17 @@ class DiskTier:
         self._open_segments = OpenSegments(files, self.directory)
         self.reader = FrameReader(files, self._open_segments, threads)
         self._use_keys(sealer, recovered.last_number)
-        self._cached = self.reader.cached
+        self.reading = Reading(
+            files,
+            self.directory,
+            index=self.index,
+            segments=self.segments,
+            open_segments=self._open_segments,
+            reader=self.reader,
+            damages=self.damages,
+            fingerprint=fingerprints.of,
+            codec=self.codec,
+        )
         self.writer = LogWriter(
             files,
             self.directory,
@@ -173,7 +176,7 @@ class DiskTier:
                 next_number=self.next_number,
                 publish=self._publish,
                 forget=self._forget,
-                damage=self._note_damage,
+                damage=self.reading.note_damage,
                 frames_applied=lambda: self._frames_applied,
                 pressure=self._pressure,
                 shipped_sequence=lambda: self.shipped.sequence,
@@ -192,11 +195,9 @@ class DiskTier:
         self._keys = self._manifest.keys
         self.codec: RecordCodec | None = None
         self.records: Records = PlainRecords()
-        self._read_put = read_put
         if sealer is None:
             return
         self.codec = RecordCodec(sealer, self._manifest.directory_id)
-        self._read_put = self.codec.read_put
         self.records = self.codec
         if self._keys[-1][1] != sealer.newest:
             self._keys = (*self._keys, (last_number + 1, sealer.newest))
@@ -342,162 +343,6 @@ class DiskTier:
     def journal(self, name: str) -> Journal:
         """Return a journal of this directory, for use in the writer thread."""
         return Journal(self._files, self.directory, name, self._manifest.directory_id)
-
-    # --- reading ------------------------------------------------------------------------------
-
-    def read_now(self, row: Row, key: bytes) -> bytes | None:
-        """Return the record that `row` points to if that needs no waiting, else None."""
-        return self.read_at(row.segment, row.offset, row.length, key)
-
-    def read_at(self, number: int, offset: int, length: int, key: bytes) -> bytes | None:
-        """Return the record at a place in the log if that needs no waiting, else None."""
-        frame = self._cached(number, offset, length)
-        if frame is None:  # as it is for a patch: its length is that of the largest frames
-            return self._patched_now(number, offset, key) if length >= ROW_IS_PATCH else None
-        segment = self.segments.get(number)
-        return None if segment is None else self._read_put(frame, key, segment.salt_checksum)
-
-    def _patched_now(self, number: int, offset: int, key: bytes) -> bytes | None:
-        segment = self.segments.get(number)
-        if segment is None:
-            return None
-        return self.reader.patched_now(number, offset, segment.salt_checksum, self.records, key)
-
-    def read_waiting(self, row: Row, key: bytes) -> bytes:
-        """Return the record that `row` points to; the event loop waits for the disk.
-
-        Raises:
-            CorruptionError: the stored bytes fail their checksum, or are gone.
-            DirectoryNotUsable: the process may open no more files.
-        """
-        record = self.read_now(row, key)
-        reason = "the stored bytes fail their checksum"
-        if record is None:
-            try:
-                fd = self._open_segments.fd(row.segment)
-                salt_checksum = self.segments[row.segment].salt_checksum
-                if row.length >= ROW_IS_PATCH:
-                    found = read_patched_at(
-                        self._files, fd, row.offset, salt_checksum, self.records, key
-                    )
-                    if isinstance(found, Patched):
-                        return found.record
-                    reason = found
-                else:
-                    data = read_exactly(self._files, fd, row.length, row.offset)
-                    record = self._read_put(data, key, salt_checksum)
-            except KeyError:
-                reason = "the segment is missing"
-            except OSError as error:
-                reason = _unreadable(error)
-        if record is None:
-            raise self._damaged(row, key.decode(), reason)
-        return record
-
-    def glimpse(self, row: Row) -> tuple[bytes, bytes] | None:
-        """Return the session id and the record that `row` points to.
-
-        None: they are damaged, or that would have to wait for the disk.
-        """
-        size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
-        start = self.reader.cached_at_most(row.segment, row.offset, size)
-        key = None if start is None else key_of(memoryview(start))
-        record = None if key is None else self.read_now(row, key)
-        return None if key is None or record is None else (key, record)
-
-    async def read(self, fingerprint: bytes, key: bytes) -> tuple[bytes, Row] | None:
-        """Return the newest record of a session and its row, reading in a thread.
-
-        Must not be cancelled while it reads (run it in a task of its own and shield that).
-
-        Raises:
-            CorruptionError: the stored bytes fail their checksum, or are gone.
-            DirectoryNotUsable: the process may open no more files.
-        """
-        while (row := self.index.get(fingerprint)) is not None:
-            segment = self.segments.get(row.segment)
-            record = None
-            reason = "the segment is missing"
-            if segment is not None:
-                try:
-                    record, reason = await self._read_waiting(row, key, segment)
-                except OSError as error:
-                    reason = _unreadable(error)
-            now = self.index.get(fingerprint)
-            if now is None or (now.segment, now.offset) != (row.segment, row.offset):
-                continue  # it was updated, or compaction moved it, while we read
-            if record is None:
-                raise self._damaged(row, key.decode(), reason)
-            return record, now
-        return None
-
-    async def _read_waiting(
-        self, row: Row, key: bytes, segment: Segment
-    ) -> tuple[bytes | None, str]:
-        """Read a record in a thread; return also why there is none, if there is none."""
-        if row.length >= ROW_IS_PATCH:
-            found = await self.reader.patched(
-                row.segment, row.offset, segment.salt_checksum, self.records, key
-            )
-            return (None, found) if isinstance(found, str) else (found.record, "")
-        data = await self.reader.waiting(row.segment, row.offset, row.length)
-        record = self._read_put(data, key, segment.salt_checksum)
-        if record is None and self.codec is not None and is_intact(data, segment.salt_checksum):
-            return None, NOT_SEALED_HERE
-        return record, "the stored bytes fail their checksum"
-
-    def _damaged(self, row: Row, session_id: str | None, reason: str) -> CorruptionError:
-        """Return the error for a session that cannot be read; note its place, once."""
-        segment = self.segments.get(row.segment)
-        path = f"{self.directory}/{segment_name(row.segment)}"
-        if (path, row.offset) not in self._damaged_reads:
-            self._damaged_reads.add((path, row.offset))
-            if segment is not None:
-                segment.damaged = True
-            if all((item.path, item.offset) != (path, row.offset) for item in self.damages):
-                self.damages.append(Damage(path, row.offset, session_id, reason))
-            _log.error("%s at offset %d: %s", path, row.offset, reason)
-        return CorruptionError(path, row.offset, session_id, reason)
-
-    async def read_keys(self, rows: list[Row]) -> list[tuple[bytes, Row]]:
-        """Return the session ids of `rows` that are still current, for listings.
-
-        Damaged ones are passed over, and noted where the id itself cannot be read.
-
-        Raises:
-            DirectoryNotUsable: the process may open no more files.
-        """
-        found = []
-        for wanted in rows:
-            row: Row | None = wanted
-            while row is not None:
-                key = await self._read_key(row)
-                now = self.index.get(row.fingerprint)
-                if key or now == row:
-                    break
-                row = now  # it was updated, or compaction moved it, while we looked
-            if row is None:
-                continue
-            if key and self.fingerprint(key) == row.fingerprint:
-                found.append((key, row))
-            elif self.index.get(row.fingerprint) == row:
-                self._damaged(row, None, "the session's id cannot be read")
-        return found
-
-    async def _read_key(self, row: Row) -> bytes:
-        """Return the key of the frame that `row` points to; empty: not there."""
-        if row.segment not in self.segments:
-            return b""
-        size = min(row.length, FRAME_HEADER_BYTES + MAX_KEY_BYTES)
-        frame = self.reader.cached(row.segment, row.offset, size)
-        if frame is None:
-            reading = asyncio.ensure_future(self.reader.waiting(row.segment, row.offset, size))
-            try:
-                frame = await asyncio.shield(reading)  # the thread must not lose its file
-            except OSError as error:
-                _unreadable(error)  # too many open files is no reason to leave a session out
-                return b""
-        return key_of(memoryview(frame)) or b""
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -880,12 +725,6 @@ class DiskTier:
         if kept > max(self._config.segment_bytes, self.total_bytes * _MAX_KEPT_FRACTION):
             await self.shipped.give_up()
 
-    def _note_damage(self, segment: Segment, offset: int, reason: str) -> None:
-        segment.damaged = True
-        path = f"{self.directory}/{segment_name(segment.number)}"
-        self.damages.append(Damage(path, offset, None, reason))
-        _log.error("%s at offset %d: %s", path, offset, reason)
-
     # --- numbers ------------------------------------------------------------------------------
 
     @property
@@ -949,15 +788,6 @@ class DiskTier:
         )
 
 
-def key_of(frame: memoryview) -> bytes | None:
-    """Return the key of a frame whose header is intact enough to hold one."""
-    if len(frame) < FRAME_HEADER_BYTES:
-        return None
-    size = int.from_bytes(frame[6:8], "little")
-    key = bytes(frame[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + size])
-    return key if len(key) == size else None
-
-
 def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(os.fspath(path))
 
@@ -999,18 +829,3 @@ def _seal_later(files: Files, path: str, segment: Segment, tail: Tail) -> bool:
 def _some_steps(steps: Iterator[None]) -> bool:
     """Take a few steps of a recovery; return whether there are more."""
     return sum(1 for _ in islice(steps, _STEPS_PER_HOP)) == _STEPS_PER_HOP
-
-
-def _unreadable(error: OSError) -> str:
-    """Return why the bytes of a session cannot be read.
-
-    Raises:
-        DirectoryNotUsable: it has nothing to do with them: the process may open no more files.
-    """
-    if error.errno in _OUT_OF_FILES:
-        raise DirectoryNotUsable(
-            "too many open files in this process: raise RLIMIT_NOFILE, nothing is lost"
-        ) from error
-    if error.errno == errno.ENOENT:
-        return "the segment is missing"
-    return f"it cannot be read ({error.strerror})"

@@ -113,8 +113,8 @@ async def records_in(state: StateManager) -> dict[str, tuple[bytes, float]]:
     found = {}
     for shard in range(1024):
         for row in disk.index.rows_of_shard(shard):
-            for key, _ in await disk.read_keys([row]):
-                read = await disk.read(row.fingerprint, key)
+            for key, _ in await disk.reading.keys([row]):
+                read = await disk.reading.newest(row.fingerprint, key)
                 assert read is not None
                 found[key.decode()] = (read[0], read[1].deadline)
     return found

@@ -562,7 +562,7 @@ async def test_a_damaged_base_is_reported_by_every_way_to_read() -> None:
         with pytest.raises(CorruptionError, match="built on is damaged"):
             await state.get_session("s")
         with pytest.raises(CorruptionError, match="built on is damaged"):
-            disk_of(state).read_waiting(row_of(state, "s"), b"s")
+            disk_of(state).reading.waiting(row_of(state, "s"), b"s")
         session = await state.get_session("other")
         assert session is not None
         assert session["n"] == 2
