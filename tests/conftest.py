@@ -44,7 +44,7 @@ __all__ = [
     "shared_server",
 ]
 
-_STEP_OF_POINTS = 3
+_STEP_OF_POINTS = 4
 _MARK = b"mark.alone"
 
 
@@ -125,8 +125,8 @@ def below(end: int, numbers: Iterable[int]) -> Iterator[int]:
 def points(request: pytest.FixtureRequest) -> Points:
     """Give the numbers of the calls, from `start` on, at which something goes wrong.
 
-    In the short form that is every third one, beginning with another one in each test, so that
-    tests of one kind together see all of them; with ``--fault-scale 3`` each sees all.
+    In the short form that is every fourth one, beginning with another one in each test, so that
+    tests of one kind together see all of them; with ``--fault-scale 4`` each sees all.
     """
     step = max(1, round(_STEP_OF_POINTS / request.config.getoption("--fault-scale")))
     first = zlib.crc32(request.node.nodeid.encode()) % step
