@@ -249,7 +249,7 @@ class Requests:
             if not granted:
                 return None
             taken = self._take(entry)
-            noted.tally.add(taken)
+            noted.tally.add(taken, self._now())
             return noted._replace(mark=noted.mark + granted).packed_with(meta)
 
         def undo() -> None:
@@ -304,10 +304,13 @@ class Requests:
     def failed(self, entry: Entry, error: object) -> None:
         """Note a failure."""
         self._errors += 1
-        entry.tally.failed(error_text(error), self._wall(self.monotonic()))
+        entry.tally.failed(error_text(error), self._now())
 
     def _wall(self, monotonic: float) -> float:
         return monotonic + self._time.base + self._time.skew()
+
+    def _now(self) -> float:
+        return self._wall(self.monotonic())
 
     async def record(self, session_id: str, name: str, seconds: float, error: object) -> None:
         """Count a request that somebody else has timed; see `StateManager.record_request`."""
@@ -348,7 +351,7 @@ class Requests:
         entry = self.entries.get(session_id)
         if entry is not None and entry.incarnation == rec.incarnation_of(record):
             self.fold(entry)
-            noted.tally.add(entry.tally)
+            noted.tally.add(entry.tally, self._now())
         else:
             entry = None
         return entry, noted.tally, self._limit_of(meta), noted.mark
@@ -359,7 +362,7 @@ class Requests:
         entry, tally, limit, mark = self._of(session_id, record)
         return metrics_of(
             tally,
-            self._wall(self.monotonic()),
+            self._now(),
             lambda wall: datetime.fromtimestamp(wall, UTC),
             running=0 if entry is None else entry.running,
             max_requests=limit,
@@ -376,7 +379,7 @@ class Requests:
         """Return how a session is doing; see `StateManager.session_health`."""
         record = await self._newest(session_id)
         entry, tally, *_ = self._of(session_id, record)
-        wall = self._wall(self.monotonic())
+        wall = self._now()
         accessed, deadline, cap = self._residency.wall_times(session_id)
         ttl_seconds, created = rec.ttl_of(record), rec.created_of(record)
         renews = bool(rec.flags_of(record) & rec.RENEWS)
@@ -568,7 +571,7 @@ class Requests:
                 return None
             meta = rec.meta_of(record)
             noted = Noted.of(meta)
-            noted.tally.add(taken)
+            noted.tally.add(taken, self._now())
             return noted._replace(mark=max(0, noted.mark - rest)).packed_with(meta)
 
         def undo() -> None:
@@ -599,7 +602,7 @@ class Requests:
 
     def _put_back(self, entry: Entry, taken: Tally) -> Tally:
         """Let an entry have again what could not be stored; return an empty tally."""
-        taken.add(entry.tally)
+        taken.add(entry.tally, self._now())
         entry.tally = taken
         return Tally()
 

@@ -98,6 +98,34 @@ async def test_an_exception_counts_as_an_error_and_goes_on(state: StateManager) 
     assert found.last_error == "ValueError: no such page"
 
 
+async def test_what_a_clock_timed_that_is_set_back_is_not_the_newest_for_ever(
+    state: StateManager, clock: ManualClock
+) -> None:
+    sid = await state.create_session()
+    for _ in range(60):
+        await fail(state, sid, ValueError("old"))
+        clock.advance(1.0)
+    await state.flush()
+    clock.jump_wall(-86_400.0)
+    assert (await state.session_metrics(sid)).requests_per_second == pytest.approx(0.0, abs=1e-6)
+    for number in range(300):
+        assert await outcome(state, sid, "new")
+        clock.advance(1.0)
+        if number % 30 == 0:
+            await state.flush()
+    await state.record_error(sid, "new error")
+    for _ in range(2):  # in memory, then stored
+        found = await state.session_metrics(sid)
+        assert (found.last_name, found.last_error) == ("new", "new error")
+        assert found.last_at is not None
+        assert found.last_at.timestamp() == pytest.approx(clock.wall(), abs=1.0)
+        assert found.requests_per_second == pytest.approx(1.0, rel=0.5)
+        assert (await state.session_health(sid)).recent_error_rate < 0.1
+        await state.flush()
+    clock.advance(600.0)
+    assert (await state.session_metrics(sid)).requests_per_second < 0.01
+
+
 async def test_a_failure_that_nobody_raises_counts_too(state: StateManager) -> None:
     sid = await state.create_session()
     async with state.request(sid) as request:

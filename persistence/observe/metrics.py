@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from math import exp
+from math import exp, inf
 from typing import Any, Final
 
 from persistence.observe.digest import Digest
@@ -108,10 +108,18 @@ class Tally:
             self.recent_errors *= faded
         self.last_at = max(self.last_at, now)
 
-    def add(self, other: Tally) -> None:
-        """Take in what another one has."""
+    def add(self, other: Tally, now: float = inf) -> None:
+        """Take in what another one has.
+
+        Args:
+            other: what is taken in.
+            now: what either says to be later was timed by a clock that has been set back since. It
+                would count as the newest until the clock gets there, and what happens as nothing.
+        """
         if not other:
             return
+        self._end_by(now)
+        other._end_by(now)
         if not self:
             self.first_at, self.last_at = other.first_at, other.last_at
         last_at = max(self.last_at, other.last_at)
@@ -128,6 +136,17 @@ class Tally:
         self.first_at = min(self.first_at, other.first_at)
         self.last_at = last_at
         self.digest.merge(other.digest)
+
+    def _end_by(self, now: float) -> None:
+        """Let nothing in it be later than `now`."""
+        if self.last_at <= now:
+            return
+        faded = _faded(self.last_at - now)  # nobody knows how old it is
+        self.recent_requests *= faded
+        self.recent_errors *= faded
+        self.first_at = min(self.first_at, now)
+        self.last_at = now
+        self.last_error_at = min(self.last_error_at, now)
 
     def parts(self) -> list[object]:
         """Return what is stored of it."""
@@ -171,7 +190,7 @@ class Tally:
 
     def requests_per_second(self, now: float) -> float:
         """Return the recent rate, as of `now`."""
-        return self.recent_requests * _faded(now - self.last_at) / RECENT_SECONDS
+        return self.recent_requests * _faded(abs(now - self.last_at)) / RECENT_SECONDS
 
     def recent_error_rate(self) -> float:
         """Return the share of recent requests that failed, 0 to 1."""

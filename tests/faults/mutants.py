@@ -733,7 +733,7 @@ MUTANTS: Final = (
     Mutant(
         "what could not be stored of requests is lost",
         REQUESTS,
-        "        taken.add(entry.tally)\n        entry.tally = taken\n",
+        "        taken.add(entry.tally, self._now())\n        entry.tally = taken\n",
         "",
         (REQUESTING,),
     ),
