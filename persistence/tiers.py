@@ -298,7 +298,15 @@ class Tiers:
             namespace=config.redis.namespace,
             seals=self._seals,
         )
-        return Keeper(self.disk, self._store.store, plan, schedule, self._clock, self.settle)
+        return Keeper(
+            self.disk,
+            self._store.store,
+            plan,
+            schedule,
+            self._clock,
+            self.settle,
+            self.learn_keys,
+        )
 
     def _acknowledged(self, commits: Sequence[Commit]) -> None:
         if self.watching.is_on:  # before memory follows, which has the versions before these

@@ -87,6 +87,8 @@ class Keeper:
         schedule: when.
         clock: time.
         prepare: brings into the log what is only in memory.
+        learn_keys: looks for keys that other workers may have begun to seal with. It is called
+            before the manifests of a store are opened, which are those of all its workers.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Keeper:
         schedule: Schedule,
         clock: Clock,
         prepare: Callable[[], Awaitable[None]],
+        learn_keys: Callable[[], Awaitable[None]],
     ) -> None:
         self._tier = tier
         self._store = store
@@ -104,6 +107,7 @@ class Keeper:
         self._schedule = schedule
         self._clock = clock
         self._prepare = prepare
+        self._learn_keys = learn_keys
         self._lock = asyncio.Lock()
         self._made = 0
         self._failed = 0
@@ -145,6 +149,7 @@ class Keeper:
         """
         async with self._lock:
             await self._prepare()
+            await self._look_for_keys()
             written = self._tier.writer.bytes_written
             started = self._clock.monotonic()
             try:
@@ -175,11 +180,13 @@ class Keeper:
 
     async def list(self) -> list[CheckpointInfo]:
         """Return all restore points, oldest first."""
+        await self._look_for_keys()
         return await list_checkpoints(self._store, self._plan.sealer)
 
     async def delete(self, checkpoint_id: str) -> None:
         """Delete one."""
         async with self._lock:
+            await self._look_for_keys()
             await delete_checkpoint(self._store, checkpoint_id, self._plan.sealer)
 
     async def restore(
@@ -193,6 +200,7 @@ class Keeper:
     ) -> StagedRestore:
         """Fetch, verify and stage a checkpoint, then let `install` put it in place."""
         async with self._lock:
+            await self._look_for_keys()
             staged = await stage_restore(
                 self._tier,
                 self._store,
@@ -207,6 +215,10 @@ class Keeper:
             await install(staged)
             self._shipped_at = self._shipped_before()
             return staged
+
+    async def _look_for_keys(self) -> None:
+        if self._plan.seals is not None:
+            await self._learn_keys()
 
     def stats(self) -> CheckpointStats:
         """Return numbers about them."""

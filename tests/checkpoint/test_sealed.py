@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from persistence import errors
+from persistence import ManualClock, errors
 from persistence.checkpoint.manifest import (
     Locked,
     MalformedCheckpoint,
@@ -130,6 +130,30 @@ async def test_a_checkpoint_of_an_encrypted_directory_restores_with_its_keys_onl
             await stranger.restore_checkpoint("latest")
         assert await stranger.get_active_sessions() == []
         assert {info.kind for info in await stranger.list_checkpoints()} == {"damaged"}
+
+
+async def test_a_worker_that_opened_before_a_rotation_reads_what_is_sealed_with_the_new_key(
+    start: Start, tmp_path: Path, clock: ManualClock
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEYS["old"])
+    file.chmod(0o600)
+    there: dict[str, Any] = {"checkpoint": {"store": str(tmp_path / "store"), "keep": 1}}
+    there |= {"shutdown": {"checkpoint": False}}
+    there |= {"security": {"encrypt": True, "key_file": str(file)}}
+    old = await start(path=tmp_path / "one", **there)
+    await old.create_session(session_id="a", data={})
+    first = await old.create_checkpoint()
+    file.write_text(f"{KEYS['old']} {KEYS['new']}")
+    clock.advance(5.0)
+    new = await start(path=tmp_path / "two", **there)
+    await new.create_session(session_id="b", data={})
+    made = await new.create_checkpoint()
+
+    assert [each.kind for each in await old.list_checkpoints()] == ["full", "full"]
+    assert (await old.restore_checkpoint("latest")).id == made.id
+    assert await old.get_active_sessions() == ["b"]
+    assert [each.id for each in await new.list_checkpoints()] == [first.id, made.id]
 
 
 async def test_a_plain_checkpoint_is_not_restored_where_everything_is_encrypted(
