@@ -15,7 +15,7 @@ from persistence.disk.filenames import (
     QUARANTINE,
     parse_segment,
 )
-from persistence.disk.journal import count_entries
+from persistence.disk.journal import entries_in
 from persistence.sharing.outbox import has_shared
 
 _KERNEL_LOCKS: Final = Path("/proc/locks")
@@ -52,10 +52,10 @@ def quarantine_bytes(directory: Path) -> list[int]:
         return []
 
 
-def conflict_records(directory: Path) -> int:
-    """Return how many versions are kept that the shared tier refused."""
+def conflict_records(directory: Path) -> list[bytes]:
+    """Return the entries of the versions that are kept because the shared tier refused them."""
     path = directory / CONFLICTS
-    return count_entries(path.read_bytes()) if path.is_file() else 0
+    return entries_in(path.read_bytes()) if path.is_file() else []
 
 
 def shares_sessions(directory: Path) -> bool:

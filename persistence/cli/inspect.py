@@ -20,6 +20,7 @@ from persistence.cli.options import DirectoryArgument, JsonOption
 from persistence.cli.screen import format_bytes
 from persistence.disk.format import FORMAT_VERSION
 from persistence.disk.inspect import inspect_directory, manifest_of
+from persistence.sharing.conflicts import keys_of_conflicts
 
 
 @dataclass(slots=True)
@@ -38,7 +39,8 @@ class Summary:
         free_bytes: what its file system still takes.
         is_writable: whether this user may write to it, on a file system that takes writes.
         is_open_elsewhere: a process has the directory open, so the numbers are of a moment.
-        keys: ids of the keys that it is encrypted with; none: it is not encrypted.
+        keys: ids of the keys that it, or a conflict record in it, is encrypted with; none: it is
+            not encrypted.
     """
 
     directory: str
@@ -84,16 +86,17 @@ def summarize(directory: Path) -> Summary:
     require_directory(directory)
     pieces = quarantine_bytes(directory)
     manifest = manifest_of(str(directory))
+    conflicts = conflict_records(directory)
     summary = Summary(
         str(directory),
         manifest.format_version,
         quarantined=len(pieces),
         quarantined_bytes=sum(pieces),
-        conflicts=conflict_records(directory),
+        conflicts=len(conflicts),
         free_bytes=shutil.disk_usage(directory).free,
         is_writable=os.access(directory, os.W_OK),
         is_open_elsewhere=is_open_elsewhere(directory),
-        keys=[each.hex() for each in manifest.keys_in_use],
+        keys=[each.hex() for each in _keys(manifest.keys_in_use, conflicts)],
     )
     for report in inspect_directory(str(directory)):
         summary.segments += report.number > 0  # 0: the manifest
@@ -110,6 +113,14 @@ def summarize(directory: Path) -> Summary:
         summary.damages += len(report.damages)
     summary.dead_bytes = summary.bytes - summary.live_bytes - summary.torn_bytes
     return summary
+
+
+def _keys(of_log: list[bytes], conflicts: list[bytes]) -> list[bytes]:
+    """Return the ids of the keys that are needed to read all there is."""
+    if not of_log:
+        return []
+    # Nothing encrypts conflict records anew: they may be the last that need a key.
+    return [*sorted(keys_of_conflicts(conflicts) - set(of_log)), *of_log]
 
 
 def _rows(summary: Summary) -> Iterator[tuple[str, str]]:

@@ -55,10 +55,9 @@ def decode_entries(directory_id: bytes, content: bytes) -> tuple[list[bytes], in
     return entries, at
 
 
-def count_entries(content: bytes) -> int:
-    """Return how many intact entries a journal has, whichever directory it is of."""
-    entries, _ = decode_entries(content[len(MAGIC) : _HEADER_BYTES], content)
-    return len(entries)
+def entries_in(content: bytes) -> list[bytes]:
+    """Return the intact entries of a journal, whichever directory it is of."""
+    return decode_entries(content[len(MAGIC) : _HEADER_BYTES], content)[0]
 
 
 class Journal:

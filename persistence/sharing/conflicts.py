@@ -7,6 +7,7 @@ shared state wins; what this worker had is kept whole in a journal.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgpack
@@ -14,7 +15,7 @@ import msgpack
 from persistence.disk.journal import Journal
 from persistence.disk.threads import Threads
 from persistence.errors import printable
-from persistence.sealer import Sealer
+from persistence.sealer import Sealer, key_id_of
 
 _log = logging.getLogger("persistence.sharing")
 
@@ -80,6 +81,12 @@ class Conflicts:
     async def close(self) -> None:
         """Close the journal."""
         await self._threads.write(self._journal.close)
+
+
+def keys_of_conflicts(entries: Iterable[bytes]) -> set[bytes]:
+    """Return the ids of the keys that the conflict records of an encrypted directory need."""
+    conflicts = [decode_conflict(entry) for entry in entries]
+    return {key_id_of(each.record) for each in conflicts if each is not None}
 
 
 def decode_conflict(data: bytes, sealer: Sealer | None = None) -> Conflict | None:

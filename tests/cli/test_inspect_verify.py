@@ -11,10 +11,19 @@ from typing import Any
 
 import pytest
 
-from persistence import DiskConfig, ShutdownConfig, StateConfig, StateManager, errors
+from persistence import (
+    DiskConfig,
+    SecurityConfig,
+    ShutdownConfig,
+    StateConfig,
+    StateManager,
+    errors,
+)
 from persistence.disk.filenames import parse_segment
 from persistence.disk.format import FOOTER_BYTES, FORMAT_VERSION
 from persistence.disk.journal import MAGIC, encode_entry
+from persistence.security.keyring import key_id
+from persistence.sharing.conflicts import Conflict
 from tests.cli.command import Command
 from tests.engine import ScriptedFiles
 
@@ -107,6 +116,31 @@ def test_inspect_counts_what_the_shared_tier_refused(command: Command, directory
     (directory / "CONFLICTS").write_bytes(MAGIC + its_id + refused)
     assert command("inspect", directory, "--json").json["conflicts"] == 2
     assert "CONFLICT RECORDS" in command("inspect", directory).out
+
+
+def test_inspect_names_the_keys_of_what_the_shared_tier_refused(
+    command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "state"
+
+    async def refuse(*keys: str) -> None:
+        settings = config(path).model_copy(
+            update={"security": SecurityConfig(encrypt=True, secret_keys=",".join(keys))}
+        )
+        async with StateManager(config=settings, files=ScriptedFiles()) as state:
+            await state.get_or_create_session("a", data={})
+            await state.compact()
+            if len(keys) == 1:
+                await state._tiers._conflicts.keep(Conflict("b", 0.0, b"whole", b"", 1, False))
+
+    keys = ["0b" * 32, "5e" * 32]
+    ids = [key_id(bytes.fromhex(key)).hex() for key in keys]
+    asyncio.run(refuse(keys[0]))
+    assert command("inspect", path, "--json").json["keys"] == ids[:1]
+    asyncio.run(refuse(*keys))
+    assert command("inspect", path, "--json").json["keys"] == ids, "CONFLICTS needs the older one"
+    (path / "CONFLICTS").unlink()
+    assert command("inspect", path, "--json").json["keys"] == ids[1:]
 
 
 def test_a_restore_that_was_cut_short_is_no_damage(command: Command, directory: Path) -> None:
