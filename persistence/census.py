@@ -169,7 +169,12 @@ class Census:
         return choose(candidates) if candidates else None
 
     def _lives(self, known: _Met) -> bool:
-        return self._residency.is_acknowledged(known.session_id, known.session_id.encode())
+        session_id, key = known.session_id, known.session_id.encode()
+        if not self._residency.is_acknowledged(session_id, key):
+            return False
+        record = self._residency.readable(session_id, key)
+        # One that is not at hand is rather taken for the same than waited for.
+        return record is None or rec.incarnation_of(record) == known.incarnation
 
 
 def _shown(met: _Met | None) -> datetime | None:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from persistence import ManualClock, StateManager
+from persistence.census import MAX_SAMPLE
 from persistence.slices import Slices
 from persistence.stats import Distribution, PopulationStats
 from tests.engine import Start
@@ -89,6 +90,28 @@ async def test_of_many_sessions_it_is_a_sample_that_meets_all_in_the_end(
     for _ in range(8):
         found = await population(state)
     assert found.oldest_created_at == datetime.fromtimestamp(started + 1, UTC)
+
+
+@pytest.mark.parametrize("spills", [False, True])
+async def test_the_oldest_session_is_forgotten_when_its_id_is_taken_anew(
+    state: StateManager, clock: ManualClock, spills: bool
+) -> None:
+    await state.create_session(session_id="taken")
+    clock.advance(10)
+    for _ in range(2 * MAX_SAMPLE):
+        await state.create_session()
+    first = clock.wall()
+    for _ in range(4):
+        met = (await population(state)).oldest_created_at
+    assert met == datetime.fromtimestamp(first - 10, UTC)
+    await state.terminate_session("taken")
+    clock.advance(10)
+    await state.create_session(session_id="taken")
+    if spills:
+        await state.spill_session("taken")
+    found = await population(state)
+    assert not found.is_complete
+    assert found.oldest_created_at == datetime.fromtimestamp(first, UTC)
 
 
 async def test_looking_renews_and_restores_nothing(state: StateManager, clock: ManualClock) -> None:
