@@ -649,7 +649,6 @@ class Request:
         self._get_session = get_session or requests.get_session
         self._session_id = session_id
         self._name = name
-        self._error: object = None
         self.seconds: float | None = None
 
     async def __aenter__(self) -> Self:
@@ -661,6 +660,7 @@ class Request:
         if entry is None or entry.incarnation != session._record[: rec.ID_BYTES]:
             session, entry = await requests.enter_anew(session_id, session, self._get_session)
         self._entry = entry
+        self._error: object = None  # here: it may be entered again, after one that failed
         if entry is not None:
             if entry.limit:
                 if entry.left:

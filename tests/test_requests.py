@@ -134,6 +134,18 @@ async def test_a_failure_that_nobody_raises_counts_too(state: StateManager) -> N
     assert (found.requests, found.errors, found.last_error) == (1, 1, "status 500")
 
 
+async def test_a_request_that_is_entered_again_does_not_fail_again(state: StateManager) -> None:
+    sid = await state.create_session()
+    request = state.request(sid)
+    with pytest.raises(ValueError, match="once"):
+        async with request:
+            raise ValueError("once")
+    async with request:
+        pass
+    found = await state.session_metrics(sid)
+    assert (found.requests, found.errors) == (2, 1)
+
+
 class _Mute(Exception):
     def __str__(self) -> str:
         raise ZeroDivisionError
