@@ -83,7 +83,7 @@ class Requests:
     """All requests of this worker.
 
     Args:
-        config: ``max_requests``, ``track_metrics``, ``max_bytes``.
+        config: ``max_requests``, ``track_metrics``, ``max_bytes``, ``max_lifetime_seconds``.
         clock: time.
         get_session: the manager's: an access.
         has_session: the manager's: brings here what the shared tier has.
@@ -117,6 +117,7 @@ class Requests:
         self._has_session = has_session
         self._limit = config.max_requests
         self._max_bytes = config.max_bytes
+        self._max_lifetime_seconds = config.max_lifetime_seconds
         self._updates: Updates
         self._residency: Residency
         self._time: EngineTime
@@ -381,11 +382,8 @@ class Requests:
         entry, tally, *_ = self._of(session_id, record)
         wall = self._now()
         accessed, deadline, cap = self._residency.wall_times(session_id)
-        ttl_seconds, created = rec.ttl_of(record), rec.created_of(record)
-        renews = bool(rec.flags_of(record) & rec.RENEWS)
-        life_seconds = ttl_seconds or inf
-        if ttl_seconds and not renews:
-            life_seconds = min(life_seconds, max(deadline - created, 0.0))
+        created = rec.created_of(record)
+        lifetime_seconds = self._lifetime(cap - created)
         left_seconds = max(0.0, min(deadline, cap) - wall)
         recent_error_rate = tally.recent_error_rate()
         return SessionHealth(
@@ -393,7 +391,9 @@ class Requests:
             score=score(
                 recent_error_rate=recent_error_rate,
                 left_seconds=left_seconds,
-                life_seconds=min(life_seconds, cap - created),
+                life_seconds=min(rec.ttl_of(record) or inf, lifetime_seconds),
+                lifetime_left_seconds=cap - wall,
+                lifetime_seconds=lifetime_seconds,
                 bytes_share=len(record) / self._max_bytes,
             ),
             tier="memory" if self._residency.resident(session_id) is not None else "disk",
@@ -408,6 +408,17 @@ class Requests:
             error_rate=min(1.0, tally.errors / max(tally.requests, tally.errors, 1)),
             recent_error_rate=recent_error_rate,
         )
+
+    def _lifetime(self, recorded_seconds: float) -> float:
+        """Return how long a session lives at most, of what lies between creation and end.
+
+        A clock that was set since its creation makes that too long, or less than nothing; whoever
+        configured another lifetime since, too short.
+        """
+        configured_seconds = self._max_lifetime_seconds or inf
+        if recorded_seconds <= 0:
+            return configured_seconds
+        return min(recorded_seconds, configured_seconds)
 
     def stats(self) -> RequestStats:
         """Return what this worker has counted since opening."""

@@ -822,6 +822,27 @@ async def test_a_deadline_that_no_access_moves_counts_from_the_creation(
     assert (await state.session_health(sid)).score == pytest.approx(10 / 25)
 
 
+@pytest.mark.parametrize("jump", [0.0, 864_000.0, -864_000.0])
+@pytest.mark.parametrize("renews", [True, False])
+async def test_the_score_tells_an_end_that_no_access_moves_wherever_the_clock_is_set(
+    start: Start, clock: ManualClock, jump: float, renews: bool
+) -> None:
+    state = await start(session={"max_lifetime_seconds": 1000})
+    sid = await state.create_session(ttl_seconds=800, auto_renew=renews)
+    longer = await state.create_session(ttl_seconds=80_000, auto_renew=renews)
+    clock.jump_wall(jump)
+    assert (await state.session_health(sid)).score == 1.0
+    assert (await state.session_health(longer)).score == 1.0
+    clock.advance(700)
+    await state.get_session(sid)
+    found = await state.session_health(sid)
+    assert found.left_seconds == pytest.approx(300 if renews else 100)
+    assert found.score == (1.0 if renews else pytest.approx(100 / 200))
+    clock.advance(75)
+    found = await state.session_health(sid)
+    assert found.score == pytest.approx(225 / 250 if renews else 25 / 200)
+
+
 async def test_stats_add_up_the_requests_of_the_worker(
     state: StateManager, clock: ManualClock
 ) -> None:

@@ -56,20 +56,34 @@ class SessionHealth:
 
 
 def score(
-    *, recent_error_rate: float, left_seconds: float, life_seconds: float, bytes_share: float
+    *,
+    recent_error_rate: float,
+    left_seconds: float,
+    life_seconds: float,
+    lifetime_left_seconds: float = inf,
+    lifetime_seconds: float = inf,
+    bytes_share: float,
 ) -> float:
     """Return the score of a session.
 
     Args:
         recent_error_rate: share of recent requests that failed, 0 to 1.
         left_seconds: until it ends if nobody accesses it.
-        life_seconds: what that is right after an access; infinity: it never ends.
+        life_seconds: what that can be, right after an access; infinity: it never ends.
+        lifetime_left_seconds: until it ends however often it is accessed.
+        lifetime_seconds: what that was when it was created; infinity: there is no such end.
         bytes_share: its size, as a share of what it may have.
     """
     errors = 1.0 - min(1.0, max(0.0, recent_error_rate))
-    time = 1.0
-    ending_seconds = life_seconds * _ENDING_SHARE
-    if 0 < ending_seconds < inf:  # the least number there is has no tenth
-        time = min(1.0, max(0.0, left_seconds) / ending_seconds)
+    time = min(
+        _time_part(left_seconds, life_seconds), _time_part(lifetime_left_seconds, lifetime_seconds)
+    )
     size = 1.0 - max(0.0, min(1.0, bytes_share) - 0.5)
     return errors * time * size
+
+
+def _time_part(left_seconds: float, of_seconds: float) -> float:
+    ending_seconds = of_seconds * _ENDING_SHARE
+    if 0 < ending_seconds < inf:  # the least number there is has no tenth
+        return min(1.0, max(0.0, left_seconds) / ending_seconds)
+    return 1.0
