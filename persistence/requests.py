@@ -249,7 +249,8 @@ class Requests:
             granted = block_size(entry.limit - noted.mark, len(waiting))
             if not granted:
                 return None
-            taken = self._take(entry)
+            if not self._updates.is_cut_off:  # see `look`
+                taken = self._take(entry)
             noted.tally.add(taken, self._now())
             return noted._replace(mark=noted.mark + granted).packed_with(meta)
 
@@ -470,6 +471,9 @@ class Requests:
     async def look(self, at_once: int = _STORED_AT_ONCE) -> None:
         """Store what is due by the clock; everything, if it is too much."""
         everything = len(self.entries) > _MAX_ENTRIES
+        # While the shared tier is away each worker would have a branch of its own, of a session
+        # that nobody has changed. It takes one of them, and what was counted in the others is lost.
+        waits = self._updates.is_cut_off and not everything
         self._too_many.clear()
         now = self.monotonic()
         due: list[Entry] = []
@@ -477,7 +481,7 @@ class Requests:
         for entry in list(self.entries.values()):
             if not entry.is_needed:
                 self._drop(entry)
-            elif everything or self._is_due(entry, now):
+            elif not waits and (everything or self._is_due(entry, now)):
                 due.append(entry)
             await slices.give_way_if_due()
         await self._store(due, gives_back=everything, at_once=at_once)

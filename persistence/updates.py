@@ -157,6 +157,11 @@ class Updates:
         self._check_open = check_open
         self._sharing = sharing
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether there is a shared tier, and it is away: what is committed now is a branch."""
+        return self._sharing is not None and not self._sharing.is_up
+
     async def prepare(self, session_id: str) -> None:
         """Bring here what the shared tier has of a session that is about to be updated."""
         if self._sharing is not None:

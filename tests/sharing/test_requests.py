@@ -12,7 +12,7 @@ from persistence.errors import Overtaken, RequestLimitReached
 from tests.engine import eventually
 from tests.redis_servers import RedisServer
 from tests.sharing.conftest import Worker
-from tests.sharing.support import until, until_up
+from tests.sharing.support import sharing_of, until, until_delivered, until_up
 
 
 async def workers(worker: Worker, server: RedisServer, count: int) -> list[StateManager]:
@@ -91,6 +91,30 @@ async def test_counts_of_workers_come_together(worker: Worker, shared_server: Re
         found = await state.session_metrics(sid)
         assert (found.requests, found.errors, found.total_seconds) == (3, 1, 3.0)
         assert found.last_name == "three"
+
+
+@pytest.mark.parametrize("limit", [0, 200])
+async def test_counts_of_an_outage_come_together_behind_it(
+    worker: Worker, shared_server: RedisServer, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr("persistence.requests._STORED_AFTER_SECONDS", 0.0)
+    a, b = states = await workers(worker, shared_server, 2)
+    sid = await a.create_session(data={"n": 0}, max_requests=limit)
+    await b.get_session(sid)
+    for state in states:
+        sharing_of(state)._down()  # it does not know that Redis is there
+        for _ in range(30):
+            assert await admitted(state, sid)
+        await state._requests.look()
+        assert bool(sharing_of(state).outbox.branches) == bool(limit)  # a limit has to be charged
+    for state in states:
+        sharing_of(state)._up()
+        await until_delivered(state)
+        await state._requests.look()
+    for state in states:
+        await state.get_session(sid, fresh=True)
+        assert (await state.session_metrics(sid)).requests == 60
+    assert sum(sharing_of(state).conflicts.count for state in states) == bool(limit)
 
 
 async def test_counts_survive_a_take_over(worker: Worker, shared_server: RedisServer) -> None:
