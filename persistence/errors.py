@@ -125,11 +125,15 @@ class ValueTooLarge(PersistenceError, ValueError):
 class SessionNotFound(PersistenceError, KeyError):
     """The session is missing, expired or terminated."""
 
-    def __init__(self, session_id: str) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        way_out: str = "create it with create_session() or get_or_create_session()",
+    ) -> None:
         self.session_id = session_id
         super().__init__(
             f"session {printable(session_id)} does not exist, has expired or was terminated; "
-            "create it with create_session() or get_or_create_session()"
+            f"{way_out}"
         )
 
     def __str__(self) -> str:  # KeyError would print the repr of the message

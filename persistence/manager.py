@@ -476,6 +476,10 @@ class StateManager(Assembly):
         whom = check_client(client)
         ttl = None if ttl_seconds is None else check_ttl(ttl_seconds)
         record = self._residency.record_now(session_id, key)
+        if record is None and self._sharing is not None:
+            raise SessionNotFound(
+                session_id, "if another worker has it, bring it here with get_session() first"
+            )
         if record is None:
             raise SessionNotFound(session_id)
         return self._token_access.issue(session_id, record, whom, ttl)

@@ -44,6 +44,18 @@ async def test_other_workers_see_a_session_under_its_new_id_only(
             await state.validate_token(token, CLIENT)
 
 
+async def test_a_token_for_a_session_that_only_others_have_says_how_to_come_by_it(
+    worker: Worker, shared_server: RedisServer, tmp_path: Path
+) -> None:
+    keys = {"key_file": str(tmp_path / "keys")}
+    one, two = [await worker(shared_server.url, security=keys) for _ in range(2)]
+    sid = await one.create_session()
+    with pytest.raises(errors.SessionNotFound, match=r"bring it here with get_session\(\) first"):
+        two.issue_token(sid, CLIENT)
+    assert await two.get_session(sid) is not None
+    assert await one.validate_token(two.issue_token(sid, CLIENT), CLIENT) == sid
+
+
 async def test_an_update_of_another_worker_is_never_lost_by_a_rotation(
     worker: Worker, shared_server: RedisServer
 ) -> None:
