@@ -204,8 +204,8 @@ class Lives:
             try:
                 # Nothing has been awaited since it was looked at: it is this version that ends.
                 await committed(self._residency.submit_delete(session_id, key, exact=True))
-            except Overtaken:
-                continue  # another worker has made a newer one
+            except (Overtaken, SessionNotFound):
+                continue  # another worker has made a newer one, or ended it
             return Session.view(session_id, record, accessed, life, cap, self._time)
 
 

@@ -338,9 +338,7 @@ class Agreement:
         outcome = result.outcome
         if commit.kind == TOUCH:
             return  # a renewal that is lost is recorded again a sixteenth of a TTL later
-        if result.is_stored or (
-            commit.kind == DELETE and outcome in (Outcome.TERMINATED, Outcome.MISSING)
-        ):
+        if result.is_stored or (commit.kind == DELETE and _is_over(commit, outcome)):
             commit.shared = True
             if session_id in self._outbox:
                 self.contested.discard(session_id)
@@ -388,6 +386,14 @@ class Agreement:
             await self._outbox.add(branches, sent, ended)
         except PersistenceError as error:
             fate.refused += [(commit, again(error)) for commit in kept]
+
+
+def _is_over(end: Commit, outcome: Outcome) -> bool:
+    """Whether a session that was to be ended is over, for whoever asked for that."""
+    if outcome is Outcome.TERMINATED:
+        # By another worker. That does not end the very version: it may live on under another id.
+        return not isinstance(end, ExactEnd)
+    return outcome is Outcome.MISSING
 
 
 def unavailable(where: str) -> RemoteUnavailable:

@@ -78,6 +78,28 @@ async def test_an_update_of_another_worker_is_never_lost_by_a_rotation(
     assert session["n"] == done
 
 
+async def test_of_workers_that_rotate_an_id_at_the_same_time_one_does(
+    worker: Worker, shared_server: RedisServer
+) -> None:
+    states = [await worker(shared_server.url) for _ in range(3)]
+    await until_up(*states)
+    for number in range(10):
+        sid = await states[0].create_session(data={"n": number})
+        for state in states:
+            assert await value(state, sid) == number
+        results = await asyncio.gather(
+            *(state.rotate_session_id(sid) for state in states), return_exceptions=True
+        )
+        moved = [each for each in results if isinstance(each, str)]
+        assert len(moved) == 1
+        assert [type(each) for each in results].count(errors.SessionNotFound) == 2
+        for state in states:
+            assert await state.get_session(sid, fresh=True) is None
+            assert await value(state, moved[0]) == number
+        assert moved == await states[0].get_active_sessions(namespace=True)
+        await states[0].terminate_session(moved[0])
+
+
 def sealed(*keys: str) -> dict[str, Any]:
     return {"encrypt": True, "secret_keys": ",".join(keys)}
 
