@@ -283,3 +283,39 @@ async def test_what_was_deleted_from_an_object_is_refused_by_its_name(
     with pytest.raises(ValueNotSerializable, match="must"):
         await state.update_typed(sid, delete)
     assert await data_of(state, sid) == {"must": 1}
+
+
+class Omitting(pydantic.BaseModel):
+    """Leaves out what is None, as many APIs want it."""
+
+    n: int = 0
+    note: str | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def dumped(self, default: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return what is stored."""
+        return {name: each for name, each in default(self).items() if each is not None}
+
+
+async def test_what_an_object_leaves_out_from_now_on_is_removed(open_typed: OpenTyped) -> None:
+    state = await open_typed(Omitting)
+    for replaced in (False, True):
+        sid = await state.create_session(data=Omitting(n=1, note="call back"))
+        await state.update_session(sid, lambda draft: draft.update(other="kept"))
+        if replaced:
+            await state.update_typed(sid, lambda cart: Omitting(n=cart.n))
+        else:
+            await state.update_typed(sid, lambda cart: changed(cart, note=None) and None)
+        assert await data_of(state, sid) == {"n": 1, "other": "kept"}
+        assert await state.get_typed(sid) == Omitting(n=1)
+
+
+async def test_a_stored_field_that_the_class_never_writes_stays(open_typed: OpenTyped) -> None:
+    class Excluding(pydantic.BaseModel):
+        n: int = 0
+        note: str | None = pydantic.Field(None, exclude=True)
+
+    state = await open_typed(Excluding)
+    sid = await state.create_session(data={"n": 1, "note": "call back"})
+    await state.update_typed(sid, lambda cart: changed(cart, n=2) and None)
+    assert await data_of(state, sid) == {"n": 2, "note": "call back"}

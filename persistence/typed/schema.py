@@ -224,12 +224,15 @@ class TypedDraft:
         self._draft = draft
         stored = {name: draft[name] for name in schema.names(list(draft))}
         self.value, was_migrated = schema.load(session_id, stored)
-        self._before = {} if was_migrated else _packed(schema.dump(self.value))
+        dumped = schema.dump(self.value)
+        self._had = dumped.keys()
+        self._before = {} if was_migrated else _packed(dumped)
 
     def write(self, value: Any = None) -> None:
         """Write into the draft what has changed in the object, or all that differs in `value`.
 
-        Fields that the schema does not know stay. A default that was only filled in is not
+        Fields that the schema does not know stay, and those that the object does not have any more
+        go. A default that was only filled in is not
         written.
 
         Raises:
@@ -239,13 +242,17 @@ class TypedDraft:
         dumped = self._schema.dump(self.value if value is None else value)
         packed = _packed(dumped)
         changed = [name for name in packed if self._before.get(name) != packed[name]]
-        if changed:
+        # What the object had, and has no more: a class may leave out what is None, say.
+        lost = [name for name in self._draft if name not in dumped and self._is_lost(name)]
+        if changed or lost:
             self._schema.check(self._session_id, dumped, changed)
-        for name in [name for name in self._draft if name not in dumped]:
-            if not self._schema.keeps(name):
-                del self._draft[name]
+        for name in lost:
+            del self._draft[name]
         for name in changed:
             self._draft[name] = dumped[name]
+
+    def _is_lost(self, name: str) -> bool:
+        return name in self._had or not self._schema.keeps(name)
 
     def apply(self, function: Callable[[Any], Any]) -> Any:
         """Call `function` with the object and write what it changed, or what it returned.
