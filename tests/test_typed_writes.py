@@ -319,3 +319,25 @@ async def test_a_stored_field_that_the_class_never_writes_stays(open_typed: Open
     sid = await state.create_session(data={"n": 1, "note": "call back"})
     await state.update_typed(sid, lambda cart: changed(cart, n=2) and None)
     assert await data_of(state, sid) == {"n": 2, "note": "call back"}
+
+
+class Unsettable(msgspec.Struct):
+    n: int | msgspec.UnsetType = msgspec.UNSET
+    item: StructCart | msgspec.UnsetType = msgspec.UNSET
+    below: list[Unsettable] = []
+
+
+async def test_what_is_unset_is_not_stored(open_typed: OpenTyped) -> None:
+    state = await open_typed(Unsettable)
+    cart = Unsettable(below=[Unsettable(item=StructCart(n=5))])
+    sid = await state.create_session(data=cart)
+    below = {"item": {"n": 5, "items": []}, "below": []}
+    assert await data_of(state, sid) == {"below": [below]}
+    assert await state.get_typed(sid) == cart
+    await state.update_typed(sid, lambda cart: changed(cart, n=1, item=StructCart()) and None)
+    assert await state.get_typed(sid) == changed(cart, n=1, item=StructCart())
+    await state.update_typed(sid, lambda cart: changed(cart, n=msgspec.UNSET) and None)
+    assert (await state.get_typed(sid)).n is msgspec.UNSET
+    await state.update_session_data(sid, "item", 5)
+    with pytest.raises(SchemaMismatch, match="'item'"):
+        await state.get_typed(sid)

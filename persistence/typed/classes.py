@@ -76,6 +76,12 @@ def unwrapped(wanted: Any) -> Any:
             return wanted
 
 
+def is_unset_type(wanted: Any) -> bool:
+    """Whether it is the type of msgspec's mark for an attribute that is not there."""
+    msgspec = sys.modules.get("msgspec")
+    return msgspec is not None and wanted is msgspec.UnsetType
+
+
 def is_root_model(kind: Any) -> bool:
     """Whether it is a model of one value, which need not be a map."""
     return bool(getattr(kind, "__pydantic_root_model__", False))

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from persistence.errors import ValueNotSerializable, printable
-from persistence.typed.classes import Kind, kind_of, stored_names, tag_of
+from persistence.typed.classes import Kind, is_unset_type, kind_of, stored_names, tag_of
 
 LEAVES: Final = frozenset(
     {str, int, float, bool, type(None), bytes, bytearray, datetime, date, Decimal, UUID}
@@ -161,9 +161,12 @@ def _attributes_of(value: Any) -> dict[str, Any]:
     kind: Any = type(value)
     names = stored_names(kind).items()
     try:
-        return {**tag_of(kind), **{stored: getattr(value, name) for stored, name in names}}
+        found = {**tag_of(kind), **{stored: getattr(value, name) for stored, name in names}}
     except AttributeError as error:  # one that was deleted, or never set
         raise _Unstorable(f"an object cannot be stored: {error}") from error
+    if kind_of(kind) is Kind.STRUCT:
+        return {name: each for name, each in found.items() if not is_unset_type(type(each))}
+    return found
 
 
 def _assembled(kind: type, parts: list[Any]) -> Any:

@@ -31,6 +31,7 @@ from persistence.typed.classes import (
     computed_names,
     forbids_extras,
     is_opaque,
+    is_unset_type,
     kind_of,
     older_names,
     tag_of,
@@ -343,8 +344,9 @@ class _UnionReader:
 
     def __init__(self, wanted: Any, leaf: Leaf) -> None:
         self._wanted = wanted
-        members = [each for each in get_args(wanted) if each is not type(None)]
-        self._has_none = len(members) < len(get_args(wanted))
+        members = [each for each in get_args(wanted) if not is_unset_type(each)]  # never stored
+        self._has_none = type(None) in members
+        members = [each for each in members if each is not type(None)]
         self._with_class = [reader_of(each, leaf) for each in members if has_class(each)]
         others = tuple(each for each in members if not has_class(each))
         self._others = [leaf(Union[others])] if others else []  # noqa: UP007 - of a tuple
