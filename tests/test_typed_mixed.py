@@ -106,6 +106,24 @@ class Box(Generic[T]):
 
 
 @dataclass
+class StructBox(Box[Struct]):
+    label: str = ""
+
+
+K = TypeVar("K")
+
+
+@dataclass
+class Labelled(Box[K], Generic[K, T]):
+    label: T | None = None
+
+
+@dataclass
+class LabelledStructBox(Labelled[Struct, Data]):
+    pass
+
+
+@dataclass
 class Node:
     name: str
     below: list[Node] = field(default_factory=list)
@@ -123,6 +141,9 @@ class Node:
         (Number, Data(2)),
         (Box[Struct], Box(Struct(n=2), [Struct(n=3)])),
         (Box[int], Box(2, [3])),
+        (StructBox, StructBox(Struct(n=2), [Struct(n=3)], "x")),
+        (Labelled[Struct, Data], Labelled(Struct(n=2), [Struct(n=3)], Data(4))),
+        (LabelledStructBox, LabelledStructBox(Struct(n=2), [Struct(n=3)], Data(4))),
         (Node, Node("a", [Node("b", [Node("c")])])),
         (Struct | int, 5),
         (Struct | int, Struct(n=5)),

@@ -11,7 +11,19 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum, auto
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, NewType, TypeVar, get_args, get_origin, get_type_hints
+from inspect import get_annotations
+from typing import (
+    Any,
+    Final,
+    Generic,
+    NamedTuple,
+    NewType,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from persistence.errors import InvalidArgument
 from persistence.typed.mismatch import type_name
@@ -188,10 +200,10 @@ def _described(wanted: Any, kind: Any) -> dict[str, tuple[Any, bool, tuple[Any, 
         return {each.name: (each.type, each.required, (each.name,)) for each in found}
     if shape is Kind.DATACLASS:
         hints = get_type_hints(kind, include_extras=True)
-        given = dict(zip(getattr(kind, "__parameters__", ()), get_args(wanted), strict=False))
+        given = _given(wanted)
         return {
             each.name: (
-                _substituted(hints[each.name], given),
+                _substituted(hints[each.name], given[_annotating(kind, each.name)]),
                 each.default is MISSING and each.default_factory is MISSING,
                 (each.name,),
             )
@@ -214,6 +226,22 @@ def _entry(info: Any, name: str) -> tuple[Any, ...]:
     if alias is None:
         return (name,)
     return (alias,) if isinstance(alias, str) else tuple(alias.path)
+
+
+def _given(wanted: Any) -> dict[Any, dict[Any, Any]]:
+    """Return what the parameters of a class, and of each class that it derives from, stand for."""
+    kind = get_origin(wanted) or wanted
+    own = dict(zip(getattr(kind, "__parameters__", ()), get_args(wanted), strict=False))
+    found = {kind: own}
+    for base in vars(kind).get("__orig_bases__", kind.__bases__):
+        if get_origin(base) not in (Generic, Protocol):  # they only name the parameters
+            found = {**_given(_substituted(base, own)), **found}
+    return found
+
+
+def _annotating(kind: Any, name: str) -> Any:
+    """Return the class that says of what type an attribute is: `kind`, or one it derives from."""
+    return next((each for each in kind.__mro__ if name in get_annotations(each)), kind)
 
 
 def _substituted(hint: Any, given: Mapping[Any, Any]) -> Any:
