@@ -163,7 +163,7 @@ class Assembly(Facilities):
         try:
             await self._tiers.finish(self._grace)
         finally:
-            await self._close_facilities()
+            await self._close_facilities(self._grace)
             await self._tiers.close()
             await self._requests.gone()
 

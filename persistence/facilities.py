@@ -116,8 +116,11 @@ class Facilities(Lifecycle):
         if self._resources.has_any:
             await grace.spend(self._resources.close(), "the sessions' resources", _RESOURCES_SHARE)
 
-    async def _close_facilities(self) -> None:
+    async def _close_facilities(self, grace: Grace) -> None:
+        """Remove the scratch directories that are left over, as far as there is time for it."""
         if self._scratch is not None:
+            if self._scratch.is_busy:
+                await grace.spend(self._scratch.settled(), "scratch directories to be removed")
             await self._scratch.close()
 
     # --- what the rooms ask and are told ------------------------------------------------------

@@ -7,6 +7,7 @@ crash leaves no directory that nobody knows. No session id is part of a path.
 Invariants:
 - a directory belongs to one incarnation of a session; a session of the same id gets another one.
 - at opening, what belongs to no live session is removed, whether the journal knows it or not.
+- however much there is to remove, it keeps only one of the threads that read sessions.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Scratch:
         self._root = f"{disk.directory}/{SCRATCH_DIRECTORY}"
         self._places: dict[str, _Place] = {}
         self._lock = asyncio.Lock()
+        self._removing = asyncio.Lock()
+        self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -118,9 +121,12 @@ class Scratch:
 
     def _remove_tree(self, name: str) -> None:
         try:
-            self._files.remove_tree(f"{self._root}/{name}")
+            self._files.remove_tree(f"{self._root}/{name}", self._goes_on)
         except OSError as error:
             _log.warning("scratch directory %s is not removed: %s", name, error)
+
+    def _goes_on(self) -> bool:
+        return not self._is_closing
 
     def _entries(self) -> list[bytes]:
         return [_entry(_MADE, place, sid) for sid, place in self._places.items()]
@@ -218,9 +224,11 @@ class Scratch:
 
     async def _remove(self, session_id: str, place: _Place) -> None:
         try:
-            await self._disk.threads.read(self._remove_tree, place.name.hex())
+            async with self._removing:
+                if not self._is_closing:
+                    await self._disk.threads.read(self._remove_tree, place.name.hex())
             async with self._lock:
-                if session_id not in self._places:
+                if session_id not in self._places and not self._is_closing:
                     await self._log([_entry(_REMOVED, place, session_id)])
         except PersistenceError as error:  # the next opening removes it
             _log.warning("scratch directory of %s: %s", printable(session_id), error)
@@ -232,10 +240,20 @@ class Scratch:
             if is_gone and self._places.get(session_id) is place:  # else it has a new one already
                 self.ended(session_id)
 
-    async def close(self) -> None:
-        """Wait for removals under way; close the journal."""
+    async def settled(self) -> None:
+        """Wait until nothing is being made or removed."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being made or removed."""
+        return bool(self._tasks)
+
+    async def close(self) -> None:
+        """Stop removing, which the next opening does then; close the journal."""
+        self._is_closing = True
+        await self.settled()
         await self._disk.threads.write(self._journal.close)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import errno
 import shutil
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from tests.engine import (
     ScriptedFiles,
     Start,
     config_for,
+    data_of,
     directory_of,
     eventually,
     names_in,
@@ -252,6 +253,88 @@ async def test_the_directory_of_a_session_that_gets_another_id_while_it_is_made_
     await eventually(lambda: not state._scratch._tasks)  # type: ignore[union-attr]
     assert await state.scratch_dir(new) == path
     assert (path / "draft").read_text() == "half"
+
+
+class SlowRemovals(ScriptedFiles):
+    """A disk on which a directory is removed only once a test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.removals = Gate()
+
+    def remove_tree(self, path: str, goes_on: Callable[[], bool]) -> None:
+        self.removals.go_through()
+        super().remove_tree(path, goes_on)
+
+
+async def ended_with_directories(state: StateManager, files: SlowRemovals) -> list[Path]:
+    """Return directories with files in them of sessions that have just ended."""
+    sids = [await state.create_session() for _ in range(6)]
+    paths = [await state.scratch_dir(sid) for sid in sids]
+    for path in paths:
+        (path / "page").mkdir()
+        (path / "page" / "body").write_text("<html>")
+    files.removals.hold()
+    for sid in sids:
+        await state.terminate_session(sid)
+    await files.removals.reached()
+    return paths
+
+
+async def test_sessions_are_read_while_many_directories_are_removed(tmp_path: Path) -> None:
+    files = SlowRemovals()
+    files.tells_cached = False  # every read goes through a thread
+    async with StateManager(config=config_for(tmp_path / "state"), files=files) as state:
+        cold = await state.create_session(data={"a": 1})
+        await state.spill_session(cold)
+        await ended_with_directories(state, files)
+        async with asyncio.timeout(10):
+            assert await data_of(state, cold) == {"a": 1}
+        files.removals.let_pass()
+        await eventually(lambda: not directories(state))
+
+
+async def test_directories_hold_up_a_shutdown_no_longer_than_its_grace_period(
+    tmp_path: Path,
+) -> None:
+    files = SlowRemovals()
+    state = StateManager(config=config_for(tmp_path / "state"), files=files)
+    await state.open()
+    paths = await ended_with_directories(state, files)
+    closing = asyncio.create_task(state.close(grace_seconds=0))
+    await eventually(lambda: not state._scratch._goes_on())  # type: ignore[union-attr]
+    files.removals.let_pass()  # nothing ends what a thread is doing, but it does no more than that
+    await closing
+    assert all((path / "page" / "body").exists() for path in paths)
+    async with StateManager(config=config_for(tmp_path / "state"), files=files) as state:
+        assert not directories(state)
+
+
+async def test_a_shutdown_removes_the_directories_that_it_has_time_for(tmp_path: Path) -> None:
+    files = SlowRemovals()
+    state = StateManager(config=config_for(tmp_path / "state"), files=files)
+    await state.open()
+    await ended_with_directories(state, files)
+    closing = asyncio.create_task(state.close(grace_seconds=30))
+    files.removals.let_pass()
+    await closing
+    assert not directories(state)
+
+
+async def test_links_are_removed_and_what_they_lead_to_stays(
+    state: StateManager, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    sid = await state.create_session()
+    path = await state.scratch_dir(sid)
+    for name, target in (("to a directory", outside), ("to a file", outside / "file")):
+        (path / name).symlink_to(target)
+    (path / "to nothing").symlink_to(tmp_path / "nothing")
+    await state.terminate_session(sid)
+    await eventually(lambda: not directories(state))
+    assert (outside / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

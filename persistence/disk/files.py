@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 _NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
@@ -192,12 +193,22 @@ class Files:
         except FileNotFoundError:
             return
 
-    def remove_tree(self, path: str) -> None:
-        """Remove the directory `path` and all that is in it; fine when it is gone already."""
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            return
+    def remove_tree(self, path: str, goes_on: Callable[[], bool]) -> None:
+        """Remove the directory `path` and all that is in it; fine when it is gone already.
+
+        Args:
+            path: its path.
+            goes_on: asked before each file; once it says no, the rest stays.
+        """
+        with suppress(FileNotFoundError):
+            for _, directories, names, fd in os.fwalk(path, topdown=False):
+                for name in names:
+                    if not goes_on():
+                        return
+                    _remove(os.unlink, name, fd)
+                for name in directories:
+                    _remove(os.rmdir, name, fd)
+            os.rmdir(path)
 
     def space(self, path: str) -> Space:
         """Return the free space of the file system that holds `path`."""
@@ -249,6 +260,15 @@ def fill(files: Files, fd: int, buffer: memoryview, offset: int) -> bool:
         buffer = buffer[got:]
         offset += got
     return True
+
+
+def _remove(call: Callable[..., None], name: str, directory: int) -> None:
+    """Remove a file or a directory, or the link that looks like one, if it is still there."""
+    with suppress(FileNotFoundError):
+        try:
+            call(name, dir_fd=directory)
+        except NotADirectoryError:
+            os.unlink(name, dir_fd=directory)
 
 
 def write_exactly(files: Files, fd: int, data: bytes, offset: int) -> None:
