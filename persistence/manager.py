@@ -427,12 +427,15 @@ class StateManager(Assembly):
         """Remove the sessions whose time is over; return how many.
 
         They are absent for everybody from their deadline on; this frees their space. Those that
-        listings and `compact` have removed since the last call count too.
+        listings and `compact` have removed since the last call count too. Those whose time another
+        worker has made shorter are removed soon after, and do not count.
 
         Raises:
             DiskFull, WriteOutcomeUnknown: the end of some could not be logged; see `commit`.
         """
         await self._ready()
+        if self._sharing is not None:
+            await self._sharing.follow_what_is_over()
         return await self._listing.remove_expired() + self._listing.take_untold()
 
     async def cleanup_old_sessions(self, max_age_seconds: float) -> int:

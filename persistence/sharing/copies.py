@@ -48,6 +48,10 @@ class Copies:
         """Whether it has been heard of all that happened since, so that nothing was lost there."""
         return self._stale.get(session_id) == self.generation
 
+    def all_stale(self) -> list[str]:
+        """Return those of which `is_stale` is true."""
+        return list(self._stale)
+
     def validate(self, session_id: str) -> None:
         """The local copy was compared, and is what the shared tier has."""
         self._stale.pop(session_id, None)

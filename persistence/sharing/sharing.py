@@ -37,6 +37,7 @@ _log = logging.getLogger("persistence.sharing")
 
 _PROBE_SECONDS: Final = 0.5
 _IMPOSED_AT_ONCE: Final = 1000
+_COMPARED_AT_ONCE: Final = 256
 _ENDS_AT_ONCE: Final = 64
 _LISTENING_TIMEOUTS: Final = 2  # one to subscribe, one for the first heartbeat to come back
 
@@ -340,6 +341,30 @@ class Sharing:
         if self._to_follow and self._may_follow and self._ending is None and not self._closing:
             self._ending = asyncio.create_task(self._follow_ends(), name="persistence-ends")
             self._ending.add_done_callback(self._followed)
+
+    async def follow_what_is_over(self) -> None:
+        """Look which sessions are over that other workers have changed, and nobody has read since.
+
+        Their time may have been made shorter. Their end is not announced, and what is here of them
+        says that they live on: it is listed, and what belongs to it here is kept.
+        """
+        rest = iter(self.copies.all_stale())
+        while self.agreement.is_up and (some := list(islice(rest, _COMPARED_AT_ONCE))):
+            # Of the others, what was newer may have been lost: that is for a reader to find out.
+            some = [each for each in some if self.copies.is_stale_for_certain(each)]
+            await asyncio.sleep(0)
+            try:
+                found = await self._remote.stored(some)
+            except RemoteUnavailable:
+                self._suspect()
+                return
+            except PersistenceError as error:
+                _log.warning("looking which sessions are over elsewhere: %s", error)
+                continue
+            for session_id, stored in zip(some, found, strict=True):
+                if stored is None or not stored.lives:
+                    self._to_follow[session_id] = None
+            self._start_following()
 
     async def _follow_ends(self) -> None:
         """Look at sessions that ended elsewhere, or are watched; a few at a time, for readers."""

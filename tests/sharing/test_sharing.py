@@ -18,7 +18,7 @@ from persistence.errors import (
 )
 from persistence.record import NO_ID
 from persistence.remote.contract import CommitResult, Request
-from tests.engine import ScriptedFiles, commits_of, residency_of
+from tests.engine import ScriptedFiles, commits_of, eventually, residency_of
 from tests.redis_servers import Group, Proxy, RedisServer
 from tests.sharing.conftest import Worker
 from tests.sharing.support import add_one, sharing_of, until, until_up, value
@@ -538,6 +538,31 @@ async def test_a_session_whose_new_time_is_over_is_not_brought_back_by_who_did_n
     assert await value(a, sid) is None
     await sharing_of(b).deliver()
     assert not shared_server.ask("EXISTS", "persistence:session:{a}")
+
+
+async def test_a_clean_up_ends_what_got_less_time_elsewhere_and_nobody_has_read_since(
+    pair: Pair, shared_server: RedisServer
+) -> None:
+    a, b = pair
+    sid = await a.create_session(session_id="a", ttl_seconds=0)
+    other = await a.create_session(data={"n": 1}, ttl_seconds=0)
+    assert await value(b, other) == 1
+    closed: list[object] = []
+    connection = await b.resources(sid, "connection", object, closed.append)
+    path = await b.scratch_dir(sid)
+    await a.set_ttl(sid, 0.2)
+    await a.update_session(other, add_one)
+
+    async def is_over() -> bool:
+        stale = {*sharing_of(b).copies.all_stale()}
+        return stale == {sid, other} and not shared_server.ask("EXISTS", "persistence:session:{a}")
+
+    await until(is_over)
+    await b.cleanup_expired()
+    await eventually(lambda: closed == [connection])
+    await eventually(lambda: not path.exists())
+    assert await b.get_active_sessions() == [other]
+    assert await value(b, other) == 2
 
 
 async def test_what_was_newer_is_remembered_while_the_subscription_is_broken(
