@@ -341,3 +341,22 @@ async def test_what_is_unset_is_not_stored(open_typed: OpenTyped) -> None:
     await state.update_session_data(sid, "item", 5)
     with pytest.raises(SchemaMismatch, match="'item'"):
         await state.get_typed(sid)
+
+
+@dataclass
+class Counted:
+    n: int = 1
+    seen: dict[str, object] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.twice = 2 * self.n
+
+
+async def test_what_is_no_part_of_making_an_object_is_not_stored(open_typed: OpenTyped) -> None:
+    state = await open_typed(Counted)
+    cart = Counted(2)
+    cart.seen["what cannot be stored"] = object()
+    sid = await state.create_session(data=cart)
+    assert await data_of(state, sid) == {"n": 2}
+    again = await state.get_typed(sid)
+    assert (again, again.twice) == (Counted(2), 4)
