@@ -10,7 +10,8 @@ Invariants:
 - what a factory has made is closed, whatever happens to who asked for it: it is made in a task of
   its own, and if the session has gone by then it is closed at once.
 - a factory runs again only after the close of what it had made before has ended or timed out.
-- nobody waits for what waits for him: for a factory that asks for what is being made for it.
+- nobody waits for what waits for him: for a factory that asks for what is being made for it, or a
+  close for what it closes.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ class _Resource:
 _MAKING: Final[ContextVar[_Resource | None]] = ContextVar("persistence-making", default=None)
 """The resource that this code is part of the making of."""
 
+_CLOSING: Final[ContextVar[asyncio.Task[None] | None]] = ContextVar(
+    "persistence-closing", default=None
+)
+"""What this code is part of the close of a resource for."""
+
 
 class Resources:
     """All resources of this worker. Every method runs on the event loop.
@@ -168,7 +174,8 @@ class Resources:
         Raises:
             SessionNotFound: missing, expired or terminated, also while it was being made.
             ManagerClosed: the manager closes.
-            ConflictError: a factory asks for what waits for that factory.
+            ConflictError: a factory asks for what waits for that factory, or a close for what it
+                closes.
             InvalidArgument: something that the factory awaited was cancelled.
             Exception: what the factory raises; then there is none, and the next one tries again.
         """
@@ -185,6 +192,12 @@ class Resources:
                 continue
             closing = self._closing.get((session_id, name))
             if resource is None and closing is not None:
+                if closing is _CLOSING.get():
+                    raise ConflictError(
+                        f"resource {name!a} of session {printable(session_id)} is being closed by "
+                        "whoever asks for it, and another one is made only after that; use what "
+                        "the close was called with"
+                    )
                 await asyncio.wait([closing])
                 continue
             if resource is None:
@@ -300,6 +313,7 @@ class Resources:
         self, session_id: str, name: str, resource: _Resource, before: asyncio.Task[None] | None
     ) -> None:
         """Close a resource; never raises an Exception."""
+        _CLOSING.set(asyncio.current_task())
         if before is not None:
             await asyncio.wait([before])
         making = resource.making

@@ -455,6 +455,24 @@ async def test_a_factory_that_asks_for_its_own_resource_is_refused(state: StateM
     assert (await state.stats()).resources == 0
 
 
+async def test_a_close_that_asks_for_what_it_closes_is_refused(state: StateManager) -> None:
+    sid = await state.create_session()
+    refused: list[ConflictError] = []
+
+    async def close(_: object) -> None:
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.gather(state.resources(sid, "db", object))
+        except ConflictError as error:
+            refused.append(error)
+
+    first = await state.resources(sid, "db", object, close)
+    await state.spill_session(sid)
+    assert await state.resources(sid, "db", object) is not first
+    [error] = refused
+    assert f"'db' of session '{sid}' is being closed by whoever asks for it" in str(error)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="needs asyncio.eager_task_factory")
 async def test_so_it_is_where_the_event_loop_begins_tasks_at_once(state: StateManager) -> None:
     asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
