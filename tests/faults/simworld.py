@@ -441,7 +441,9 @@ class World:
                 # What the shared tier lost of a session is seen when the session is next used.
                 for sid in self.sids:
                     for worker in self.workers:
-                        await self._settled(worker, sid)
+                        # A connection of before may break only now: then it is not at rest yet.
+                        with suppress(errors.RemoteUnavailable):
+                            await self._settled(worker, sid)
 
     async def _settled(self, worker: Worker, sid: str) -> Session | None:
         async with asyncio.timeout(_CALL_SECONDS):
