@@ -168,7 +168,9 @@ APPLIED = CommitResult(Outcome.APPLIED)
 
 
 class Announcement(NamedTuple):
-    """Another worker committed.
+    """Another worker committed. Whoever hears of it can read it already.
+
+    An end of what is not there is announced as well: somebody may have a copy of it.
 
     Attributes:
         session_id: to this session.

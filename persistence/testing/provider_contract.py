@@ -233,6 +233,7 @@ class ProviderContract:
         await provider.set_session("a", {"n": 1}, ttl_seconds=0.1)
         await provider.set_session("b", {"n": 2}, ttl_seconds=0)
         await self._until_gone(provider, "a")
+        assert await provider.cleanup_old_sessions(3600) == 0, "it has ended by itself"
         assert await provider.get_session("a") is None
         assert await provider.delete_session("a") is False
         assert await provider.get_active_sessions() == ["b"]
@@ -256,27 +257,32 @@ class ProviderContract:
         assert await provider.get_session("endless") == {"n": 2}
 
     async def test_reading_renews_and_asking_does_not(self, provider: SessionProvider) -> None:
-        """Both sessions have the same TTL; one is read all the while, one only asked for."""
-        await provider.set_session("read", {"n": 1}, ttl_seconds=0.8)
-        await provider.set_session("asked", {"n": 1}, ttl_seconds=0.8)
-        for _ in range(12):
+        """All have the same TTL; one is read all the while, one written, one only asked for."""
+        for name in ("read", "written", "asked"):
+            await provider.set_session(name, {"n": 0}, ttl_seconds=0.8)
+        for n in range(12):
             await self.pass_time(0.1)
-            assert await provider.get_session("read") == {"n": 1}
+            assert await provider.get_session("read") == {"n": 0}
+            assert await provider.has_session("written") is True
+            await provider.set_session("written", {"n": n})
             await provider.has_session("asked")
             await provider.get_active_sessions()
         assert await provider.has_session("asked") is False
 
     async def test_old_sessions_are_cleaned_up_and_counted(self, provider: SessionProvider) -> None:
-        """By their last access, and whatever their TTL is."""
-        await provider.set_session("old", {"n": 1})
+        """By their last access, not by their beginning, and whatever their TTL is."""
+        for name in ("old", "read", "written"):
+            await provider.set_session(name, {"n": 1}, ttl_seconds=8)  # recorded each half second
         await provider.set_session("old too", {"n": 1}, ttl_seconds=0)
-        await self.pass_time(0.5)
+        await self.pass_time(1.0)
+        await provider.get_session("read")
+        await provider.set_session("written", {"n": 2})
         await provider.set_session("new", {"n": 1})
         assert await provider.cleanup_old_sessions(3600) == 0
-        assert await provider.cleanup_old_sessions(0.45) == 2
-        assert await provider.get_active_sessions() == ["new"]
+        assert await provider.cleanup_old_sessions(0.95) == 2
+        assert sorted(await provider.get_active_sessions()) == ["new", "read", "written"]
         assert await provider.get_session("old") is None
-        assert await provider.cleanup_old_sessions(0.45) == 0
+        assert await provider.cleanup_old_sessions(0.95) == 0
         assert await provider.get_session("new") == {"n": 1}
 
     # --- lists and numbers ----------------------------------------------------------------------
@@ -293,18 +299,25 @@ class ProviderContract:
         assert sorted(found) == living
 
     async def test_the_numbers_agree_with_what_was_done(self, provider: SessionProvider) -> None:
-        """And can be written as JSON."""
+        """What was refused, or had nothing to do, is not counted. They can be written as JSON."""
         await provider.set_session("a", {"n": 1})
         await provider.set_session("a", {"n": 2})
         await provider.set_session("b", {"n": 1})
+        await _refused(provider.set_session("b", {"n": _Unstorable()}), ValueNotSerializable)
         await provider.get_session("a")
         await provider.get_session("nobody")
+        await provider.has_session("a")
+        await provider.delete_session("b")
         await provider.delete_session("b")
         stats = await provider.get_stats()
         json.dumps(stats)
         assert isinstance(stats["provider"], str)
         counts = ("sessions", "reads", "hits", "writes", "deletes")
         assert [stats[name] for name in counts] == [1, 2, 1, 3, 1]  # type: ignore[literal-required]
+        await self.pass_time(0.1)
+        assert await provider.cleanup_old_sessions(0.05) == 1
+        stats = await provider.get_stats()
+        assert [stats[name] for name in counts] == [0, 2, 1, 3, 2]  # type: ignore[literal-required]
 
     # --- at the same time -----------------------------------------------------------------------
 

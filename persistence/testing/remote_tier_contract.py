@@ -101,6 +101,22 @@ class Heard:
         self.events.append("disconnected")
 
 
+class _Looking(Heard):
+    """Looks at each session as soon as it hears of it."""
+
+    def __init__(self, tier: RemoteTier) -> None:
+        super().__init__()
+        self.looks: list[asyncio.Future[RemoteSession | Stored | None]] = []
+        self._tier = tier
+
+    def announced(self, announcements: Sequence[Announcement]) -> None:
+        """Other workers committed."""
+        super().announced(announcements)
+        self.looks += [
+            asyncio.ensure_future(self._tier.load(each.session_id)) for each in announcements
+        ]
+
+
 # --- helpers --------------------------------------------------------------------------------------
 
 
@@ -144,6 +160,7 @@ async def loaded(tier: RemoteTier, session_id: str) -> RemoteSession:
     """Return a session that must be there."""
     found = await tier.load(session_id)
     assert isinstance(found, RemoteSession), f"it lives, and what was found is {found}"
+    assert type(found.record) is bytes, "a record is bytes, not a view of some"
     return found
 
 
@@ -279,6 +296,27 @@ class RemoteTierContract:
         assert await outcome(tier, put) is Outcome.APPLIED
         assert (await loaded(tier, "a")).record == one
 
+    async def test_an_update_replaces_every_time_of_the_version_before(
+        self, open_tier: OpenTier
+    ) -> None:
+        """Later or earlier; to a deadline from none, and back."""
+        tier = await open_tier()
+        record, base, now = new_record({"n": 0}), NO_ID, _wall()
+        history: tuple[bytes, ...] = ()
+        for times in (
+            (now, NEVER, NEVER),
+            (now + 1, now + 60, now + 600),
+            (now + 2, now + 90.5, now + 500),
+            (now + 3, now + 70, NEVER),
+            (now + 4, NEVER, NEVER),
+        ):
+            put = Put("a", record, base, *times)
+            assert await outcome(tier, put) is Outcome.APPLIED
+            base = rec.commit_of(record)
+            history = (base, *history)
+            assert await loaded(tier, "a") == RemoteSession(record, *times, history)
+            record = next_record(record, {"n": 0})
+
     async def test_an_update_on_another_base_is_refused_and_told_what_is_stored(
         self, open_tier: OpenTier
     ) -> None:
@@ -330,6 +368,18 @@ class RemoteTierContract:
         }
         assert not wrong, f"of {len(expected)} requests (found, expected): {wrong}"
         assert (await loaded(tier, "m")).record == chain[-1]
+
+    async def test_calls_of_one_worker_are_applied_in_their_order(
+        self, open_tier: OpenTier
+    ) -> None:
+        """Though each is made before the one before it has been answered."""
+        tier = await open_tier()
+        chain = chain_of(40)
+        calls = [create("a", chain[0])]
+        calls += [update("a", old, new, whole=True) for old, new in pairwise(chain)]
+        found = await asyncio.gather(*(outcome(tier, call) for call in calls))
+        assert found == [Outcome.APPLIED] * len(calls)
+        assert (await loaded(tier, "a")).record == chain[-1]
 
     async def test_of_two_writers_no_increment_is_lost(self, open_tier: OpenTier) -> None:
         """Each reads, adds one, and tries again when the other was first."""
@@ -592,6 +642,8 @@ class RemoteTierContract:
         again = new_record({"n": 9})
         assert await tier.commit([ending, create("a", again)]) == [APPLIED] * 2
         assert (await loaded(tier, "a")).record == again
+        living = Stored(True, 1, rec.incarnation_of(again), rec.commit_of(again))
+        assert await tier.stored(["a"]) == [living], "nothing of the first one is left"
         late: list[Request] = [
             create("a", first),
             ending,
@@ -649,6 +701,9 @@ class RemoteTierContract:
         assert await outcome(tier, touch("a", record, _wall(), NEVER)) is Outcome.MISSING
         anew = await created(tier, "a", {"n": 1})
         assert (await loaded(tier, "a")).record == anew
+        assert await outcome(tier, create("b", record, ttl_seconds=0.1)) is Outcome.APPLIED
+        await gone(tier, "b")
+        assert await outcome(tier, end("b")) is Outcome.MISSING
 
     async def test_a_session_whose_time_is_over_does_not_live_for_a_moment(
         self, open_tier: OpenTier
@@ -721,6 +776,22 @@ class RemoteTierContract:
         assert set(await listed(tier, "user3:")) == some
         assert await listed(tier, "user9") == []
 
+    async def test_a_scan_finds_what_lives_all_the_while_though_others_end(
+        self, open_tier: OpenTier
+    ) -> None:
+        """Each page that has come is ended, but for its last id."""
+        tier = await open_tier()
+        names = {f"s{n}" for n in range(3000)}
+        await tier.commit([create(name, new_record({"n": 0})) for name in sorted(names)])
+        found: set[str] = set()
+        ended: set[str] = set()
+        async for page in tier.scan("s"):
+            found.update(page)
+            some = names.intersection(page[:-1]) - ended
+            ended |= some
+            await tier.commit([end(name) for name in some])
+        assert names - ended <= found
+
     # --- the tier itself ------------------------------------------------------------------------
 
     async def test_the_epoch_is_one_for_all_workers_and_stays(self, open_tier: OpenTier) -> None:
@@ -779,6 +850,48 @@ class RemoteTierContract:
         assert [(item.version, item.commit, item.ended) for item in mine] == expected
         assert {item.worker for item in heard.announcements} == {tier.worker}
         assert own.announcements == []
+
+    async def test_commits_of_one_batch_are_announced_in_order(self, open_tier: OpenTier) -> None:
+        """With an end among them, and a new beginning."""
+        tier = await open_tier()
+        heard = await self._listening(await open_tier())
+        chain, anew, ending = chain_of(30), chain_of(30), end("a")
+        requests: list[Request] = [create("a", chain[0])]
+        requests += [update("a", old, new) for old, new in pairwise(chain)]
+        requests += [ending, create("a", anew[0])]
+        requests += [update("a", old, new) for old, new in pairwise(anew)]
+        assert await tier.commit(requests) == [APPLIED] * len(requests)
+        await until(lambda: len(heard.announcements) >= len(requests), "all are announced")
+        expected = [rec.commit_of(each) for each in chain]
+        expected += [ending.commit, *(rec.commit_of(each) for each in anew)]
+        assert [item.commit for item in heard.announcements] == expected
+
+    async def test_the_end_of_a_missing_session_is_announced(self, open_tier: OpenTier) -> None:
+        """Another worker may still have a copy of what the tier has lost."""
+        tier = await open_tier()
+        heard = await self._listening(await open_tier())
+        ending = end("a", new_id())
+        assert await outcome(tier, ending) is Outcome.MISSING
+        await until(lambda: bool(heard.announcements), "it is announced")
+        [told] = heard.announcements
+        assert (told.session_id, told.commit, told.ended) == ("a", ending.commit, True)
+
+    async def test_what_is_announced_is_there(self, open_tier: OpenTier) -> None:
+        """Whoever looks when it hears of a commit finds that one, or a later one."""
+        tier, other = await open_tier(), await open_tier()
+        heard = _Looking(other)
+        await other.subscribe(heard)
+        await until(lambda: heard.events == ["connected"], "the listener is told of the connection")
+        chain = chain_of(20)
+        assert await outcome(tier, create("a", chain[0])) is Outcome.APPLIED
+        for old, new in pairwise(chain):
+            assert await outcome(tier, update("a", old, new)) is Outcome.APPLIED
+        await until(lambda: len(heard.announcements) >= len(chain), "all are announced")
+        for told, found in zip(
+            heard.announcements, await asyncio.gather(*heard.looks), strict=True
+        ):
+            assert isinstance(found, RemoteSession), f"version {told.version} is there"
+            assert told.commit in found.history, f"version {told.version} is there"
 
     async def test_what_is_refused_or_repeated_is_not_announced(self, open_tier: OpenTier) -> None:
         """Nothing has changed. Only announcements of one session have an order."""

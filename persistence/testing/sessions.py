@@ -15,11 +15,16 @@ _wall: Final = SystemClock.wall
 HOSTILE_IDS: Final = (
     "a",
     "A",
+    "a ",
+    " a",
     "with space",
+    "with_space",
+    "with+space",
     "{tag}",
     "}{",
     "*?[x]\\^-",
     "%",
+    "%25",
     "_",
     "a'; DROP TABLE sessions; --",
     '"',
@@ -27,18 +32,32 @@ HOSTILE_IDS: Final = (
     "$1",
     ":a",
     "ü" * 200,
+    "ü",
     "\N{LATIN SMALL LETTER U}\N{COMBINING DIAERESIS}",
+    "u",
+    "\N{LATIN SMALL LETTER SHARP S}",
+    "ss",
+    "\N{LATIN SMALL LIGATURE FI}",
+    "fi",
     "a\nb\0c",
     "\0",
     "\x7f",
     "\uffff",
     "\U0010ffff",
     "x" * 512,
+    "x" * 511 + "y",
     "../etc/passwd",
+    "a/b",
+    "a_b",
     "null",
     "0",
+    "00",
 )
-"""Ids that are plain keys: none is a path, a pattern, an escape or another one's equal."""
+"""Ids that are plain keys: none is a path, a pattern, an escape or another one's equal.
+
+Those beside each other are equal to who folds case, strips blanks, ignores accents, composes
+characters, unquotes, reads numbers, or cuts off what is too long.
+"""
 
 
 def new_id() -> bytes:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from persistence import ManualClock, SystemClock
+from persistence import record as rec
 from persistence.config import RedisConfig
 from persistence.errors import PersistenceError
 from persistence.providers import MemoryProvider, SessionProvider
@@ -20,8 +23,10 @@ from persistence.remote.contract import (
     APPLIED,
     Announcement,
     CommitResult,
+    Delete,
     Listener,
     Outcome,
+    Put,
     RemoteSession,
     RemoteTier,
     Request,
@@ -29,6 +34,7 @@ from persistence.remote.contract import (
     Touch,
 )
 from persistence.remote.redis import RedisTier
+from persistence.testing import remote_tier_contract
 from persistence.testing.provider_contract import ProviderContract
 from persistence.testing.remote_tier_contract import RemoteTierContract
 from tests.postgres_servers import new_namespace
@@ -154,6 +160,72 @@ class Sweeping(MemoryProvider):
         return count
 
 
+class Trimming(MemoryProvider):
+    """Takes an id for the same one without blanks around it."""
+
+    async def get_session(self, session_id: str) -> dict[str, Any] | None:
+        return await super().get_session(_trimmed(session_id))
+
+    async def set_session(
+        self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
+    ) -> None:
+        await super().set_session(_trimmed(session_id), data, ttl_seconds)
+
+
+def _trimmed(session_id: Any) -> Any:
+    return session_id.strip(" ") if isinstance(session_id, str) else session_id
+
+
+class Dating(MemoryProvider):
+    """Cleans up what began long ago, whoever has used it since."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._begun: dict[str, float] = {}
+
+    async def set_session(
+        self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
+    ) -> None:
+        await super().set_session(session_id, data, ttl_seconds)
+        self._begun.setdefault(session_id, self._clock.monotonic())
+
+    async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
+        for session_id, kept in self._sessions.items():
+            self._sessions[session_id] = kept._replace(accessed=self._begun[session_id])
+        return await super().cleanup_old_sessions(max_age_seconds)
+
+
+class Padding(MemoryProvider):
+    """Counts what has expired by itself among what it cleaned up."""
+
+    async def cleanup_old_sessions(self, max_age_seconds: float) -> int:
+        before = len(self._sessions)
+        await super().cleanup_old_sessions(max_age_seconds)
+        return before - len(self._sessions)
+
+
+class Counting(MemoryProvider):
+    """Counts the calls, whatever they did."""
+
+    async def delete_session(self, session_id: str) -> bool:
+        was_alive = await super().delete_session(session_id)
+        self._deletes += not was_alive
+        return was_alive
+
+
+class Ageing(MemoryProvider):
+    """Does not count writing as an access."""
+
+    async def set_session(
+        self, session_id: Any, data: Mapping[str, Any], ttl_seconds: float | None = None
+    ) -> None:
+        before = self._alive(session_id) if isinstance(session_id, str) else None
+        await super().set_session(session_id, data, ttl_seconds)
+        if before is not None and ttl_seconds is None:
+            kept = self._sessions[session_id]
+            self._sessions[session_id] = kept._replace(deadline=before.deadline)
+
+
 class _Kit(ProviderContract):
     """The kit, on a clock that is moved."""
 
@@ -191,6 +263,11 @@ async def provider_failures(kind: type[MemoryProvider]) -> list[str]:
         (Careless, "test_what_cannot_be_stored_is_refused_by_name_and_changes_nothing"),
         (Hasty, "test_what_never_was_is_absent_everywhere"),
         (Sweeping, "test_old_sessions_are_cleaned_up_and_counted"),
+        (Trimming, "test_any_session_id_is_a_plain_key"),
+        (Dating, "test_old_sessions_are_cleaned_up_and_counted"),
+        (Padding, "test_a_session_expires_by_its_ttl_and_is_absent_everywhere"),
+        (Counting, "test_the_numbers_agree_with_what_was_done"),
+        (Ageing, "test_reading_renews_and_asking_does_not"),
     ],
 )
 async def test_a_provider_with_a_fault_fails_the_test_of_it(
@@ -294,6 +371,113 @@ class Matching(RedisTier):
                 yield []
 
 
+class Viewing(RedisTier):
+    """Returns views of its driver's memory."""
+
+    async def load_many(
+        self, session_ids: Sequence[str]
+    ) -> list[RemoteSession | Stored | PersistenceError | None]:
+        found = await super().load_many(session_ids)
+        return [
+            each._replace(record=memoryview(each.record))  # type: ignore[arg-type]
+            if isinstance(each, RemoteSession)
+            else each
+            for each in found
+        ]
+
+
+class Capping(RedisTier):
+    """Takes no limit of renewals for the first deadline."""
+
+    async def load_many(
+        self, session_ids: Sequence[str]
+    ) -> list[RemoteSession | Stored | PersistenceError | None]:
+        found = await super().load_many(session_ids)
+        return [
+            each._replace(cap=min(each.cap, each.deadline))
+            if isinstance(each, RemoteSession)
+            else each
+            for each in found
+        ]
+
+
+class Hurrying(RedisTier):
+    """Lets a call overtake the one before it."""
+
+    async def commit(self, requests: Sequence[Request]) -> list[CommitResult]:
+        self._calls = getattr(self, "_calls", 0) + 1
+        if self._calls % 2:
+            await asyncio.sleep(0.02)
+        return await super().commit(requests)
+
+
+class Paging(RedisTier):
+    """Asks for each page by how many ids have come before it."""
+
+    async def scan(self, prefix: str = "") -> AsyncIterator[list[str]]:
+        start = 0
+        while page := sorted([n async for each in super().scan(prefix) for n in {*each}])[
+            start : start + 500
+        ]:
+            start += 500
+            yield page
+
+
+class Mourning(RedisTier):
+    """Takes what has expired for ended by whoever ends it then."""
+
+    async def commit(self, requests: Sequence[Request]) -> list[CommitResult]:
+        results = await super().commit(requests)
+        return [
+            APPLIED if each.outcome is Outcome.MISSING and isinstance(request, Delete) else each
+            for each, request in zip(results, requests, strict=True)
+        ]
+
+
+class _Gossip(NamedTuple):
+    """A listener that tells of each session's last commit only, and not of what was not there."""
+
+    inner: Listener
+
+    def announced(self, announcements: Sequence[Announcement]) -> None:
+        last = {each.session_id: each for each in announcements if each.version}
+        self.inner.announced(list(last.values()))
+
+    def connected(self, *, epoch: bytes) -> None:
+        self.inner.connected(epoch=epoch)
+
+    def disconnected(self) -> None:
+        self.inner.disconnected()
+
+
+class Summing(RedisTier):
+    """Announces the last commit of a batch for all of them, and no end of a missing session."""
+
+    async def subscribe(self, listener: Listener) -> None:
+        await super().subscribe(_Gossip(listener))
+
+
+class Boasting(RedisTier):
+    """Announces what it is about to do."""
+
+    async def subscribe(self, listener: Listener) -> None:
+        _boasts.append(listener)
+        asyncio.get_running_loop().call_soon(partial(listener.connected, epoch=await self.epoch()))
+
+    async def commit(self, requests: Sequence[Request]) -> list[CommitResult]:
+        for each in requests:
+            if isinstance(each, Put):
+                version, commit = rec.version_of(each.record), rec.commit_of(each.record)
+                told = Announcement(each.session_id, version, commit, False, self.worker)
+                for listener in _boasts:
+                    listener.announced([told])
+        await asyncio.sleep(0.01)
+        return await super().commit(requests)
+
+
+_boasts: list[Listener] = []
+
+
 @pytest.mark.parametrize(
     ("kind", "test"),
     [
@@ -307,13 +491,26 @@ class Matching(RedisTier):
         (Backdating, "test_a_touch_moves_the_deadline_and_never_the_last_access_back"),
         (Restless, "test_the_epoch_is_one_for_all_workers_and_stays"),
         (Matching, "test_any_session_id_is_a_plain_key"),
+        (Viewing, "test_wide_and_large_sessions_come_back"),
+        (Capping, "test_an_update_replaces_every_time_of_the_version_before"),
+        (Hurrying, "test_calls_of_one_worker_are_applied_in_their_order"),
+        (Paging, "test_a_scan_finds_what_lives_all_the_while_though_others_end"),
+        (Mourning, "test_a_session_expires_by_its_deadline"),
+        (Summing, "test_commits_of_one_batch_are_announced_in_order"),
+        (Summing, "test_the_end_of_a_missing_session_is_announced"),
+        (Boasting, "test_what_is_announced_is_there"),
     ],
 )
 async def test_a_tier_with_a_fault_fails_the_test_of_it(
-    shared_server: RedisServer, kind: type[RedisTier], test: str
+    shared_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[RedisTier],
+    test: str,
 ) -> None:
     namespace = new_namespace()
     opened: list[RemoteTier] = []
+    _boasts.clear()
+    monkeypatch.setattr(remote_tier_contract, "_PATIENCE_SECONDS", 1.0)  # for what never comes
 
     async def open_tier(*, tombstone_seconds: float = 86_400.0) -> RemoteTier:
         settings: dict[str, Any] = {"namespace": namespace, "tombstone_seconds": tombstone_seconds}
