@@ -179,7 +179,7 @@ class CheckpointNotFound(PersistenceError, KeyError):
 
 
 class ManagerClosed(PersistenceError):
-    """The manager is not open: not opened yet, closed, or inherited through a fork."""
+    """The manager, or provider, is not open: not yet, closed, or inherited through a fork."""
 
 
 class WrongEventLoop(ManagerClosed):

@@ -14,7 +14,9 @@ A provider keeps sessions for an application: whole, by their id, with a TTL. It
 5. What it cannot store it refuses by name, and changes nothing.
 
 Every method may raise `RemoteUnavailable` (it certainly did nothing) or, where it writes,
-`WriteOutcomeUnknown`, if there is a server behind it. Each may be cancelled at any time.
+`WriteOutcomeUnknown`, if there is a server behind it; then every method also raises `ManagerClosed`
+where the provider is not open, and `WrongEventLoop` in another event loop than the one that opened
+it. Each may be cancelled at any time.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from persistence.errors import ConflictError, printable
 from persistence.expiry import WINDOWS_PER_TTL, deadline_after
 from persistence.ids import CommitIds, check_session_id
 from persistence.providers.contract import ProviderStats
+from persistence.providers.opening import Opening
 from persistence.providers.packing import (
     DEFAULT_TTL_SECONDS,
     MAX_BYTES,
@@ -59,6 +60,10 @@ class TierProvider:
     session that never expires, a minute. `get_active_sessions`, `cleanup_old_sessions` and
     `get_stats` walk over all sessions of the namespace; `cleanup_old_sessions` reads their data.
 
+    It belongs to the event loop that opened it. A call from another one is refused with
+    WrongEventLoop, and one before it is open, after it is closed, or in the child of a fork with
+    ManagerClosed.
+
     Args:
         tier: a shared tier that is not open yet.
         name: for `get_stats`.
@@ -80,6 +85,7 @@ class TierProvider:
         clock: Clock | None = None,
     ) -> None:
         self._tier = tier
+        self._opening = Opening()
         self._name = name
         self._ttl_seconds = check_ttl(ttl_seconds)
         self._max_bytes = max_bytes
@@ -93,12 +99,20 @@ class TierProvider:
         Raises:
             ConfigError: it can never work like this.
             RemoteUnavailable: it cannot be reached.
+            ManagerClosed: it is closed.
         """
+        self._opening.begin()
         await self._tier.open()
+        self._opening.done()
 
     async def close(self) -> None:
-        """Give all connections back; idempotent."""
-        await self._tier.close()
+        """Give all connections back; idempotent. In the child of a fork it does nothing.
+
+        Raises:
+            WrongEventLoop: it was opened in another event loop.
+        """
+        if self._opening.end():
+            await self._tier.close()
 
     async def __aenter__(self) -> Self:
         try:
@@ -120,6 +134,7 @@ class TierProvider:
 
     async def get_session(self, session_id: str) -> dict[str, Any] | None:
         """Return the session's data, or None if there is none; an access."""
+        self._opening.check()
         check_session_id(session_id)
         self._reads += 1
         found = await self._tier.load(session_id)
@@ -137,6 +152,7 @@ class TierProvider:
         Raises:
             ConflictError: others changed the session all the time.
         """
+        self._opening.check()
         check_session_id(session_id)
         ttl_seconds = check_ttl_or_none(ttl_seconds)
         fields = pack_fields(session_id, data, self._max_bytes)
@@ -160,6 +176,7 @@ class TierProvider:
 
     async def has_session(self, session_id: str) -> bool:
         """Whether a session is alive; no access."""
+        self._opening.check()
         check_session_id(session_id)
         [stored] = await self._tier.stored([session_id])
         return stored is not None and stored.lives
@@ -169,6 +186,7 @@ class TierProvider:
 
         One that is changed meanwhile stays.
         """
+        self._opening.check()
         oldest = self._wall() - check_age(max_age_seconds)
         count = 0
         async for some in self._pages():
@@ -181,6 +199,7 @@ class TierProvider:
 
     async def get_active_sessions(self) -> list[str]:
         """Return the ids of all sessions that are alive, whoever made them."""
+        self._opening.check()
         found: dict[str, None] = {}
         async for page in self._tier.scan():
             found.update(dict.fromkeys(page))

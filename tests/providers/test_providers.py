@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, cast
 
 import pytest
 
-from persistence import ManualClock, SystemClock
+from persistence import Clock, ManualClock, SystemClock
 from persistence.config import RedisConfig
 from persistence.errors import (
     ConfigError,
     ConflictError,
     InvalidArgument,
+    ManagerClosed,
     RemoteUnavailable,
     ValueTooLarge,
     WriteOutcomeUnknown,
+    WrongEventLoop,
 )
 from persistence.providers import (
     MemoryProvider,
@@ -111,8 +116,14 @@ async def tier(shared_server: RedisServer) -> AsyncIterator[RedisTier]:
     await tier.close()
 
 
+async def opened(tier: object, clock: Clock | None = None) -> TierProvider:
+    provider = TierProvider(cast(RemoteTier, tier), clock=clock)
+    await provider.open()
+    return provider
+
+
 async def test_ending_what_never_was_leaves_nothing_behind(tier: RedisTier) -> None:
-    provider = TierProvider(tier)
+    provider = await opened(tier)
     for n in range(5):
         assert await provider.delete_session(f"s{n}") is False
     assert await tier.stored([f"s{n}" for n in range(5)]) == [None] * 5
@@ -123,7 +134,7 @@ async def test_user_metadata_and_a_fixed_end_of_a_workers_session_stay(tier: Red
     put = create("a", record, ttl_seconds=60.0)
     put = put._replace(cap=put.deadline + 5)
     assert (await tier.commit([put]))[0].is_stored
-    provider = TierProvider(tier, clock=ManualClock(put.accessed + 30))
+    provider = await opened(tier, ManualClock(put.accessed + 30))
     await provider.set_session("a", {"n": 2})
     found = await loaded(tier, "a")
     assert found.deadline == put.deadline, "its deadline is fixed"
@@ -140,7 +151,7 @@ async def test_an_access_is_recorded_once_a_sixteenth_of_the_ttl_has_passed(
     record = await created(tier, "a", {"n": 1})
     start = (await loaded(tier, "a")).accessed
     clock = ManualClock(start)
-    provider = TierProvider(tier, clock=clock)
+    provider = await opened(tier, clock)
     clock.advance(3600 / 16 - 1)
     await provider.get_session("a")
     assert (await loaded(tier, "a")).accessed == start
@@ -161,7 +172,14 @@ class Scripted:
     def __init__(self, *outcomes: CommitResult) -> None:
         self.outcomes = list(outcomes)
         self.asked: list[Request] = []
+        self.closed = 0
         self.session = RemoteSession(new_record({"n": 1}), 0.0, NEVER, NEVER)
+
+    async def open(self) -> None:
+        return
+
+    async def close(self) -> None:
+        self.closed += 1
 
     async def load(self, session_id: str) -> RemoteSession:
         return self.session
@@ -174,22 +192,19 @@ class Scripted:
         return [self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]]
 
 
-def over(tier: Scripted) -> TierProvider:
-    return TierProvider(cast(RemoteTier, tier))
-
-
 @pytest.mark.parametrize("outcome", [Outcome.CONFLICT, Outcome.TERMINATED, Outcome.MISSING])
 async def test_a_write_that_was_overtaken_is_done_again(outcome: Outcome) -> None:
     tier = Scripted(CommitResult(outcome), CommitResult(outcome), CommitResult(Outcome.APPLIED))
-    await over(tier).set_session("a", {"n": 2})
+    await (await opened(tier)).set_session("a", {"n": 2})
     assert len(tier.asked) == 3
     ids = {request.record[16:32] for request in tier.asked if isinstance(request, Put)}
     assert len(ids) == 3, "another attempt is another commit"
 
 
 async def test_a_write_that_is_overtaken_all_the_time_ends() -> None:
+    provider = await opened(Scripted(CommitResult(Outcome.CONFLICT)))
     with pytest.raises(ConflictError, match="others changed it"):
-        await over(Scripted(CommitResult(Outcome.CONFLICT))).set_session("a", {"n": 2})
+        await provider.set_session("a", {"n": 2})
 
 
 @pytest.mark.parametrize(
@@ -202,7 +217,7 @@ async def test_a_write_that_is_overtaken_all_the_time_ends() -> None:
 async def test_what_a_tier_does_not_decide_is_raised(
     outcome: Outcome, error: RemoteUnavailable
 ) -> None:
-    provider = over(Scripted(CommitResult(outcome, None, error)))
+    provider = await opened(Scripted(CommitResult(outcome, None, error)))
     with pytest.raises(type(error)):
         await provider.set_session("a", {"n": 2})
     with pytest.raises(type(error)):
@@ -212,8 +227,93 @@ async def test_what_a_tier_does_not_decide_is_raised(
 async def test_an_access_that_cannot_be_recorded_does_not_hinder_reading() -> None:
     error = RemoteUnavailable("away")
     tier = Scripted(CommitResult(Outcome.REFUSED, None, error))
-    assert await over(tier).get_session("a") == {"n": 1}
+    assert await (await opened(tier)).get_session("a") == {"n": 1}
     assert [type(request) for request in tier.asked] == [Touch]
+
+
+# --- who may call it ------------------------------------------------------------------------------
+
+
+def calls_of(provider: TierProvider) -> list[Callable[[], Coroutine[Any, Any, object]]]:
+    return [
+        partial(provider.get_session, "a"),
+        partial(provider.set_session, "a", {"n": 2}),
+        partial(provider.delete_session, "a"),
+        partial(provider.has_session, "a"),
+        partial(provider.cleanup_old_sessions, 0),
+        provider.get_active_sessions,
+        provider.get_stats,
+    ]
+
+
+def in_a_loop_of_its_own(call: Callable[[], Coroutine[Any, Any, object]]) -> object:
+    return asyncio.run(call())
+
+
+async def test_before_and_after_it_is_open_every_call_is_refused() -> None:
+    tier = Scripted(CommitResult(Outcome.APPLIED))
+    provider = TierProvider(cast(RemoteTier, tier))
+    for call in calls_of(provider):
+        with pytest.raises(ManagerClosed, match="not open; use it with 'async with'"):
+            await call()
+    async with provider:
+        assert await provider.get_session("a") == {"n": 1}
+        await provider.open()  # again, which is no harm
+    await provider.close()
+    asked = len(tier.asked)
+    for call in [*calls_of(provider), provider.open]:
+        with pytest.raises(ManagerClosed, match="is closed; make another one"):
+            await call()
+    assert len(tier.asked) == asked
+
+
+def test_another_event_loop_is_refused_with_the_way_out() -> None:
+    tier = Scripted(CommitResult(Outcome.APPLIED))
+    provider = TierProvider(cast(RemoteTier, tier))
+
+    async def first() -> None:
+        await provider.open()
+        for call in [*calls_of(provider), provider.open, provider.close]:
+            with pytest.raises(WrongEventLoop, match=r"persistence\.sync"):
+                await asyncio.to_thread(in_a_loop_of_its_own, call)
+        assert (tier.asked, tier.closed) == ([], 0)
+        assert await provider.get_session("a") == {"n": 1}
+        await provider.close()
+
+    asyncio.run(first())
+    asyncio.run(provider.close())  # it is closed already, which is no harm
+    assert tier.closed == 1
+
+
+async def test_the_child_of_a_fork_is_refused_and_leaves_its_parent_the_connections(
+    shared_server: RedisServer,
+) -> None:
+    async with RedisProvider(shared_server.url, namespace=new_namespace()) as provider:
+        await provider.set_session("a", {"n": 1})
+        child = os.fork()
+        if not child:
+            os._exit(_refused_in_child(provider))
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert await provider.get_session("a") == {"n": 1}
+
+
+def _refused_in_child(provider: RedisProvider) -> int:
+    """Return how many calls were not refused, in an event loop of the child's own."""
+    asyncio._set_running_loop(None)
+
+    async def count() -> int:
+        refused = 0
+        calls = calls_of(provider)
+        for call in calls:
+            try:
+                await call()
+            except ManagerClosed as error:
+                refused += "make one of your own" in str(error)
+        await provider.close()
+        return len(calls) - refused
+
+    return asyncio.run(count())
 
 
 # --- by URL ---------------------------------------------------------------------------------------
