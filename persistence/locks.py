@@ -14,7 +14,8 @@ from persistence.errors import ConflictError, printable
 OWNER: Final[ContextVar[object]] = ContextVar("persistence-owner", default=None)
 """Who calls, where that is not the task: a thread, each of whose calls is a task of its own."""
 
-ASKERS: Final[ContextVar[Sequence[object]]] = ContextVar("persistence-askers", default=())
+NOBODY: Final[Sequence[object]] = ()
+ASKERS: Final[ContextVar[Sequence[object]]] = ContextVar("persistence-askers", default=NOBODY)
 """Who waits right now, as `OWNER` or task, for what this code does in a task of its own."""
 
 

@@ -12,7 +12,7 @@ from persistence.errors import Overtaken
 from persistence.requests import Request
 from persistence.session import Session, SessionDraft
 from persistence.sync.blocks import Block, Stream
-from persistence.sync.loop import LoopThread
+from persistence.sync.loop import LoopThread, callers_context
 from persistence.sync.offload import off_loop
 from persistence.updates import change_draft
 from persistence.watching.changes import SessionChange
@@ -82,7 +82,8 @@ class SessionHandle:
     ) -> Any:
         """Return a live resource of it; see `StateManager.resources` of this module."""
         make, end = off_loop(factory), off_loop(close, self._thread.closes)
-        return self._thread.run(partial(self._handle.resources, name, make, end))
+        asking = partial(self._handle.resources, name, make, end)
+        return self._thread.run(asking, callers_context())
 
     def scratch_dir(self) -> Path:
         """Return the path of its private directory."""

@@ -21,7 +21,7 @@ from persistence.session import ClientInfo, Session, SessionDraft
 from persistence.sync.blocks import Block, Stream
 from persistence.sync.glance import Glances
 from persistence.sync.handle import SessionHandle
-from persistence.sync.loop import LoopThread, refuse_event_loop, running_loop
+from persistence.sync.loop import LoopThread, callers_context, refuse_event_loop, running_loop
 from persistence.sync.mapping import SessionMapping
 from persistence.sync.offload import off_loop
 from persistence.updates import Edit, change_draft, drafted
@@ -282,11 +282,13 @@ class StateManager:
         """Return a live resource of a session; see `persistence.StateManager.resources`.
 
         `factory` and `close` are called in a thread of their own each, and may block there, ask for
-        other resources, too. Coroutine functions run on the engine's loop.
+        other resources, too. Coroutine functions run on the engine's loop. `factory` has the
+        context variables of whoever asked first.
         """
         thread = self._on_loop()
         make, end = off_loop(factory), off_loop(close, thread.closes)
-        return thread.run(partial(self._manager.resources, session_id, name, make, end))
+        asking = partial(self._manager.resources, session_id, name, make, end)
+        return thread.run(asking, callers_context())
 
     # --- watching and listing -----------------------------------------------------------------
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from persistence import sync
-from persistence.errors import RequestLimitReached, SessionNotFound
+from persistence import ClientInfo, sync
+from persistence.errors import (
+    ConflictError,
+    PersistenceError,
+    RequestLimitReached,
+    SessionNotFound,
+)
 from tests.engine import ScriptedFiles, config_for
+
+ADA = ClientInfo(ip="203.0.113.9", user_agent="a")
+PATIENCE_SECONDS = 10
+TENANT = ContextVar("TENANT", default="nobody's")
 
 
 @dataclass
@@ -100,6 +110,68 @@ def test_a_resource_may_be_made_by_a_coroutine(state: sync.StateManager) -> None
     assert state.resources(sid, "db", factory) == "made"
     with pytest.raises(ZeroDivisionError):
         state.resources(sid, "broken", lambda: 1 / 0)
+
+
+def answer_of(call: Callable[[], object]) -> object:
+    """Return what a thread gets, or the error that it is told; a hanging one fails the test."""
+    got: list[object] = []
+
+    def ask() -> None:
+        try:
+            got.append(call())
+        except PersistenceError as error:
+            got.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    assert got, "it hangs"
+    return got[0]
+
+
+def test_a_factory_that_writes_what_its_asker_edits_is_told_at_once(
+    state: sync.StateManager,
+) -> None:
+    sid = state.create_session(data={"n": 0})
+
+    def ask() -> object:
+        with state.edit(sid):
+            return state.resources(sid, "db", lambda: state.update_session_data(sid, "n", 1))
+
+    error = answer_of(ask)
+    assert isinstance(error, ConflictError)
+    assert "whoever asked for this resource" in str(error)
+    assert state.update_session_data(sid, "n", 2)["n"] == 2
+
+
+def test_factories_that_wait_for_each_other_are_told_at_once(state: sync.StateManager) -> None:
+    sid = state.create_session()
+    handle = state.open_session(sid, state.issue_token(sid, ADA), ADA)
+
+    def page() -> object:
+        return state.resources(sid, "connection", lambda: handle.resources("page", object))
+
+    error = answer_of(lambda: handle.resources("page", page))
+    assert isinstance(error, ConflictError)
+    assert "the factory of 'connection' asks for it" in str(error)
+
+
+def test_a_factory_has_the_context_of_whoever_asks(state: sync.StateManager) -> None:
+    sid = state.create_session()
+    handle = state.open_session(sid, state.issue_token(sid, ADA), ADA)
+
+    async def tenant() -> str:
+        return TENANT.get()
+
+    def ask() -> list[object]:
+        TENANT.set("shop")
+        return [
+            state.resources(sid, "in a thread", TENANT.get),
+            state.resources(sid, "on the loop", tenant),
+            handle.resources("by a handle", TENANT.get),
+        ]
+
+    assert answer_of(ask) == ["shop"] * 3
 
 
 def test_sessions_are_objects_of_the_schema(typed: sync.StateManager) -> None:
