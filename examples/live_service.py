@@ -16,6 +16,7 @@ from functools import partial
 from itertools import count
 
 from persistence import DiskConfig, StateConfig, StateManager, worker
+from persistence.errors import SessionNotFound
 
 CONFIG = StateConfig(disk=DiskConfig(path=".persistence/live"))
 _numbers = count(1)
@@ -53,18 +54,23 @@ async def serve(port: int, state: StateManager) -> None:
 
     async def talk(reader: StreamReader, writer: StreamWriter) -> None:
         sid = (await reader.readline()).decode(errors="replace").strip() or "nobody"
-        await state.get_or_create_session(sid, data={"calls": 0})
+        listeners: set[StreamWriter] = set()
         try:
+            await state.get_or_create_session(sid, data={"calls": 0})
             # The registry: a plain set, the same one for all clients of the session.
-            listeners: set[StreamWriter] = await state.resources(sid, "listeners", set)
+            listeners = await state.resources(sid, "listeners", set)
             listeners.add(writer)
             while text := (await reader.readline()).decode(errors="replace").strip():
                 if text == "stop":
                     await state.terminate_session(sid)  # which closes the connection
                     break
                 await call(sid, text)
-            listeners.discard(writer)
+        except SessionNotFound:
+            pass  # another client of the session has stopped it
+        except ConnectionError:
+            pass  # the client is gone
         finally:
+            listeners.discard(writer)
             writer.close()
 
     async def call(sid: str, text: str) -> None:

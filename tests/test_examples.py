@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+ERRORS = "errors"  # a file in the directory of the examples
 PATIENCE_SECONDS = 30
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -32,9 +34,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(name: str, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(EXAMPLES / name), *words]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True
-        )
+        with (tmp_path / ERRORS).open("a") as errors:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         running.append(process)
         return process
 
@@ -42,6 +45,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for process in running:
         process.kill()
         process.communicate()
+    sys.stderr.write((tmp_path / ERRORS).read_text())  # for whoever reads why a test failed
 
 
 def test_every_example_is_run_here() -> None:
@@ -172,6 +176,12 @@ class _Client:
         self.say(line)
         return self.hear()
 
+    def reset(self) -> None:
+        """Go without a goodbye: what the other end reads next is an error."""
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._lines.close()
+        self._connection.close()
+
 
 def test_two_chat_servers_share_what_a_user_prefers(start: Start, own_server: RedisServer) -> None:
     url = own_server.url
@@ -238,3 +248,29 @@ def test_the_live_service_has_one_connection_for_each_session_and_closes_it(star
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, output) == (0, "connection 1 closed\nclosed\n")
+
+
+def test_the_live_service_goes_on_when_clients_are_gone_or_stopped_by_others(
+    start: Start, tmp_path: Path
+) -> None:
+    process, port = _listening(start, "live_service.py", "0")
+    with _Client(port) as ada, _Client(port) as ada_too:
+        ada.say("ada")
+        assert ada.ask("hello") == "connection 1, call 1: HELLO"
+        ada_too.say("ada", "stop")
+        assert ada_too.hear() == ""
+        assert ada.ask("still there?") == "", "there is no session any more"
+    with _Client(port) as bob, _Client(port) as bob_too:
+        bob.say("bob")
+        assert bob.ask("hello") == "connection 2, call 1: HELLO"
+        bob_too.say("bob")
+        assert bob_too.ask("me too") == "connection 2, call 2: ME TOO"
+        assert bob.hear() == "connection 2, call 2: ME TOO"
+        bob_too.reset()
+        for count in range(3, 9):
+            assert bob.ask("hi") == f"connection 2, call {count}: HI"
+        bob.say("stop")
+        assert bob.hear() == ""
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, (tmp_path / ERRORS).read_text()) == (0, "")
