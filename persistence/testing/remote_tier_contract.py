@@ -152,7 +152,8 @@ async def outcome(tier: RemoteTier, request: Request) -> Outcome:
 async def created(tier: RemoteTier, session_id: str, data: dict[str, Any]) -> bytes:
     """Create a session; return its record."""
     record = new_record(data)
-    assert await outcome(tier, create(session_id, record)) is Outcome.APPLIED
+    found = await outcome(tier, create(session_id, record))
+    assert found is Outcome.APPLIED, f"{session_id!r} was not there, and can be created"
     return record
 
 
