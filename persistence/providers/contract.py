@@ -15,7 +15,7 @@ A provider keeps sessions for an application: whole, by their id, with a TTL. It
 
 Every method may raise `RemoteUnavailable` (it certainly did nothing) or, where it writes,
 `WriteOutcomeUnknown`, if there is a server behind it; then every method also raises `ManagerClosed`
-where the provider is not open, and `WrongEventLoop` in another event loop than the one that opened
+where the provider is closed, and `WrongEventLoop` in another event loop than the one that opened
 it. Each may be cancelled at any time.
 """
 

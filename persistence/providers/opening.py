@@ -12,7 +12,7 @@ from typing import Final
 
 from persistence.errors import ManagerClosed, WrongEventLoop
 
-_NOT_OPEN: Final = "the provider is not open; use it with 'async with' or await open()"
+_NOT_OPEN: Final = "the provider is not open yet: await open(), or use it with 'async with'"
 _CLOSED: Final = "the provider is closed; make another one"
 
 
@@ -41,11 +41,16 @@ class Opening:
             self._loop, self._process = asyncio.get_running_loop(), os.getpid()
             self._why_closed = None
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody has opened it yet, nor closed it."""
+        return self._why_closed is _NOT_OPEN
+
     def check(self) -> None:
         """Raise unless it is open, here.
 
         Raises:
-            ManagerClosed: it is not open, or this is the child of a fork.
+            ManagerClosed: it is closed, or this is the child of a fork.
             WrongEventLoop: it was opened in another event loop.
         """
         if self._why_closed is not None:

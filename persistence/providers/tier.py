@@ -7,6 +7,7 @@ see and change the same sessions, and the workers hear of what a provider writes
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
@@ -60,9 +61,9 @@ class TierProvider:
     session that never expires, a minute. `get_active_sessions`, `cleanup_old_sessions` and
     `get_stats` walk over all sessions of the namespace; `cleanup_old_sessions` reads their data.
 
-    It belongs to the event loop that opened it. A call from another one is refused with
-    WrongEventLoop, and one before it is open, after it is closed, or in the child of a fork with
-    ManagerClosed.
+    The first call opens it, if nobody has. It belongs to the event loop that opened it: a call from
+    another one is refused with WrongEventLoop, and one after it is closed, or in the child of a
+    fork, with ManagerClosed.
 
     Args:
         tier: a shared tier that is not open yet.
@@ -86,6 +87,7 @@ class TierProvider:
     ) -> None:
         self._tier = tier
         self._opening = Opening()
+        self._turn = asyncio.Lock()  # of those who come before it is open
         self._name = name
         self._ttl_seconds = check_ttl(ttl_seconds)
         self._max_bytes = max_bytes
@@ -130,11 +132,24 @@ class TierProvider:
     ) -> None:
         await self.close()
 
+    async def _ready(self) -> None:
+        """Let in who may come; the first one opens it.
+
+        Raises:
+            ManagerClosed, WrongEventLoop: see the class.
+            ConfigError, RemoteUnavailable: it cannot be opened; the next call tries again.
+        """
+        if self._opening.is_new:
+            async with self._turn:
+                if self._opening.is_new:
+                    await self.open()
+        self._opening.check()
+
     # --- the seven methods ------------------------------------------------------------------------
 
     async def get_session(self, session_id: str) -> dict[str, Any] | None:
         """Return the session's data, or None if there is none; an access."""
-        self._opening.check()
+        await self._ready()
         check_session_id(session_id)
         self._reads += 1
         found = await self._tier.load(session_id)
@@ -152,7 +167,7 @@ class TierProvider:
         Raises:
             ConflictError: others changed the session all the time.
         """
-        self._opening.check()
+        await self._ready()
         check_session_id(session_id)
         ttl_seconds = check_ttl_or_none(ttl_seconds)
         fields = pack_fields(session_id, data, self._max_bytes)
@@ -176,7 +191,7 @@ class TierProvider:
 
     async def has_session(self, session_id: str) -> bool:
         """Whether a session is alive; no access."""
-        self._opening.check()
+        await self._ready()
         check_session_id(session_id)
         [stored] = await self._tier.stored([session_id])
         return stored is not None and stored.lives
@@ -186,7 +201,7 @@ class TierProvider:
 
         One that is changed meanwhile stays.
         """
-        self._opening.check()
+        await self._ready()
         oldest = self._wall() - check_age(max_age_seconds)
         count = 0
         async for some in self._pages():
@@ -199,7 +214,7 @@ class TierProvider:
 
     async def get_active_sessions(self) -> list[str]:
         """Return the ids of all sessions that are alive, whoever made them."""
-        self._opening.check()
+        await self._ready()
         found: dict[str, None] = {}
         async for page in self._tier.scan():
             found.update(dict.fromkeys(page))

@@ -172,11 +172,15 @@ class Scripted:
     def __init__(self, *outcomes: CommitResult) -> None:
         self.outcomes = list(outcomes)
         self.asked: list[Request] = []
-        self.closed = 0
+        self.opened = self.closed = self.refuses = 0
         self.session = RemoteSession(new_record({"n": 1}), 0.0, NEVER, NEVER)
 
     async def open(self) -> None:
-        return
+        await asyncio.sleep(0)
+        if self.refuses:
+            self.refuses -= 1
+            raise RemoteUnavailable("as if")
+        self.opened += 1
 
     async def close(self) -> None:
         self.closed += 1
@@ -250,12 +254,29 @@ def in_a_loop_of_its_own(call: Callable[[], Coroutine[Any, Any, object]]) -> obj
     return asyncio.run(call())
 
 
-async def test_before_and_after_it_is_open_every_call_is_refused() -> None:
+async def test_those_who_come_before_it_is_open_open_it_once() -> None:
+    for number in range(4):
+        tier = Scripted(CommitResult(Outcome.APPLIED))
+        provider = TierProvider(cast(RemoteTier, tier))
+        call = calls_of(provider)[number]
+        await asyncio.gather(call(), call())
+        assert tier.opened == 1
+        await provider.close()
+
+
+async def test_what_could_not_be_opened_is_opened_by_the_next_call() -> None:
+    tier = Scripted(CommitResult(Outcome.APPLIED))
+    tier.refuses = 1
+    provider = TierProvider(cast(RemoteTier, tier))
+    with pytest.raises(RemoteUnavailable):
+        await provider.get_session("a")
+    assert await provider.get_session("a") == {"n": 1}
+    await provider.close()
+
+
+async def test_once_it_is_closed_every_call_is_refused() -> None:
     tier = Scripted(CommitResult(Outcome.APPLIED))
     provider = TierProvider(cast(RemoteTier, tier))
-    for call in calls_of(provider):
-        with pytest.raises(ManagerClosed, match="not open; use it with 'async with'"):
-            await call()
     async with provider:
         assert await provider.get_session("a") == {"n": 1}
         await provider.open()  # again, which is no harm
