@@ -554,6 +554,13 @@ MUTANTS: Final = (
         (f"{QUEUING}::test_one_sync_that_acknowledges_many_wakes_a_few_in_each_turn_of_the_loop",),
     ),
     Mutant(
+        "two workers that rotate one id both succeed",
+        AGREEMENT,
+        "        return not isinstance(end, ExactEnd)\n",
+        "        return True\n",
+        ("tests/sharing/test_security.py",),
+    ),
+    Mutant(
         "who waited for a turn does not look again whether a restore has begun",
         "persistence/lifecycle.py",
         "            if self._gate is None:\n                self._check_open()\n",
