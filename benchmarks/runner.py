@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from benchmarks.contender import Contender, Metrics, Stopwatch, median
 from benchmarks.isolation import Command, Failure, Host, Isolated, Reply
 from benchmarks.lag import Observed, lag_metrics
 from benchmarks.scratch import Scratch
-from benchmarks.sizes import Sizes
+from benchmarks.sizes import FEWEST_REPETITIONS, Sizes
 from benchmarks.workload import Workload
 
 Progress = Callable[[str], None]
@@ -253,7 +254,11 @@ def _interleave(workload: Workload, common: Run, lanes: list[Lane]) -> None:
         progress(f"{workload.name}: preparing {len(lanes)} contenders")
         _open(lanes, is_isolated=common.hosts is Isolated)
         repetitions = workload.repetitions(sizes)
+        began = time.perf_counter()
         for repetition in range(repetitions):
+            is_enough = time.perf_counter() - began > sizes.repeated_seconds
+            if is_enough and repetition >= FEWEST_REPETITIONS:
+                break
             progress(f"{workload.name}: repetition {repetition + 1} of {repetitions}")
             for lane in lanes:
                 lane.repeat()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 2**20
+FEWEST_REPETITIONS = 3
+"""The fewest of which a median leaves out what is far off."""
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,9 @@ class Sizes:
     """The numbers behind `--quick`, the default run and `--full`; counts, unless named otherwise.
 
     Attributes:
+        repeated_seconds: no further repetition of a workload begins once all that was measured of
+            it took so long, but for the first `FEWEST_REPETITIONS`: a slow machine, or a peer that
+            is, gets fewer of them.
         fleet_processes: 0: one member, in the contender's own process.
         our_lag_samples: of the event loop of each row of the engine, unless `our_lag_seconds` are
             over before; the rows of the peers take `their_lag_samples`, `their_lag_seconds`.
@@ -20,6 +25,7 @@ class Sizes:
     """
 
     name: str
+    repeated_seconds: float = 60.0
     repetitions: int = 5
     fresh_repetitions: int = 3
     hot_sessions: int = 10_000
@@ -117,8 +123,7 @@ QUICK = Sizes(
 
 FULL = Sizes(
     "full",
-    hot_reads=600_000,
-    updates=40_000,
+    repeated_seconds=15.0,
     lone_updates=500,
     lag_samples=20_000,
     mixed_accesses=40_000,
@@ -131,7 +136,7 @@ FULL = Sizes(
     grown_index=(3_000_000,),
     growth_repetitions=1,
     our_lag_samples=5_000,
-    our_lag_seconds=10.0,
+    our_lag_seconds=6.0,
 )
 
 TINY = Sizes(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +82,9 @@ class Broken(Contender):
         raise ValueError("boom")
 
 
-def _run(tmp_path: Path, *contenders: Contender, repetitions: int = 3) -> Result:
+def _run(
+    tmp_path: Path, *contenders: Contender, repetitions: int = 3, sizes: Sizes = TINY
+) -> Result:
     def chosen(sizes: Sizes) -> list[Contender]:
         return list(contenders)
 
@@ -94,7 +96,7 @@ def _run(tmp_path: Path, *contenders: Contender, repetitions: int = 3) -> Result
         repetitions=lambda sizes: repetitions,
     )
     with Scratch(tmp_path / "bench") as scratch:
-        return run(workload, TINY, scratch, lambda text: None)
+        return run(workload, sizes, scratch, lambda text: None)
 
 
 def test_each_contender_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -106,6 +108,12 @@ def test_each_contender_measures_in_a_process_of_its_own(tmp_path: Path) -> None
     assert len(pids) == 3
     assert [verdict.passed for verdict in result.verdicts] == [True]
     assert not result.broken
+
+
+def test_what_takes_long_is_repeated_no_more_than_its_median_needs(tmp_path: Path) -> None:
+    in_a_hurry = replace(TINY, repeated_seconds=0.0)
+    result = _run(tmp_path, Steady("quick", 200), repetitions=9, sizes=in_a_hurry)
+    assert result.rows[0].values("rate") == [202, 203, 204]
 
 
 def test_a_fresh_contender_gets_a_new_process_each_time(tmp_path: Path) -> None:
