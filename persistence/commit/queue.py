@@ -630,8 +630,8 @@ class CommitQueue:
     def _alone_ended(self, started: float, _: object, error: BaseException | None) -> None:
         """Acknowledge what was written alone. What is submitted meanwhile is the task's."""
         assert self._alone is not None, "one at a time"
-        batch = [self._alone]
         try:
+            batch = [self._alone]
             if error is None:
                 self._written(batch, started)
                 self._settle(batch)

@@ -98,6 +98,7 @@ async def test_counts_of_an_outage_come_together_behind_it(
     worker: Worker, shared_server: RedisServer, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     monkeypatch.setattr("persistence.requests._STORED_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("persistence.sharing.sharing._PROBE_SECONDS", 3600.0)
     a, b = states = await workers(worker, shared_server, 2)
     sid = await a.create_session(data={"n": 0}, max_requests=limit)
     await b.get_session(sid)
