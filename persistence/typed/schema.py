@@ -232,8 +232,7 @@ class TypedDraft:
         """Write into the draft what has changed in the object, or all that differs in `value`.
 
         Fields that the schema does not know stay, and those that the object does not have any more
-        go. A default that was only filled in is not
-        written.
+        go. A default that was only filled in is not written.
 
         Raises:
             SchemaMismatch: what has changed is of another type than the schema says.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from persistence import StateManager
 from persistence.errors import DiskFull, WriteOutcomeUnknown
 from tests.engine import (
     KIB,
@@ -52,6 +53,17 @@ async def test_with_fsync_interval_a_sync_follows_by_itself(
 LATER: dict[str, Any] = {"fsync": "interval", "flush_interval_seconds": 3600}
 
 
+async def flushed_so_far(
+    start: Start, files: ScriptedFiles
+) -> tuple[StateManager, asyncio.Task[None]]:
+    """Return a manager with a session "a", and its flush, which stands before its sync."""
+    state = await with_sessions(start, "a", disk=LATER)
+    files.syncs.hold()
+    flushing = asyncio.create_task(state.flush())
+    await files.syncs.reached()
+    return state, flushing
+
+
 async def test_a_segment_is_synced_in_parts_before_it_is_full(
     start: Start, files: ScriptedFiles
 ) -> None:
@@ -69,10 +81,7 @@ async def test_a_segment_is_synced_in_parts_before_it_is_full(
 async def test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing(
     start: Start, files: ScriptedFiles
 ) -> None:
-    state = await with_sessions(start, "a", disk=LATER)
-    files.syncs.hold()
-    flushing = asyncio.create_task(state.flush())
-    await files.syncs.reached()
+    state, flushing = await flushed_so_far(start, files)
     for number in range(5):
         await state.update_session_data("a", "x", number)
     assert not flushing.done()
@@ -84,10 +93,7 @@ async def test_updates_do_not_wait_for_a_sync_that_acknowledges_nothing(
 async def test_a_flush_during_a_sync_waits_for_the_next_one(
     start: Start, files: ScriptedFiles
 ) -> None:
-    state = await with_sessions(start, "a", disk=LATER)
-    files.syncs.hold()
-    first = asyncio.create_task(state.flush())
-    await files.syncs.reached()
+    state, first = await flushed_so_far(start, files)
     await state.update_session_data("a", "x", 1)
     second = asyncio.create_task(state.flush())
     await loop_steps(20)
@@ -141,10 +147,7 @@ async def test_a_sync_that_takes_longer_than_the_interval_holds_updates_back(
 async def test_an_update_beside_a_sync_that_fails_fails_with_it(
     start: Start, files: ScriptedFiles
 ) -> None:
-    state = await with_sessions(start, "a", disk=LATER)
-    files.syncs.hold()
-    flushing = asyncio.create_task(state.flush())
-    await files.syncs.reached()
+    state, flushing = await flushed_so_far(start, files)
     files.writes.hold()
     written = update(state, "a", 1)
     await files.writes.reached()
@@ -163,10 +166,7 @@ async def test_an_update_beside_a_sync_that_fails_fails_with_it(
 async def test_closing_waits_for_the_sync_that_is_under_way(
     start: Start, files: ScriptedFiles
 ) -> None:
-    state = await with_sessions(start, "a", disk=LATER)
-    files.syncs.hold()
-    flushing = asyncio.create_task(state.flush())
-    await files.syncs.reached()
+    state, flushing = await flushed_so_far(start, files)
     await state.update_session_data("a", "x", 1)
     closing = asyncio.create_task(state.close())
     files.syncs.let_pass(1)

@@ -80,16 +80,15 @@ class Folding(MemoryProvider):
     """Takes two ids for one."""
 
     async def get_session(self, session_id: str) -> dict[str, Any] | None:
-        return await super().get_session(_folded(session_id))
+        return await super().get_session(self._taken_for(session_id))
 
     async def set_session(
         self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
     ) -> None:
-        await super().set_session(_folded(session_id), data, ttl_seconds)
+        await super().set_session(self._taken_for(session_id), data, ttl_seconds)
 
-
-def _folded(session_id: Any) -> Any:
-    return session_id.lower() if isinstance(session_id, str) else session_id
+    def _taken_for(self, session_id: Any) -> Any:
+        return session_id.lower() if isinstance(session_id, str) else session_id
 
 
 class Immortal(MemoryProvider):
@@ -160,20 +159,11 @@ class Sweeping(MemoryProvider):
         return count
 
 
-class Trimming(MemoryProvider):
+class Trimming(Folding):
     """Takes an id for the same one without blanks around it."""
 
-    async def get_session(self, session_id: str) -> dict[str, Any] | None:
-        return await super().get_session(_trimmed(session_id))
-
-    async def set_session(
-        self, session_id: str, data: Mapping[str, Any], ttl_seconds: float | None = None
-    ) -> None:
-        await super().set_session(_trimmed(session_id), data, ttl_seconds)
-
-
-def _trimmed(session_id: Any) -> Any:
-    return session_id.strip(" ") if isinstance(session_id, str) else session_id
+    def _taken_for(self, session_id: Any) -> Any:
+        return session_id.strip(" ") if isinstance(session_id, str) else session_id
 
 
 class Dating(MemoryProvider):
