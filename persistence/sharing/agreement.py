@@ -206,7 +206,7 @@ class Agreement:
                 if commit.kind != TOUCH:
                     fate.refused.append((commit, _overtaken(commit.session_id)))
                 continue
-            elif not self.is_up or commit.session_id in self.delivering:
+            elif not self.is_up or self._is_in_delivery(commit.session_id):
                 fate.branches.append(commit)
                 continue
             else:
@@ -215,6 +215,14 @@ class Agreement:
                 commits.append(commit)
                 requests.append(request)
         return commits, requests
+
+    def _is_in_delivery(self, session_id: str) -> bool:
+        """Whether a commit comes while the branch that it is part of is being delivered.
+
+        Once the branch has ended the shared tier has what the commit was built on, and is asked:
+        the delivery itself is over a moment later, when the end of the branch is in the outbox.
+        """
+        return session_id in self.delivering and session_id in self._outbox
 
     def waits_for_delivery(self, session_id: str) -> bool:
         """Whether no update of a session is accepted until its branch has been delivered."""

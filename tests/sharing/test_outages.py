@@ -109,6 +109,37 @@ async def test_a_worker_starts_without_the_server_and_finds_it_later(
     await until(arrived)
 
 
+async def test_an_update_right_behind_a_delivered_branch_is_agreed_to_and_begins_no_other(
+    worker: Worker, shared_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.sharing.sharing._PROBE_SECONDS", 3600.0)
+    a, b = await worker(shared_server.url), await worker(shared_server.url)
+    await until_up(a, b)
+    sid = await a.create_session(data={"n": 0})
+    sharing, outbox = sharing_of(a), sharing_of(a).outbox
+    sharing._down()
+    await a.update_session_data(sid, "n", 1)
+    removing, may_go_on = asyncio.Event(), asyncio.Event()
+    append = outbox._append
+
+    async def held(entries: list[bytes], *, sync: bool) -> None:
+        removing.set()
+        await may_go_on.wait()
+        await append(entries, sync=sync)
+
+    monkeypatch.setattr(outbox, "_append", held)
+    sharing._up()
+    async with asyncio.timeout(5):
+        await removing.wait()  # the shared tier has it; that is not noted yet
+        assert sid in sharing.agreement.delivering
+        await a.update_session_data(sid, "n", 2)
+        session = await b.get_session(sid, fresh=True)
+    assert session is not None
+    assert session["n"] == 2
+    assert not outbox.branches
+    may_go_on.set()
+
+
 async def test_of_two_branches_the_first_wins_and_the_other_is_kept_as_a_conflict_record(
     worker: Worker, own_server: RedisServer, proxy: Proxy
 ) -> None:
