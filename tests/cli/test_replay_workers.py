@@ -167,7 +167,7 @@ def test_progress_is_told_over_all_workers(
 def test_a_worker_that_dies_is_told_and_ends_the_others(
     log: Path, shared_server: RedisServer, tmp_path: Path
 ) -> None:
-    options = ReplayOptions((log,), tmp_path / "state", redis_url=shared_server.url, workers=3)
+    options = ReplayOptions((log,), tmp_path / "state", redis_url=shared_server.url, workers=2)
     killed: list[int] = []
 
     def kill_one(progress: ReplayProgress) -> None:
@@ -181,7 +181,7 @@ def test_a_worker_that_dies_is_told_and_ends_the_others(
     assert str(killed[0]) in str(e.value)
     assert worker_processes() == []
     again = ReplayOptions(
-        (log,), tmp_path / "state", redis_url=shared_server.url, workers=3, resume=True
+        (log,), tmp_path / "state", redis_url=shared_server.url, workers=2, resume=True
     )
     assert asyncio.run(replay(again)).verified
 
