@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, cast
 
+from persistence.errors import InvalidArgument
 from persistence.sync.loop import LoopThread
 from persistence.watching.stream import Watch
 
@@ -45,6 +46,7 @@ class Block(AbstractContextManager[T]):
             raise
 
     async def _enter(self) -> T:
+        self._is_inside = False
         self.inner = self._make()
         entered = await self.inner.__aenter__()
         self._is_inside = True
@@ -62,7 +64,9 @@ class Block(AbstractContextManager[T]):
         trace: TracebackType | None,
     ) -> bool | None:
         inner = self.inner
-        assert inner is not None, "entered"
+        if inner is None or not self._is_inside:
+            raise InvalidArgument("this block has been left already, or was never entered")
+        self._is_inside = False
         swallowed: bool | None = self._thread.run(
             lambda: _awaited(inner.__aexit__(kind, error, trace))
         )

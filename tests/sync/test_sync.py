@@ -135,6 +135,19 @@ def test_an_update_that_changes_nothing_makes_no_version(state: sync.StateManage
     assert session.version == 1
 
 
+def test_a_block_that_is_left_twice_or_was_never_entered_says_so(state: sync.StateManager) -> None:
+    sid = state.create_session(data={"n": 0})
+    block = state.edit(sid)
+    for _ in range(2):  # it may be entered again
+        with pytest.raises(InvalidArgument, match="never entered"):
+            block.__exit__(None, None, None)
+        with block as draft:
+            draft["n"] += 1
+    session = state.get_session(sid)
+    assert session is not None
+    assert session["n"] == 2
+
+
 def test_an_exception_in_a_block_leaves_no_trace(state: sync.StateManager) -> None:
     sid = state.create_session(data={"n": 0})
     with pytest.raises(ZeroDivisionError), state.edit(sid) as draft:
