@@ -56,7 +56,7 @@ def worker_processes(parent: int | None = None) -> list[psutil.Process]:
 # --- what is verified -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("standalone", 4), ("cluster", 2)])
+@pytest.mark.parametrize(("kind", "workers"), [("standalone", 3), ("cluster", 2)])
 def test_several_workers_share_the_sessions_of_a_log(
     command: Command, log: Path, deployments: Deployments, kind: str, workers: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Final
@@ -70,6 +71,15 @@ def small() -> Any:
     return config(segment_bytes=SEGMENT_BYTES, compression="none")
 
 
+@pytest.fixture
+def _threads_take_turns() -> Iterator[None]:
+    """Let a loop that never rests leave the others more than 200 turns in a second."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    yield
+    sys.setswitchinterval(before)
+
+
 async def update(state: StateManager, sid: str, counts: dict[str, int]) -> None:
     """Make dead space: each update leaves the record before it behind."""
     await state.create_session(session_id=sid, data={"n": 0})
@@ -99,6 +109,7 @@ async def test_one_batch_that_outdates_records_of_several_segments_raises_no_lim
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("_threads_take_turns")
 async def test_the_log_stays_within_its_bound_while_updates_never_pause() -> None:
     counts: dict[str, int] = {}
     async with opened(MemoryFiles(), small()) as state, asyncio.TaskGroup() as tasks:
