@@ -356,7 +356,7 @@ def _start_cluster(binary: Binary, nodes: list[RedisServer]) -> str:
 
 
 _WATCHFUL: Final = {"sentinel", "cluster"}
-_IDLE_SECONDS: Final = 5.0
+_IDLE_SECONDS: Final = 20.0
 
 
 class Deployments:

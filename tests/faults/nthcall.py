@@ -214,12 +214,14 @@ Report = Callable[[Failure, str], bool]
 def explore(seed: int, failures: Iterable[Failure], report: Report) -> None:
     """Do what `check` does for each of `failures`, and report on each."""
     branches = _Branches(seed, failures, report)
+    is_frozen = gc.get_freeze_count() > 0  # by a test run
     # A manager lets go of its files in the child of a fork. These are to work on there.
     with stepped(), patch("persistence.lifecycle._open_managers", _Nobody()):
         try:
             asyncio.run(_explore(seed, branches))
         finally:
-            gc.unfreeze()
+            if not is_frozen:
+                gc.unfreeze()
 
 
 async def _explore(seed: int, branches: _Branches) -> None:
