@@ -46,7 +46,7 @@ __all__ = [
     "shared_server",
 ]
 
-_STEP_OF_POINTS = 4
+_STEP_OF_POINTS = 6
 _MARK = b"mark.alone"
 
 
@@ -149,8 +149,8 @@ def below(end: int, numbers: Iterable[int]) -> Iterator[int]:
 def points(request: pytest.FixtureRequest) -> Points:
     """Give the numbers of the calls, from `start` on, at which something goes wrong.
 
-    In the short form that is every fourth one, beginning with another one in each test, so that
-    tests of one kind together see all of them; with ``--fault-scale 4`` each sees all.
+    In the short form that is every sixth one, beginning with another one in each test, so that
+    tests of one kind together see all of them; with ``--fault-scale 6`` each sees all.
     """
     step = max(1, round(_STEP_OF_POINTS / request.config.getoption("--fault-scale")))
     first = zlib.crc32(request.node.nodeid.encode()) % step

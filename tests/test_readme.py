@@ -24,7 +24,7 @@ SHELL = {"sh", "bash", "shell"}
 FIRST_COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/persistence demo",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && "
-    ".venv/bin/pytest -q -n 4 -m 'not alone' && .venv/bin/pytest -q -m alone",
+    ".venv/bin/pytest -q -n 3 -m 'not alone' && .venv/bin/pytest -q -m alone",
 ]
 PLANNED: set[str] = set()
 """Errors that nothing raises yet, so README does not list them."""

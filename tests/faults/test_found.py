@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from random import Random
+from threading import get_ident
 
 import pytest
 from crc32c import crc32c
@@ -36,15 +37,17 @@ async def test_a_close_that_fails_is_not_repeated_and_fails_nobody() -> None:
 
 
 def fail_new_names(files: MemoryFiles, number: int) -> None:
-    """Let the sync of the directory fail behind each creation of a segment."""
-    is_new = False
+    """Let the sync of the directory fail behind each creation of a segment.
+
+    In the thread that creates it: compaction syncs the directory as well.
+    """
+    creating: set[int] = set()
 
     def fault(_: MemoryFiles, call: Call) -> None:
-        nonlocal is_new
         if call.operation == "create" and call.path.endswith(".seg"):
-            is_new = True
-        elif call.operation == "sync_directory" and is_new:
-            is_new = False
+            creating.add(get_ident())
+        elif call.operation == "sync_directory" and get_ident() in creating:
+            creating.clear()
             raise OSError(number, os.strerror(number), call.path)
 
     files.faults.append(fault)
