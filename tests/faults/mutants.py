@@ -717,10 +717,17 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a rotated id ends whatever another worker has made of it",
-        "persistence/sharing/agreement.py",
+        AGREEMENT,
         "        is_exact = isinstance(commit, ExactEnd)\n",
         "        is_exact = False\n",
         ("tests/sharing/test_security.py",),
+    ),
+    Mutant(
+        "an update behind a delivered branch begins another one",
+        AGREEMENT,
+        "session_id in self.delivering and session_id in self._outbox",
+        "session_id in self.delivering",
+        (OUTAGES,),
     ),
     # --- requests of sessions -----------------------------------------------------------------
     Mutant(
