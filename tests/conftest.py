@@ -66,8 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = compiled
         sys.dont_write_bytecode = False
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        for folder in ("persistence", "tests", "benchmarks"):
-            compileall.compile_dir(Path(__file__).parents[1] / folder, quiet=2, workers=0)
+        if config.getoption("numprocesses", None):  # once for all of them
+            for folder in ("persistence", "benchmarks"):
+                compileall.compile_dir(Path(__file__).parents[1] / folder, quiet=2, workers=0)
 
 
 def _begin_elsewhere(config: pytest.Config) -> None:

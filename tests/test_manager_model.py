@@ -580,7 +580,7 @@ class Crowd:
 
 @pytest.mark.parametrize("tells_cached", [True, False], ids=["cached reads", "reads in threads"])
 @pytest.mark.parametrize("trouble", [False, True], ids=["disk with space", "disk full at times"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 async def test_what_a_crowd_was_told_is_what_is_there_after_a_crash(
     tmp_path: Path, seed: int, trouble: bool, tells_cached: bool
 ) -> None:

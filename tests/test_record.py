@@ -85,7 +85,7 @@ def told_apart(value: Any) -> object:
     return kind, value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(VALUES)
 @example({(1, ("a", frozenset({2})), b"x"): [bytearray(b"y"), {None: {True, 0.5}}]})
 @example([math.nan, -0.0, math.inf, Decimal("NaN"), Decimal("-0.00"), Decimal("1E+9999")])
@@ -474,7 +474,7 @@ def read_or_refuse(packed: bytes) -> None:
         return
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_value_or_malformed(data: bytes) -> None:
     read_or_refuse(data)
@@ -482,7 +482,7 @@ def test_random_bytes_are_a_value_or_malformed(data: bytes) -> None:
         read_or_refuse(msgpack.packb(msgpack.ExtType(code & 127, data)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(PACKED, MUTATIONS)
 def test_damaged_values_are_a_value_or_malformed(
     packed: bytes, mutations: list[tuple[int, int, str]]

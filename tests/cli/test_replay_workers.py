@@ -56,7 +56,7 @@ def worker_processes(parent: int | None = None) -> list[psutil.Process]:
 # --- what is verified -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("standalone", 3), ("cluster", 2)])
+@pytest.mark.parametrize(("kind", "workers"), [("standalone", 4), ("cluster", 2)])
 def test_several_workers_share_the_sessions_of_a_log(
     command: Command, log: Path, deployments: Deployments, kind: str, workers: int
 ) -> None:
@@ -91,10 +91,10 @@ def test_the_real_log_verifies_with_four_workers(
     if not REAL_LOG.exists():
         pytest.skip(f"{REAL_LOG.name} is not there")
     words = ("--redis", url_of(deployments, "standalone"), "--workers", 4, "--fsync", "never")
-    result = command("replay", REAL_LOG, *words, "--limit", 1000, "--json")
+    result = command("replay", REAL_LOG, *words, "--limit", 1500, "--json")
     assert result.code == 0, result
     report = result.json
-    assert (report["requests"], report["verified"]) == (1000, True)
+    assert (report["requests"], report["verified"]) == (1500, True)
     assert report["redis_sessions"] == report["sessions"] > 100
 
 
@@ -167,7 +167,7 @@ def test_progress_is_told_over_all_workers(
 def test_a_worker_that_dies_is_told_and_ends_the_others(
     log: Path, shared_server: RedisServer, tmp_path: Path
 ) -> None:
-    options = ReplayOptions((log,), tmp_path / "state", redis_url=shared_server.url, workers=2)
+    options = ReplayOptions((log,), tmp_path / "state", redis_url=shared_server.url, workers=3)
     killed: list[int] = []
 
     def kill_one(progress: ReplayProgress) -> None:
@@ -181,7 +181,7 @@ def test_a_worker_that_dies_is_told_and_ends_the_others(
     assert str(killed[0]) in str(e.value)
     assert worker_processes() == []
     again = ReplayOptions(
-        (log,), tmp_path / "state", redis_url=shared_server.url, workers=2, resume=True
+        (log,), tmp_path / "state", redis_url=shared_server.url, workers=3, resume=True
     )
     assert asyncio.run(replay(again)).verified
 

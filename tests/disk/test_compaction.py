@@ -659,7 +659,7 @@ async def test_a_live_frame_larger_than_a_segment_is_copied(switch: Switch) -> N
 # Nothing comes back
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 async def test_a_random_workload_with_compaction_and_reopening_equals_a_plain_dict(
     seed: int,
 ) -> None:
