@@ -15,6 +15,9 @@ from persistence.session import REQUESTS
 class Entry:
     """One session's requests that are not in its record yet. Times are of the process clock.
 
+    There may be thousands, each of which a garbage collection goes over: so it holds atoms, and a
+    tally only while something is in it.
+
     Attributes:
         session_id, incarnation: of the session; other ones once it got another id.
         limit: its ``max_requests``; 0: none.
@@ -29,6 +32,7 @@ class Entry:
     """
 
     __slots__ = (
+        "_tally",
         "coming",
         "durations",
         "ended",
@@ -40,7 +44,6 @@ class Entry:
         "session_id",
         "started",
         "stored",
-        "tally",
         "waiting",
     )
 
@@ -53,16 +56,32 @@ class Entry:
         self.coming = 0
         self.running = 0
         self.started = 0.0
-        self.durations: list[float] = []
+        self.durations: tuple[float, ...] = ()
         self.name = ""
         self.ended = now
         self.stored = now
-        self.tally = Tally()
+        self._tally: Tally | None = None
+
+    @property
+    def tally(self) -> Tally:
+        """What was counted."""
+        if self._tally is None:
+            self._tally = Tally()
+        return self._tally
+
+    @tally.setter
+    def tally(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def take(self) -> Tally:
+        """Return what was counted, and begin anew."""
+        taken, self._tally = self._tally, None
+        return Tally() if taken is None else taken
 
     @property
     def has_news(self) -> bool:
         """Whether there is anything to store."""
-        return bool(self.durations or self.tally)
+        return bool(self.durations or self._tally)
 
     @property
     def is_needed(self) -> bool:
@@ -77,7 +96,7 @@ class Entry:
     def cut_short(self, now: float) -> None:
         """Count what is under way as if it ended now, each after what all have taken on average."""
         average_seconds = now - self.started / self.running
-        self.durations += [max(0.0, average_seconds)] * self.running
+        self.durations += (max(0.0, average_seconds),) * self.running
         self.ended = now
 
 

@@ -48,7 +48,7 @@ from persistence.observe.health import SessionHealth, score
 from persistence.observe.metrics import RequestMetrics, Tally, error_text, metrics_of, name_text
 from persistence.residency import Residency
 from persistence.session import MAX_REQUESTS, Session
-from persistence.slices import Slices
+from persistence.slices import REST_SECONDS, Slices
 from persistence.stats import Latencies, RequestStats
 from persistence.turns import Turns
 from persistence.updates import Updates
@@ -292,7 +292,7 @@ class Requests:
         if not durations:
             return
         entry.tally.ended(durations, name_text(entry.name), self._wall(entry.ended))
-        entry.durations = []
+        entry.durations = ()
 
     def fold_all(self) -> None:
         """Take the durations of all sessions into the worker's totals."""
@@ -466,9 +466,9 @@ class Requests:
                 await self._too_many.wait()
         except TimeoutError:
             pass
-        await self.look(at_once=self._beside)
+        await self.look(at_once=self._beside, rest_seconds=REST_SECONDS)
 
-    async def look(self, at_once: int = _STORED_AT_ONCE) -> None:
+    async def look(self, at_once: int = _STORED_AT_ONCE, *, rest_seconds: float = 0.0) -> None:
         """Store what is due by the clock; everything, if it is too much."""
         everything = len(self.entries) > _MAX_ENTRIES
         # While the shared tier is away each worker would have a branch of its own, of a session
@@ -477,7 +477,7 @@ class Requests:
         self._too_many.clear()
         now = self.monotonic()
         due: list[Entry] = []
-        slices = Slices(self.monotonic)
+        slices = Slices(self.monotonic, rest_seconds=0.0 if everything else rest_seconds)
         for entry in list(self.entries.values()):
             if not entry.is_needed:
                 self._drop(entry)
@@ -612,8 +612,7 @@ class Requests:
 
     def _take(self, entry: Entry) -> Tally:
         self.fold(entry)
-        taken, entry.tally = entry.tally, Tally()
-        return taken
+        return entry.take()
 
     def _put_back(self, entry: Entry, taken: Tally) -> Tally:
         """Let an entry have again what could not be stored; return an empty tally."""
@@ -706,15 +705,14 @@ class Request:
         if requests.tracks:
             entry.ended = now = requests.monotonic()
             entry.name = self._name
-            durations = entry.durations
             seconds = now - self._started if self.seconds is None else self.seconds
-            durations.append(seconds)
+            entry.durations += (seconds,)
             requests.durations.append(seconds)
             if error is not None and isinstance(error, Exception):
                 self._error = error
             if self._error is not None:
                 requests.failed(entry, self._error)
-            if len(durations) >= _FOLD_AT:
+            if len(entry.durations) >= _FOLD_AT:
                 requests.fold(entry)
             if len(requests.durations) >= _FOLD_ALL_AT:
                 requests.fold_all()

@@ -7,21 +7,38 @@ from collections.abc import Callable
 from typing import Final
 
 SLICE_SECONDS: Final = 0.0005
+REST_SECONDS: Final = 0.001
+"""Between two slices of work that nobody waits for; of the event loop's timers at least a tick."""
 
 
 class Slices:
     """Yields to the event loop whenever a slice is used up. Call `due` often, it is cheap.
 
+    What only gives way has all of the loop that nobody else uses. Others get their turn, but the
+    loop is never idle, and while it is not, the engine's own threads wait for the interpreter lock
+    up to `sys.getswitchinterval()` (5 ms) at each step. So what nobody waits for *rests*.
+
     Args:
         monotonic: process time, seconds.
         seconds: how long a slice is.
+        rest_seconds: how long to rest after each.
+
+    Attributes:
+        rest_seconds: may be changed at any time.
     """
 
-    __slots__ = ("_end", "_monotonic", "_seconds")
+    __slots__ = ("_end", "_monotonic", "_seconds", "rest_seconds")
 
-    def __init__(self, monotonic: Callable[[], float], seconds: float = SLICE_SECONDS) -> None:
+    def __init__(
+        self,
+        monotonic: Callable[[], float],
+        seconds: float = SLICE_SECONDS,
+        *,
+        rest_seconds: float = 0.0,
+    ) -> None:
         self._monotonic = monotonic
         self._seconds = seconds
+        self.rest_seconds = rest_seconds
         self._end = monotonic() + seconds
 
     def due(self) -> bool:
@@ -29,8 +46,8 @@ class Slices:
         return self._monotonic() >= self._end
 
     async def give_way(self) -> None:
-        """Let the event loop run everything else once, then start another slice."""
-        await asyncio.sleep(0)
+        """Let the event loop run everything else, at least once, then start another slice."""
+        await asyncio.sleep(self.rest_seconds)
         self._end = self._monotonic() + self._seconds
 
     async def give_way_if_due(self) -> None:

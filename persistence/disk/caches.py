@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from persistence.disk.filenames import INDEX_SNAPSHOT, hint_name, temporary_name
 from persistence.disk.files import Files, read_all, replace_file
-from persistence.disk.format import INDEX_ROW_BYTES, covered_by, decode_cache, encode_cache
+from persistence.disk.format import INDEX_ROW_BYTES, covered_by, decode_cache, encode_cache_header
 from persistence.disk.index import SHARDS, Index
 from persistence.disk.segments import Segment
 
@@ -40,12 +40,12 @@ def write_hint(
     *,
     segment: Segment,
     skew: float,
-    rows: bytes,
+    rows: bytes | bytearray,
 ) -> None:
     """Write the hint of a sealed segment, durably replacing an older one."""
     name = hint_name(segment.number)
-    data = encode_cache(directory_id, covers([segment]), skew, rows)
-    replace_file(files, directory, name, temporary_name(name), data)
+    header = encode_cache_header(directory_id, covers([segment]), skew, rows)
+    replace_file(files, directory, name, temporary_name(name), header, rows)
 
 
 def read_hint(
@@ -126,8 +126,9 @@ def write_snapshot(
     ]
     start = _SNAPSHOT_HEADER.pack(last_sequence, len(ordered))
     body = b"".join((start, *counts, *index.images()))
-    data = encode_cache(directory_id, covers(ordered), 0.0, body)
-    replace_file(files, directory, INDEX_SNAPSHOT, temporary_name(INDEX_SNAPSHOT), data)
+    header = encode_cache_header(directory_id, covers(ordered), 0.0, body)
+    name = INDEX_SNAPSHOT
+    replace_file(files, directory, name, temporary_name(name), header, body)
 
 
 def read_snapshot(

@@ -42,7 +42,7 @@ from persistence.disk.reserve import Reserve
 from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import OpenSegments, Pins, Segment
 from persistence.disk.threads import Threads
-from persistence.slices import Slices
+from persistence.slices import REST_SECONDS, Slices
 
 _log = logging.getLogger("persistence.compaction")
 
@@ -51,6 +51,7 @@ _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two frames that are read
 _MARK_BYTES: Final = FRAME_OVERHEAD_BYTES + MAX_KEY_BYTES
 _ROWS_PER_STEP: Final = 256
 _THREAD_SEAL_BYTES: Final = 128 * 1024
+_RESTS_UP_TO: Final = 0.5  # `Pressure.of_compaction` from which on it takes what it gets
 
 
 class _Stopped(Exception):
@@ -139,6 +140,7 @@ class Compactor:
         self._idle.set()
         self._merging = asyncio.Lock()
         self._urgent = False
+        self._settling = 0
         self._waiting: list[asyncio.Future[None]] = []
         self._frames_seen = 0
         self._task: asyncio.Task[None] | None = None
@@ -158,7 +160,11 @@ class Compactor:
 
     async def settle(self) -> None:
         """Wait until there is nothing left to merge."""
-        await self._idle.wait()
+        self._settling += 1
+        try:
+            await self._idle.wait()
+        finally:
+            self._settling -= 1
 
     @property
     def is_idle(self) -> bool:
@@ -262,7 +268,7 @@ class Compactor:
             await self._abandon(outputs)
             raise
         for output in outputs:
-            output.segment.rows = bytes(output.rows)  # until its hint is written
+            output.segment.rows = output.rows  # until its hint is written
         await around.publish([item.segment for item in outputs], inputs)
         await self._move(outputs)
         await self._until_unpinned(inputs)
@@ -307,7 +313,7 @@ class Compactor:
         outside = lowest_outside(around.segments.values(), inputs)
         merge = Merge(around.index, outside, around.shipped_sequence())
         lowest = min(item.lowest_sequence for item in inputs)
-        slices = Slices(around.monotonic)
+        slices = Slices(around.monotonic, rest_seconds=self._rest_seconds)
         # The rows of a full segment take 5 MiB, so they are read twice rather than kept for all.
         for source in inputs:
             _, packed = await self._rows(source)
@@ -358,6 +364,7 @@ class Compactor:
         for start, end, group in _groups([item for item in wanted if not item.is_patch]):
             data = await self._read(source, start, end - start)
             await self._pace(len(data))
+            slices.rest_seconds = self._rest_seconds
             self.stats.bytes_read += len(data)
             for item in group:
                 raw = _frame_at(data, item.offset - start, item.length)
@@ -479,12 +486,18 @@ class Compactor:
             return
         raise _Stopped
 
+    @property
+    def _rest_seconds(self) -> float:
+        """How long to rest between slices: not at all while space is wanted, or somebody waits."""
+        is_wanted = self._around.pressure.of_compaction >= _RESTS_UP_TO
+        return 0.0 if is_wanted or self._urgent or self._settling else REST_SECONDS
+
     # --- afterwards ---------------------------------------------------------------------------
 
     async def _move(self, outputs: list[Output]) -> None:
         """Let the index point to the copies; what has moved on meanwhile stays where it is."""
         around = self._around
-        slices = Slices(around.monotonic)
+        slices = Slices(around.monotonic, rest_seconds=self._rest_seconds)
         for output in outputs:
             for fingerprint, source, target, length in output.moved:
                 needed = around.index.move(fingerprint, source, target, length)
@@ -505,7 +518,7 @@ class Compactor:
                 around.directory_id,
                 segment=output.segment,
                 skew=around.skew(),
-                rows=bytes(output.rows),
+                rows=output.rows,
             )
             output.segment.rows = None
 

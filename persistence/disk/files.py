@@ -271,7 +271,7 @@ def _remove(call: Callable[..., None], name: str, directory: int) -> None:
             os.unlink(name, dir_fd=directory)
 
 
-def write_exactly(files: Files, fd: int, data: bytes, offset: int) -> None:
+def write_exactly(files: Files, fd: int, data: bytes | bytearray, offset: int) -> None:
     """Write all of `data` at `offset`, going on after short writes and interruptions."""
     view = memoryview(data)
     while view:
@@ -285,8 +285,10 @@ def write_exactly(files: Files, fd: int, data: bytes, offset: int) -> None:
         offset += taken
 
 
-def replace_file(files: Files, directory: str, name: str, temporary: str, data: bytes) -> None:
-    """Replace the file `name` atomically and durably.
+def replace_file(
+    files: Files, directory: str, name: str, temporary: str, *data: bytes | bytearray
+) -> None:
+    """Replace the file `name` atomically and durably by `data`, one piece behind the other.
 
     The order is what makes it so: a temporary in the same directory, write, fsync, rename, fsync
     of the directory. Only after this returns may anything that `name` supersedes be unlinked.
@@ -297,7 +299,10 @@ def replace_file(files: Files, directory: str, name: str, temporary: str, data: 
     fd = files.create(source)
     try:
         try:
-            write_exactly(files, fd, data, 0)
+            end = 0
+            for piece in data:
+                write_exactly(files, fd, piece, end)
+                end += len(piece)
             files.sync(fd)
         finally:
             files.close(fd)

@@ -587,12 +587,18 @@ _CACHE_HEADER: Final = Struct("<8sII16sdQ32s")
 CACHE_HEADER_BYTES: Final = _CACHE_HEADER.size + 4
 
 
-def encode_cache(directory_id: bytes, covers: bytes, skew: float, body: bytes) -> bytes:
-    """Encode a hint or an index snapshot (both are caches: when in doubt, scan)."""
+def encode_cache_header(
+    directory_id: bytes, covers: bytes, skew: float, body: bytes | bytearray
+) -> bytes:
+    """Encode what is in front of the body of a hint or an index snapshot.
+
+    Both are caches: when in doubt, scan. The body is not joined to it: it has megabytes, of which
+    another copy would stay in the heap of the thread that made it.
+    """
     header = _CACHE_HEADER.pack(
         CACHE_MAGIC, FORMAT_VERSION, crc32c(body), directory_id, skew, len(body), covers
     )
-    return b"".join((header, _pack_checksum(crc32c(header)), body))
+    return header + _pack_checksum(crc32c(header))
 
 
 def decode_cache(

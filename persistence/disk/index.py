@@ -6,7 +6,9 @@ is random per directory, so nobody can choose ids that collide, and by chance tw
 sessions collide with probability 2^-82. The id in the frame is compared on every read all the same.
 
 Rows lie in small bytearrays, the *buckets*, found by the fingerprint's low bits; inside a bucket
-the C search of `bytearray.find` does the probing. A bucket holds up to about 16 rows. 1,024 shards
+the C search of `bytearray.find` does the probing. A bucket holds up to about 8 rows: nearly all of
+them then lie in the pools of Python's small objects, where the room that a growing bucket leaves
+is used again; the heap that holds the larger ones kept holes of 25 bytes per session. 1,024 shards
 double their buckets independently, so that no growth step moves more than one shard.
 The garbage collector tracks one list per shard and nothing per session; a session costs about
 90 bytes of memory.
@@ -33,7 +35,7 @@ from persistence.disk.format import (
 SHARDS: Final = 1024
 _SHARD_BITS: Final = 10
 _SHARD_MASK: Final = SHARDS - 1
-_ROWS_PER_BUCKET: Final = 16
+_ROWS_PER_BUCKET: Final = 8
 _FINGERPRINT_BYTES: Final = 16
 
 _from_bytes = int.from_bytes
@@ -288,7 +290,7 @@ class Index:
         return len(self._shards[number])
 
     def rows_of_bucket(self, number: int, bucket: int) -> list[Row]:
-        """Return all rows of one bucket of a shard: about 16 at most."""
+        """Return all rows of one bucket of a shard: about 8 on the average at most."""
         return [Row._make(values) for values in INDEX_ROW.iter_unpack(self._shards[number][bucket])]
 
     def expired_in_shard(self, number: int, now: float, idle_since: float) -> list[Row]:

@@ -164,8 +164,7 @@ class Staging:
     async def _seal(self, output: Output) -> None:
         await self._flush(output)
         await undisturbed(self._threads.read(seal_output, self._files, output))
-        output.segment.rows = bytes(output.rows)  # until its hint is written
-        output.rows.clear()
+        output.segment.rows, output.rows = output.rows, bytearray()  # until its hint is written
 
     async def finish(self) -> None:
         """Seal and sync what is staged; nothing can be added any more."""

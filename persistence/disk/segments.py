@@ -59,7 +59,7 @@ class Segment:
     lowest_sequence: int = 0
     highest_sequence: int = 0
     unapplied: int = 0
-    rows: bytes | None = None
+    rows: bytes | bytearray | None = None
     without_rows: bool = False
     sealed: bool = False
     damaged: bool = False

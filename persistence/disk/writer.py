@@ -483,7 +483,7 @@ class LogWriter:
         self.close()
         # The rows first: from the moment that it counts as sealed compaction may take it, on the
         # loop, beside this thread, and without rows and a hint it would never touch it again.
-        active.segment.rows = bytes(active.rows)
+        active.segment.rows = active.rows
         active.segment.sealed = True
         return active.segment
 

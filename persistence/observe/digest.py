@@ -44,13 +44,13 @@ class Digest:
 
     def __init__(self, max_centroids: int = MAX_CENTROIDS) -> None:
         self._max_centroids = max_centroids
-        self._values: list[float] = []
+        self._values: tuple[float, ...] = ()  # no list: a garbage collection goes over lists
         self._digest: TDigest | None = None
 
     def add(self, values: Sequence[float]) -> None:
         """Take in values."""
         if self._digest is None and len(self._values) + len(values) <= self._max_centroids:
-            self._values += values
+            self._values += tuple(values)
         elif values:
             self._clustered().batch_update(values)
 
@@ -65,7 +65,7 @@ class Digest:
         """Return the t-digest; from now on there is one."""
         if self._digest is None:
             self._digest = _digest_of(self._values, None, self._max_centroids)
-            self._values = []
+            self._values = ()
         return self._digest
 
     def quantile(self, share: float) -> float:
@@ -79,7 +79,8 @@ class Digest:
 
     def pack(self) -> bytes:
         """Return it in 4 bytes for each value, or 8 for each centroid."""
-        values, weights = self._values, []
+        values: Sequence[float] = self._values
+        weights: Sequence[float] = ()
         if self._digest is not None:
             centroids = self._digest.centroids
             values, weights = [each[0] for each in centroids], [each[1] for each in centroids]
@@ -102,7 +103,7 @@ class Digest:
         if not count or size not in (1 + 4 * count, 1 + 8 * count):
             raise ValueError("not a packed digest")
         floats = unpack_from(f"<{(size - 1) // 4}f", packed, 1)
-        values, weights = list(floats[:count]), list(floats[count:])
+        values, weights = floats[:count], floats[count:]
         if not all(0 <= each < inf for each in values) or not all(
             0 < each < inf for each in weights
         ):

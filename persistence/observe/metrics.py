@@ -10,6 +10,7 @@ about the number of requests of the last `RECENT_SECONDS`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import exp, inf
@@ -82,7 +83,7 @@ class Tally:
         """Whether there is anything in it."""
         return bool(self.requests or self.errors)
 
-    def ended(self, durations: list[float], name: str, now: float) -> None:
+    def ended(self, durations: Sequence[float], name: str, now: float) -> None:
         """Take in requests that ended until `now`, the last one of this name."""
         self._age(now)
         self.requests += len(durations)

@@ -40,7 +40,7 @@ from persistence.disk.format import (
     decode_frame,
     decode_segment_header,
     decompress,
-    encode_cache,
+    encode_cache_header,
     encode_frame,
     encode_segment_header,
     frame_length,
@@ -451,7 +451,7 @@ def test_a_segment_of_an_unknown_kind_is_damaged() -> None:
 @settings(deadline=None)
 @given(IDS, st.binary(min_size=32, max_size=32), TIMES, st.binary(max_size=300))
 def test_a_cache_comes_back(directory_id: bytes, covers: bytes, skew: float, body: bytes) -> None:
-    encoded = encode_cache(directory_id, covers, skew, body)
+    encoded = encode_cache_header(directory_id, covers, skew, body) + body
     found = decode_cache(encoded, directory_id, covers)
     assert found is not None
     assert (found[0], bytes(found[1])) == (skew, body)
@@ -459,7 +459,7 @@ def test_a_cache_comes_back(directory_id: bytes, covers: bytes, skew: float, bod
 
 def test_a_cache_of_something_else_or_with_any_damage_is_none() -> None:
     directory_id, covers = bytes(range(16)), bytes(range(32))
-    encoded = encode_cache(directory_id, covers, 0.5, b"some rows")
+    encoded = encode_cache_header(directory_id, covers, 0.5, b"some rows") + b"some rows"
     assert decode_cache(encoded, bytes(16), covers) is None
     assert decode_cache(encoded, directory_id, bytes(32)) is None
     assert decode_cache(encoded + b"\0", directory_id, covers) is None
@@ -473,7 +473,9 @@ def test_a_cache_of_something_else_or_with_any_damage_is_none() -> None:
 
 def test_a_cache_of_any_other_version_is_none() -> None:
     for version in (0, layouts.FORMAT_VERSION + 1):
-        header = bytearray(encode_cache(bytes(16), bytes(32), 0.0, b"")[: CACHE_HEADER_BYTES - 4])
+        header = bytearray(
+            encode_cache_header(bytes(16), bytes(32), 0.0, b"")[: CACHE_HEADER_BYTES - 4]
+        )
         header[8:12] = version.to_bytes(4, "little")
         assert decode_cache(stamped(bytes(header)), bytes(16), bytes(32)) is None
 

@@ -628,7 +628,8 @@ async def test_after_a_rotation_come_the_hint_and_then_the_manifest() -> None:
             await asyncio.gather(*state._disk._background)
         assert [name for name in names(files.calls) if "hint" in name or "MANIFEST" in name] == [
             f"create {hint_name(1)}.tmp",
-            f"write_at {hint_name(1)}.tmp",
+            f"write_at {hint_name(1)}.tmp",  # its header
+            f"write_at {hint_name(1)}.tmp",  # its rows
             f"sync {hint_name(1)}.tmp",
             f"rename {hint_name(1)}.tmp {hint_name(1)}",
             "create MANIFEST.tmp",

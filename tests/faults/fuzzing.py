@@ -209,7 +209,7 @@ def _decode_header(data: bytes) -> None:
 
 def _cache() -> bytes:
     body = (9).to_bytes(8, "little") + bytes(8) + b"".join(Index().images())
-    return fmt.encode_cache(b"d" * 16, b"v" * 16, 0.0, body)
+    return fmt.encode_cache_header(b"d" * 16, b"v" * 16, 0.0, body) + body
 
 
 def _seal_cache(data: bytes) -> bytes:
