@@ -18,7 +18,8 @@ from benchmarks.lag import Observed, observe
 from benchmarks.optional import UnavailableError
 
 _EXIT_SECONDS = 30
-_PRELOADED = ["benchmarks.isolation", "benchmarks.payloads", "benchmarks.resident", "msgpack"]
+_PRELOADED = ["benchmarks.catalogue", "benchmarks.isolation", "benchmarks.resident", "msgpack"]
+_PRELOADED += ["persistence.manager", "redis.asyncio", "zict", "diskcache", "lmdb", "rocksdict"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Isolated:
 
     def __init__(self, contender: Contender, directory: Path) -> None:
         # A child of the runner would inherit its heap and count it as its own; one of the fork
-        # server inherits what every contender imports, and nothing else.
+        # server inherits the modules that most contenders import, and nothing else.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self._pipe, remote = context.Pipe()

@@ -28,10 +28,14 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen beside a contender at work, seconds."""
+    """What was seen beside a contender at work, seconds.
+
+    `measured`: what it has measured meanwhile, where that was one `measure`.
+    """
 
     lags: list[float]
     latencies: list[float] = field(default_factory=list)
+    measured: Metrics = field(default_factory=dict)
 
 
 async def observe(contender: Contender, sample_count: int, limit_seconds: float) -> Observed:
@@ -45,13 +49,14 @@ async def observe(contender: Contender, sample_count: int, limit_seconds: float)
     sampling = asyncio.create_task(_sample(sample_count, limit_seconds))
     await asyncio.sleep(0)  # it sleeps now, and will notice work that never lets the loop turn
     latencies: deque[float] = deque(maxlen=_MOST_LATENCIES)
+    measured: Metrics = {}
     try:
         if contender.request_tasks:
             await asyncio.gather(
                 *(_ask(contender, sampling, latencies) for _ in range(contender.request_tasks))
             )
         else:
-            await contender.measure()
+            measured = await contender.measure()
             while not (sampling.done() or contender.fresh_process):
                 await asyncio.sleep(0)
                 await contender.measure()
@@ -59,7 +64,8 @@ async def observe(contender: Contender, sample_count: int, limit_seconds: float)
         sampling.cancel()
         waits = await sampling
     intervals = [] if contender.request_tasks else list(Stopwatch.intervals)
-    return Observed(within(intervals, waits) if intervals else lags_of(waits), list(latencies))
+    lags = within(intervals, waits) if intervals else lags_of(waits)
+    return Observed(lags, list(latencies), measured)
 
 
 async def _ask(

@@ -207,9 +207,14 @@ class FreshLane(Lane):
         self._anew(super().repeat)
 
     def observe(self, sample_count: int, limit_seconds: float) -> None:
-        """Open, sample and close."""
+        """Open, measure while the event loop is sampled, record and close.
+
+        This is the last repetition: what it measures once may take minutes.
+        """
         # The loop is watched from the start to the end of what is measured, however long it takes.
         self._anew(lambda: super(FreshLane, self).observe(2**62, float("inf")))
+        if self.row.observed is not None:
+            self.row.samples.append(self.row.observed.measured)
 
     def _anew(self, act: Callable[[], None]) -> None:
         if self.row.failure is not None:
@@ -254,6 +259,8 @@ def _interleave(workload: Workload, common: Run, lanes: list[Lane]) -> None:
         progress(f"{workload.name}: preparing {len(lanes)} contenders")
         _open(lanes, is_isolated=common.hosts is Isolated)
         repetitions = workload.repetitions(sizes)
+        if workload.observed and all(isinstance(lane, FreshLane) for lane in lanes):
+            repetitions -= 1  # the one that is observed
         began = time.perf_counter()
         for repetition in range(repetitions):
             is_enough = time.perf_counter() - began > sizes.repeated_seconds

@@ -123,14 +123,13 @@ QUICK = Sizes(
 
 FULL = Sizes(
     "full",
-    repeated_seconds=15.0,
+    repeated_seconds=10.0,
+    fresh_repetitions=2,
     lone_updates=500,
     lag_samples=20_000,
-    mixed_accesses=40_000,
     expired_sessions=1_000_000,
     expiry_repetitions=1,
     seen_updates=1_000,
-    traced_requests=12_031,
     traced_repetitions=3,
     grown=(10_000, 100_000, 1_000_000),
     grown_index=(3_000_000,),

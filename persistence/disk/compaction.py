@@ -45,7 +45,7 @@ from persistence.disk.index import Index
 from persistence.disk.segments import Segment
 from persistence.disk.writer import encode_footer
 
-MIN_DEAD_FRACTION: Final = 0.4
+MIN_DEAD_FRACTION: Final = 0.32
 _SMALL_FRACTION: Final = 1 / 8
 _MIN_SMALL_SEGMENTS: Final = 8
 _MAX_TOMBSTONE_FRACTION: Final = 1 / 8

@@ -51,7 +51,7 @@ _MAX_GAP_BYTES: Final = 16 * 1024  # dead bytes between two frames that are read
 _MARK_BYTES: Final = FRAME_OVERHEAD_BYTES + MAX_KEY_BYTES
 _ROWS_PER_STEP: Final = 256
 _THREAD_SEAL_BYTES: Final = 128 * 1024
-_RESTS_UP_TO: Final = 0.5  # `Pressure.of_compaction` from which on it takes what it gets
+_RESTS_UP_TO: Final = 0.25  # `Pressure.of_compaction` from which on it takes what it gets
 
 
 class _Stopped(Exception):
