@@ -209,10 +209,15 @@ class Lives:
             return Session.view(session_id, record, accessed, life, cap, self._time)
 
 
+_NO_META: Final = rec.pack_meta({})
+
+
 def _packed_meta(
     user_id: str | None, metadata: SessionMetadata | None, max_requests: int | None
 ) -> bytes:
     """Check and pack what is stored about a session beside its fields."""
+    if user_id is None and metadata is None and max_requests is None:
+        return _NO_META
     if metadata is not None and not isinstance(metadata, SessionMetadata):
         raise refused("metadata", metadata, "a SessionMetadata or None")
     return rec.pack_meta(

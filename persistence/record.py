@@ -239,10 +239,32 @@ def _packer(depth: int) -> Callable[[object], bytes]:
 
 # The packer takes these natively, but they would come back as something else (bytearray and
 # memoryview as bytes) or as one of our own extension types. Each leaves one of these marker bytes
-# in the output, so a value without any (nearly all) needs no walk; text may hold them by chance.
+# in the output, so a value without any needs no walk; text and floats may hold them by chance.
 _MARKERS: Final = bytes([0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8])
 _PLAIN: Final = frozenset({int, str, float, bool, type(None), bytes})
-_REFUSED_NATIVES: Final = (memoryview, msgpack.ExtType, msgpack.Timestamp)
+_REFUSED_NATIVES: Final = frozenset({memoryview, msgpack.ExtType, msgpack.Timestamp})
+_LOOKALIKES: Final = _REFUSED_NATIVES | {bytearray}
+
+
+def _holds_lookalikes(value: Any) -> bool:
+    """Whether a value that the packer has taken is, or holds, what would come back as another type.
+
+    Looks at the types of a container's parts all at once: floats hold markers by chance, too.
+    """
+    kind = type(value)
+    if kind not in _CONTAINERS:
+        return kind in _LOOKALIKES
+    todo: list[Any] = [value]
+    while todo:
+        item = todo.pop()
+        parts = [*item, *item.values()] if type(item) is dict else item
+        kinds = set(map(type, parts))
+        if kinds <= _PLAIN:
+            continue
+        if not _LOOKALIKES.isdisjoint(kinds):
+            return True
+        todo += [each for each in parts if type(each) in _CONTAINERS]
+    return False
 
 
 def _with_explicit_bytearrays(value: Any) -> Any:
@@ -295,7 +317,8 @@ def pack_value(value: object, field: str) -> bytes:
     """
     try:
         packed = _packers.by_depth[0](value)
-        if type(value) not in _PLAIN and len(packed.translate(None, _MARKERS)) != len(packed):
+        is_plain = type(value) in _PLAIN or len(packed.translate(None, _MARKERS)) == len(packed)
+        if not is_plain and _holds_lookalikes(value):
             packed = _packers.by_depth[0](_with_explicit_bytearrays(value))
         return packed
     except _Refused as refused:

@@ -107,6 +107,11 @@ def _datetime(wall_seconds: float) -> datetime:
     return datetime.fromtimestamp(wall_seconds, UTC)
 
 
+Terms: TypeAlias = tuple[float, float, EngineTime]
+"""How long a session lives, as in memory (see `memory.tier`): its life, its cap, and whose time.
+Most sessions have the same, and share one."""
+
+
 class Session:
     """One whole version of a session, immutable. Values are unpacked on access, fresh each time.
 
@@ -116,18 +121,16 @@ class Session:
     views are made on the hottest path; it would change nothing but this view.)
     """
 
-    __slots__ = ("_accessed", "_cap", "_layout", "_life", "_record", "_skew", "_time", "id")
+    __slots__ = ("_accessed", "_layout", "_record", "_skew", "_terms", "id")
 
     # No __init__: views are made on the hottest path there is (`MemoryTier.access`), and an
-    # empty constructor plus six assignments takes half the time of a constructor in Python.
+    # empty constructor plus four assignments takes half the time of a constructor in Python.
     id: str
     _record: bytes
     _accessed: float
-    _life: float
-    _cap: float
+    _terms: Terms
     _layout: rec.Layout  # once a field of a large record has been asked for
     _skew: float  # once a time has been asked for
-    _time: EngineTime
 
     @classmethod
     def view(
@@ -144,10 +147,7 @@ class Session:
         session.id = session_id
         session._record = record
         session._accessed = accessed
-        session._life = life
-        if cap != rec.NEVER:  # the hot path leaves it out
-            session._cap = cap
-        session._time = time
+        session._terms = (life, cap, time)
         return session
 
     def _get_layout(self) -> rec.Layout:
@@ -238,7 +238,7 @@ class Session:
         try:
             skew = self._skew
         except AttributeError:
-            skew = self._skew = self._time.skew()
+            skew = self._skew = self._terms[2].skew()
         return _datetime(engine_seconds + skew)
 
     @property
@@ -249,7 +249,7 @@ class Session:
     @property
     def expires_at(self) -> datetime | None:
         """When the session expires if nobody accesses it again, aware UTC; None: never."""
-        life, cap = self._life, getattr(self, "_cap", rec.NEVER)
+        life, cap, _ = self._terms
         deadline = min(self._accessed + life if life > 0 else -life, cap)
         if deadline == rec.NEVER:
             return None
@@ -263,7 +263,7 @@ class Session:
 
         Fixed at its creation, by ``session.max_lifetime_seconds``.
         """
-        cap = getattr(self, "_cap", rec.NEVER)
+        _, cap, _ = self._terms
         return None if cap == rec.NEVER else self._shown(cap)
 
     @property

@@ -21,7 +21,7 @@ from persistence.disk.segments import Segment
 
 _SOFT_SEGMENTS: Final = 2  # the open one, and the one that is being merged
 _HARD_SEGMENTS: Final = 3
-_SOFT_PER_LIVE: Final = 1.0  # more than what is left unmerged: 0.4 of a segment
+_SOFT_PER_LIVE: Final = 1.0  # more than what is left unmerged: a third of a segment
 _HARD_PER_LIVE: Final = 2.0
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 

@@ -86,6 +86,7 @@ class MemoryTier:
         self.peak_bytes = 0
         self.hits = 0
         self._time = time
+        self._terms = (default_life, NEVER, time)
         self._base = time.base
         self._monotonic = clock.monotonic
         count = shard_count(max_bytes)
@@ -123,8 +124,7 @@ class MemoryTier:
         session.id = session_id
         session._record = shard.records[session_id]
         session._accessed = now
-        session._life = life
-        session._time = self._time
+        session._terms = self._terms
         return session
 
     def _access_unusual(
@@ -169,8 +169,7 @@ class MemoryTier:
         session.id = session_id
         session._record = record
         session._accessed = now
-        session._life = life
-        session._time = self._time
+        session._terms = self._terms
         return session
 
     def note(self, session_id: str, accessed: float) -> None:
