@@ -119,7 +119,7 @@ async def _answer(pipe: Connection, stage: _Stage) -> None:
         while not is_closed:
             # In a thread, so that a contender's background tasks live on while others have a turn.
             command: Command = await loop.run_in_executor(None, pipe.recv)
-            if command.name == "measure":
+            if command.name in {"measure", "observe"}:
                 _settle()
             pipe.send(await stage.perform(command))
             is_closed = command.name == "close"

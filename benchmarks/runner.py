@@ -29,7 +29,7 @@ _JUDGED_SAMPLES = 1000  # one in a thousand needs at least so many
 class Row:
     """One contender's results in one workload: one `Metrics` per recorded repetition.
 
-    `observed` is the lag of its event loop, sampled after the repetitions.
+    `observed` is the lag of its event loop, sampled after the repetitions, or during the last one.
     """
 
     by: Contender
@@ -211,9 +211,12 @@ class FreshLane(Lane):
 
         This is the last repetition: what it measures once may take minutes.
         """
-        # The loop is watched from the start to the end of what is measured, however long it takes.
-        self._anew(lambda: super(FreshLane, self).observe(2**62, float("inf")))
-        if self.row.observed is not None:
+        self._anew(self._observe_all)
+
+    def _observe_all(self) -> None:
+        # From the start to the end of what is measured, however long it takes.
+        super().observe(2**62, float("inf"))
+        if self.row.observed is not None and self.row.observed.measured:
             self.row.samples.append(self.row.observed.measured)
 
     def _anew(self, act: Callable[[], None]) -> None:

@@ -209,7 +209,7 @@ class Lives:
             return Session.view(session_id, record, accessed, life, cap, self._time)
 
 
-_NO_META: Final = rec.pack_meta({})
+_BARE_META: Final = rec.pack_meta({})
 
 
 def _packed_meta(
@@ -217,7 +217,7 @@ def _packed_meta(
 ) -> bytes:
     """Check and pack what is stored about a session beside its fields."""
     if user_id is None and metadata is None and max_requests is None:
-        return _NO_META
+        return _BARE_META
     if metadata is not None and not isinstance(metadata, SessionMetadata):
         raise refused("metadata", metadata, "a SessionMetadata or None")
     return rec.pack_meta(

@@ -48,7 +48,7 @@ from persistence.observe.health import SessionHealth, score
 from persistence.observe.metrics import RequestMetrics, Tally, error_text, metrics_of, name_text
 from persistence.residency import Residency
 from persistence.session import MAX_REQUESTS, Session
-from persistence.slices import REST_SECONDS, Slices
+from persistence.slices import Slices, short_rest
 from persistence.stats import Latencies, RequestStats
 from persistence.turns import Turns
 from persistence.updates import Updates
@@ -353,7 +353,8 @@ class Requests:
         entry = self.entries.get(session_id)
         if entry is not None and entry.incarnation == rec.incarnation_of(record):
             self.fold(entry)
-            noted.tally.add(entry.tally, self._now())
+            if entry.has_news:
+                noted.tally.add(entry.tally, self._now())
         else:
             entry = None
         return entry, noted.tally, self._limit_of(meta), noted.mark
@@ -466,10 +467,15 @@ class Requests:
                 await self._too_many.wait()
         except TimeoutError:
             pass
-        await self.look(at_once=self._beside, rest_seconds=REST_SECONDS)
+        await self.look(at_once=self._beside, rests=True)
 
-    async def look(self, at_once: int = _STORED_AT_ONCE, *, rest_seconds: float = 0.0) -> None:
-        """Store what is due by the clock; everything, if it is too much."""
+    async def look(self, at_once: int = _STORED_AT_ONCE, *, rests: bool = False) -> None:
+        """Store what is due by the clock; everything, if it is too much.
+
+        Args:
+            at_once: store so many at a time.
+            rests: nobody waits for it, unless it is too much.
+        """
         everything = len(self.entries) > _MAX_ENTRIES
         # While the shared tier is away each worker would have a branch of its own, of a session
         # that nobody has changed. It takes one of them, and what was counted in the others is lost.
@@ -477,20 +483,23 @@ class Requests:
         self._too_many.clear()
         now = self.monotonic()
         due: list[Entry] = []
-        slices = Slices(self.monotonic, rest_seconds=0.0 if everything else rest_seconds)
+        slices = self._slices(rests=rests and not everything)
         for entry in list(self.entries.values()):
             if not entry.is_needed:
                 self._drop(entry)
             elif not waits and (everything or self._is_due(entry, now)):
                 due.append(entry)
             await slices.give_way_if_due()
-        await self._store(due, gives_back=everything, at_once=at_once)
+        await self._store(due, gives_back=everything, at_once=at_once, slices=slices)
         for entry in due:
             if not entry.is_needed:
                 self._drop(entry)
             await slices.give_way_if_due()
         if not self.entries:
             self._some.clear()
+
+    def _slices(self, *, rests: bool = False) -> Slices:
+        return Slices(self.monotonic, rest_seconds=short_rest) if rests else Slices(self.monotonic)
 
     def _drop(self, entry: Entry) -> None:
         if self.entries.get(entry.session_id) is entry:
@@ -552,11 +561,16 @@ class Requests:
             await asyncio.wait(self._tasks)
 
     async def _store(
-        self, entries: list[Entry], *, gives_back: bool = False, at_once: int = _STORED_AT_ONCE
+        self,
+        entries: list[Entry],
+        *,
+        gives_back: bool = False,
+        at_once: int = _STORED_AT_ONCE,
+        slices: Slices | None = None,
     ) -> None:
         """Store entries, many with one sync; those that are idle give back what they reserved."""
         now = self.monotonic()
-        slices = Slices(self.monotonic)
+        slices = slices or self._slices()
         storing: list[asyncio.Task[None]] = []
         for entry in entries:
             if entry.has_news or entry.left:
@@ -616,8 +630,9 @@ class Requests:
 
     def _put_back(self, entry: Entry, taken: Tally) -> Tally:
         """Let an entry have again what could not be stored; return an empty tally."""
-        taken.add(entry.tally, self._now())
-        entry.tally = taken
+        if taken:
+            taken.add(entry.tally, self._now())
+            entry.tally = taken
         return Tally()
 
 

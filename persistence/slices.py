@@ -7,8 +7,12 @@ from collections.abc import Callable
 from typing import Final
 
 SLICE_SECONDS: Final = 0.0005
-REST_SECONDS: Final = 0.001
-"""Between two slices of work that nobody waits for; of the event loop's timers at least a tick."""
+_REST_SECONDS: Final = 0.001  # of the event loop's timers at least a tick
+
+
+def short_rest() -> float:
+    """Return how long to rest between two slices of work that nobody waits for, seconds."""
+    return _REST_SECONDS
 
 
 class Slices:
@@ -21,24 +25,21 @@ class Slices:
     Args:
         monotonic: process time, seconds.
         seconds: how long a slice is.
-        rest_seconds: how long to rest after each.
-
-    Attributes:
-        rest_seconds: may be changed at any time.
+        rest_seconds: tells after each how long to rest.
     """
 
-    __slots__ = ("_end", "_monotonic", "_seconds", "rest_seconds")
+    __slots__ = ("_end", "_monotonic", "_rest_seconds", "_seconds")
 
     def __init__(
         self,
         monotonic: Callable[[], float],
         seconds: float = SLICE_SECONDS,
         *,
-        rest_seconds: float = 0.0,
+        rest_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._monotonic = monotonic
         self._seconds = seconds
-        self.rest_seconds = rest_seconds
+        self._rest_seconds = rest_seconds
         self._end = monotonic() + seconds
 
     def due(self) -> bool:
@@ -47,7 +48,7 @@ class Slices:
 
     async def give_way(self) -> None:
         """Let the event loop run everything else, at least once, then start another slice."""
-        await asyncio.sleep(self.rest_seconds)
+        await asyncio.sleep(self._rest_seconds())
         self._end = self._monotonic() + self._seconds
 
     async def give_way_if_due(self) -> None:

@@ -157,6 +157,21 @@ def test_a_bytearray_stays_one_in_every_container(wrap: Callable[[list[Any]], An
     assert told_apart(unpack_value(pack_value(value, "f"))) == told_apart(value)
 
 
+def test_a_value_that_holds_a_marker_by_chance_is_not_packed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(value: object) -> object:
+        raise AssertionError(f"{value!r} was rebuilt")
+
+    value = {"price": 5e-324, "items": [["\u00c4", ({1.5}, None)], {"n": 0xC4, b"\xc7": -200}]}
+    packed = pack_value(value, "field")
+    assert any(mark in packed for mark in rec._MARKERS)
+    monkeypatch.setattr(rec, "_with_explicit_bytearrays", refuse)
+    assert pack_value(value, "field") == packed
+    with pytest.raises(AssertionError, match="was rebuilt"):
+        pack_value([value, [{"deep": [bytearray(b"x")]}]], "field")
+
+
 def test_a_bytearray_is_copied_when_it_is_packed() -> None:
     buffer = bytearray(b"before")
     packed = pack_value([buffer], "f")

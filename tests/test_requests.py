@@ -646,6 +646,23 @@ async def test_requests_that_cannot_be_stored_are_stored_later(
     assert (await state.session_metrics(sid)).requests == 2
 
 
+async def test_an_entry_holds_a_tally_only_while_something_is_in_it(state: StateManager) -> None:
+    sid = await state.create_session()
+    await state.record_request(sid, "one", 1.0)
+    assert not _holds_tally(state, sid)  # until it is folded
+    assert (await state.session_metrics(sid)).requests == 1
+    assert _holds_tally(state, sid)
+    await requests_of(state).store_all()
+    assert not _holds_tally(state, sid)
+    await state.session_metrics(sid)
+    await state.session_health(sid)
+    assert not _holds_tally(state, sid)
+
+
+def _holds_tally(state: StateManager, session_id: str) -> bool:
+    return requests_of(state).entries[session_id]._tally is not None
+
+
 async def test_requests_in_flight_are_counted_once(
     state: StateManager, files: ScriptedFiles
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -42,7 +43,7 @@ from persistence.disk.reserve import Reserve
 from persistence.disk.sealed import RecordCodec
 from persistence.disk.segments import OpenSegments, Pins, Segment
 from persistence.disk.threads import Threads
-from persistence.slices import REST_SECONDS, Slices
+from persistence.slices import Slices, short_rest
 
 _log = logging.getLogger("persistence.compaction")
 
@@ -140,7 +141,7 @@ class Compactor:
         self._idle.set()
         self._merging = asyncio.Lock()
         self._urgent = False
-        self._settling = 0
+        self._awaited = 0  # by how many callers of `settle` and `paused`
         self._waiting: list[asyncio.Future[None]] = []
         self._frames_seen = 0
         self._task: asyncio.Task[None] | None = None
@@ -160,11 +161,11 @@ class Compactor:
 
     async def settle(self) -> None:
         """Wait until there is nothing left to merge."""
-        self._settling += 1
+        self._awaited += 1
         try:
             await self._idle.wait()
         finally:
-            self._settling -= 1
+            self._awaited -= 1
 
     @property
     def is_idle(self) -> bool:
@@ -225,10 +226,23 @@ class Compactor:
         self._idle.set()
         self._tell_waiting()
 
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Wait for the end of the merge under way; inside the block there is none."""
+        self._awaited += 1
+        try:
+            await self._merging.acquire()
+        finally:
+            self._awaited -= 1
+        try:
+            yield
+        finally:
+            self._merging.release()
+
     @property
-    def paused(self) -> asyncio.Lock:
-        """While this is held, no merge is under way."""
-        return self._merging
+    def is_merging(self) -> bool:
+        """Whether a merge is under way, or kept from it."""
+        return self._merging.locked()
 
     async def _merge_one(self) -> bool:
         async with self._merging:
@@ -313,13 +327,13 @@ class Compactor:
         outside = lowest_outside(around.segments.values(), inputs)
         merge = Merge(around.index, outside, around.shipped_sequence())
         lowest = min(item.lowest_sequence for item in inputs)
-        slices = Slices(around.monotonic, rest_seconds=self._rest_seconds)
+        slices = Slices(around.monotonic, rest_seconds=self._rest_seconds)  # asked each time
         # The rows of a full segment take 5 MiB, so they are read twice rather than kept for all.
         for source in inputs:
             _, packed = await self._rows(source)
             for some in _in_steps(packed):
                 merge.note_touches(INDEX_ROW.iter_unpack(some))
-                await slices.give_way_if_due()
+                await self._give_way(slices)
         for source in inputs:
             skew, packed = await self._rows(source)
             wanted: list[Source] = []
@@ -328,7 +342,7 @@ class Compactor:
                     found = merge.wanted(row, source.number)
                     if found is not None:
                         wanted.append(found)
-                await slices.give_way_if_due()
+                await self._give_way(slices)
             await self._copy_frames(source, wanted, skew, merge, outputs, lowest, slices)
         if outputs:
             await self._finish(outputs[-1])
@@ -364,7 +378,6 @@ class Compactor:
         for start, end, group in _groups([item for item in wanted if not item.is_patch]):
             data = await self._read(source, start, end - start)
             await self._pace(len(data))
-            slices.rest_seconds = self._rest_seconds
             self.stats.bytes_read += len(data)
             for item in group:
                 raw = _frame_at(data, item.offset - start, item.length)
@@ -486,11 +499,18 @@ class Compactor:
             return
         raise _Stopped
 
-    @property
+    async def _give_way(self, slices: Slices) -> None:
+        """Let everything else run if a slice is used up, and notice that the tier is closing."""
+        await slices.give_way_if_due()
+        if self._stopping.is_set():
+            raise _Stopped
+
     def _rest_seconds(self) -> float:
-        """How long to rest between slices: not at all while space is wanted, or somebody waits."""
-        is_wanted = self._around.pressure.of_compaction >= _RESTS_UP_TO
-        return 0.0 if is_wanted or self._urgent or self._settling else REST_SECONDS
+        """Return how long to rest: not at all while space is wanted, or somebody waits."""
+        is_waited_for = self._awaited or self._waiting or self._stopping.is_set()
+        if is_waited_for or self._urgent or self._around.pressure.of_compaction >= _RESTS_UP_TO:
+            return 0.0
+        return short_rest()
 
     # --- afterwards ---------------------------------------------------------------------------
 

@@ -209,7 +209,7 @@ async def install(tier: DiskTier, staging: Staging, slices: Slices) -> None:
         WriteOutcomeUnknown: what the next opening finds is not known; no more writes.
     """
     assert tier.writer.sequence < staging.sequence or not staging.outputs, "the gap was crossed"
-    async with tier.compactor.paused:
+    async with tier.compactor.paused():
         # From here on the manifest may name them, whatever this call ends with. Removed then,
         # there would be nothing left: neither they nor what they have replaced.
         outputs, staging.outputs = staging.outputs, []

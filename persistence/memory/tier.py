@@ -138,7 +138,18 @@ class MemoryTier:
             return None
         shard.accessed[session_id] = now
         self.hits += 1
-        return Session.view(session_id, shard.records[session_id], now, life, cap, self._time)
+        return self._view(session_id, shard.records[session_id], now, life, cap)
+
+    def _view(
+        self, session_id: str, record: bytes, accessed: float, life: float, cap: float
+    ) -> Session:
+        session = Session()  # as in `access`
+        session.id = session_id
+        session._record = record
+        session._accessed = accessed
+        is_usual = life == self.default_life and cap == NEVER
+        session._terms = self._terms if is_usual else (life, cap, self._time)
+        return session
 
     def look(self, session_id: str, margin_seconds: float) -> Session | None:
         """Return the view that `access` would, and change nothing: from any thread.
@@ -162,15 +173,10 @@ class MemoryTier:
             cap = shard.caps.get(session_id, NEVER)
             if min(deadline_of(last, life), cap) <= now + margin_seconds:
                 return None
-            return Session.view(session_id, record, now, life, cap, self._time)
+            return self._view(session_id, record, now, life, cap)
         if last + life <= now + margin_seconds:
             return None
-        session = Session()  # as in `access`
-        session.id = session_id
-        session._record = record
-        session._accessed = now
-        session._terms = self._terms
-        return session
+        return self._view(session_id, record, now, life, NEVER)
 
     def note(self, session_id: str, accessed: float) -> None:
         """Note an access at `accessed`, if the session is still here."""

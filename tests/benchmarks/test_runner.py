@@ -46,6 +46,12 @@ class Steady(Contender):
 
 
 @dataclass
+class WrongAtTheEnd(Steady):
+    async def close(self) -> None:
+        check(False, "not everything was there")
+
+
+@dataclass
 class Server(Contender):
     """Has something that stays when nobody ends it."""
 
@@ -120,6 +126,14 @@ def test_a_fresh_contender_gets_a_new_process_each_time(tmp_path: Path) -> None:
     result = _run(tmp_path, Steady("quick", 200, fresh_process=True))
     assert result.rows[0].values("rate") == [201, 201, 201]
     assert len(set(result.rows[0].values("pid"))) == 3
+
+
+def test_what_is_observed_of_a_fresh_contender_is_its_last_repetition(tmp_path: Path) -> None:
+    result = _run(tmp_path, Steady("quick", 200, fresh_process=True), repetitions=1)
+    assert result.rows[0].values("rate") == [201]
+    assert result.rows[0].observed is not None
+    wrong = _run(tmp_path, WrongAtTheEnd("quick", 200, fresh_process=True))
+    assert wrong.rows[0].values("rate") == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
 
 import pytest
@@ -32,6 +32,7 @@ from persistence.disk.format import (
 from persistence.disk.index import Index
 from persistence.disk.segments import Segment
 from persistence.errors import CorruptionError, DiskFull
+from persistence.slices import short_rest
 from tests.disk.history import Placed, scan
 from tests.disk.memoryfiles import MUTATING, Call, MemoryFiles, fail, kill_at
 from tests.disk.workload import Data, Workload
@@ -1043,3 +1044,73 @@ async def test_a_limit_that_is_reached_again_and_again_is_never_exceeded_by_much
         await abandon(state)
     async with opened(files.after_kill(), small(max_bytes=limit)) as state:
         assert await everything(state) == data
+
+
+# Resting
+
+
+async def test_compaction_rests_unless_somebody_waits_for_it_or_space_is_wanted() -> None:
+    async with opened(MemoryFiles(), config(segment_bytes=SEGMENT_BYTES)) as state:
+        around, idle = state._disk.compactor._around, state._disk.compactor
+        assert idle._rest_seconds() == short_rest()
+        around.pressure.dead_bytes = int(around.pressure.soft_bytes)
+        assert idle._rest_seconds() == 0
+        around.pressure.dead_bytes = 0
+        idle._urgent = True
+        assert idle._rest_seconds() == 0
+        idle._urgent = False
+        idle._idle.clear()  # as if a merge were under way
+        waits: list[Awaitable[object]] = [idle.settle(), idle.merged()]
+        for wait in waits:
+            waiting = asyncio.ensure_future(wait)
+            await asyncio.sleep(0)
+            assert idle._rest_seconds() == 0
+            idle._become_idle()
+            await waiting
+            idle._idle.clear()
+            assert idle._rest_seconds() == short_rest()
+        async with idle.paused():
+            assert idle._rest_seconds() == short_rest()  # there is no merge that could rest
+            second = asyncio.ensure_future(_pass_through(idle.paused()))
+            await asyncio.sleep(0)
+            assert idle._rest_seconds() == 0
+        await second
+        idle._become_idle()
+        idle._stopping.set()
+        assert idle._rest_seconds() == 0
+
+
+async def _pass_through(block: AbstractAsyncContextManager[None]) -> None:
+    async with block:
+        pass
+
+
+async def test_a_close_is_noticed_between_two_rows(
+    switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch.on = False
+    monkeypatch.setattr(compactor, "_ROWS_PER_STEP", 1)
+    steps = 0
+    files = MemoryFiles()
+    async with opened(files, small()) as state:
+        for number in range(8):
+            await state.create_session(session_id=str(number), data={"x": bytes(20_000)})
+        while state._disk._background:
+            await asyncio.gather(*state._disk._background)
+        merging = state._disk.compactor
+        note_touches = Merge.note_touches
+
+        def stop_at_the_second(merge: Merge, rows: Iterator[Any]) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 2:
+                merging._stopping.set()
+            note_touches(merge, rows)
+
+        monkeypatch.setattr(Merge, "note_touches", stop_at_the_second)
+        switch.merges_all_once = True
+        merging.wake()
+        await merging.settle()
+        assert (steps, merging.stats.merges) == (2, 0)
+    async with opened(files.after_kill(), small()) as state:
+        assert len(await state.get_active_sessions()) == 8

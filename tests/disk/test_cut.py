@@ -66,7 +66,7 @@ async def test_a_tier_closes_while_a_merge_waits_for_a_cut(start: Start) -> None
     disk = disk_of(state)
     for n in range(150):
         await state.create_session(session_id=f"s{n}", data={"text": "x" * 900})
-    async with disk.compactor.paused:
+    async with disk.compactor.paused():
         for n in range(140):
             await state.terminate_session(f"s{n}")
         pinned = sorted(disk.segments)

@@ -535,12 +535,12 @@ def test_a_file_is_replaced_in_the_order_that_makes_it_atomic_and_durable() -> N
 
 
 def test_a_crash_while_a_file_is_replaced_leaves_the_old_or_the_new_one() -> None:
-    for nth in range(1, 7):
+    for nth in range(1, 8):
         files = MemoryFiles()
         files.set_data(f"{PATH}/name", b"old")
         files.faults.append(kill_at(nth, 0.5))
         with pytest.raises(Exception, match=r"\w+ name|sync_directory|^$"):
-            replace_file(files, PATH, "name", "name.tmp", b"new" * 500)
+            replace_file(files, PATH, "name", "name.tmp", b"new" * 100, b"new" * 400)
         for seed in range(20):
             left = files.after_power_loss(random.Random(seed))
             assert left.data(f"{PATH}/name") in (b"old", b"new" * 500)
@@ -552,7 +552,7 @@ def test_a_file_that_cannot_be_replaced_stays_whole(operation: str) -> None:
     files.set_data(f"{PATH}/name", b"old")
     files.faults.append(fail(errno.EIO, operation))
     with pytest.raises(OSError, match="Input/output error"):
-        replace_file(files, PATH, "name", "name.tmp", b"new")
+        replace_file(files, PATH, "name", "name.tmp", b"n", bytearray(b"ew"))
     expected = b"new" if operation == "sync_directory" else b"old"
     assert files.contents() == {f"{PATH}/name": expected}
     assert files.open_files == []

@@ -143,8 +143,8 @@ MUTANTS: Final = (
     Mutant(
         "no sync of a replaced file",
         FILES,
-        "            write_exactly(files, fd, data, 0)\n            files.sync(fd)\n",
-        "            write_exactly(files, fd, data, 0)\n",
+        "                end += len(piece)\n            files.sync(fd)\n",
+        "                end += len(piece)\n",
         (
             MONITORED,
             f"{WRITING}::test_a_file_is_replaced_in_the_order_that_makes_it_atomic_and_durable",
@@ -570,8 +570,8 @@ MUTANTS: Final = (
     Mutant(
         "a segment counts as sealed before it has rows",
         WRITER,
-        "        active.segment.rows = bytes(active.rows)\n        active.segment.sealed = True\n",
-        "        active.segment.sealed = True\n        active.segment.rows = bytes(active.rows)\n",
+        "        active.segment.rows = active.rows\n        active.segment.sealed = True\n",
+        "        active.segment.sealed = True\n        active.segment.rows = active.rows\n",
         (f"{WRITING}::test_whoever_sees_that_a_segment_is_sealed_sees_its_rows",),
     ),
     # --- tokens and what is sealed ------------------------------------------------------------
@@ -747,8 +747,8 @@ MUTANTS: Final = (
     Mutant(
         "what could not be stored of requests is lost",
         REQUESTS,
-        "        taken.add(entry.tally, self._now())\n        entry.tally = taken\n",
-        "",
+        "            taken.add(entry.tally, self._now())\n            entry.tally = taken\n",
+        "            pass\n",
         (REQUESTING,),
     ),
     Mutant(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import random
 from typing import Any
@@ -206,6 +207,31 @@ def test_a_new_version_with_the_usual_life_forgets_the_old_one(clock: ManualCloc
     tier.put("a", record(), now_of(clock), TTL)
     assert tier.deadline("a") == now_of(clock) + TTL
     tier.check()
+
+
+def test_views_tell_the_terms_of_their_own_session_and_share_the_usual_ones(
+    clock: ManualClock,
+) -> None:
+    tier = tier_with(clock, default_life=TTL)
+    cap = now_of(clock) + 30
+    tier.put("usual", record(), now_of(clock), TTL)
+    tier.put("longer", record(), now_of(clock), 2 * TTL)
+    tier.put("capped", record(), now_of(clock), TTL, cap)
+    views = {name: tier.access(name) for name in ("usual", "longer", "capped")}
+    left = {}
+    for name, view in views.items():
+        assert view is not None
+        assert view.expires_at is not None
+        left[name] = (view.expires_at - view.last_accessed).total_seconds()
+        copied = copy.copy(view)
+        assert (copied.expires_at, copied.lifetime_ends_at) == (
+            view.expires_at,
+            view.lifetime_ends_at,
+        )
+    assert left == {"usual": TTL, "longer": 2 * TTL, "capped": pytest.approx(30)}
+    again = tier.look("usual", 0.0)
+    assert again is not None
+    assert again._terms is tier._terms
 
 
 def test_a_new_version_without_a_cap_forgets_the_old_one(clock: ManualClock) -> None:
