@@ -278,7 +278,7 @@ class SessionConfig(_Table):
         default=3600.0,
         ge=0,
         le=_MAX_SECONDS,
-        description="Seconds a session lives after its last renewal; 0 = never expires.",
+        description="Seconds a session lives after its last access; 0 = never expires.",
     )
     max_lifetime_seconds: _Seconds = Field(
         default=0.0,
