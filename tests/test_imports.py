@@ -2,13 +2,13 @@
 
 Imports point one way, from the bottom up::
 
-    errors, clock, config, record, session, slices, tasks, turns, admission, sealer
+    errors, clock, config, record, session, slices, tasks, turns, admission, sealer, lifecycle, ...
         memory | disk | remote | limits | security | observe      (none of them imports another)
             checkpoint | commit | providers | entries
-                renewals | keys
+                renewals | keys | stats
                 spilling
                 residency
-                    sharing | watching
+                    sharing | scratch | watching
                         updates | listing | census
                             rotation
                                 tiers | requests
@@ -19,7 +19,7 @@ Imports point one way, from the bottom up::
                                     manager
                                         exports
                                             persistence/__init__.py     (the public names)
-                                                sync, worker, cli, web, testing
+                                                sync, worker, cli, testing
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FLOORS: dict[str, int] = {
     "manager": 14,
     "exports": 15,
     "": 16,
-    **dict.fromkeys(("sync", "worker", "cli", "web", "testing"), 17),
+    **dict.fromkeys(("sync", "worker", "cli", "testing"), 17),
 }
 """Floor of each room: the first part of a module's name below the package."""
 OPEN_FLOORS = (0, 17)
@@ -344,6 +344,14 @@ def test_the_package_is_found() -> None:
 def test_every_module_has_a_room() -> None:
     without = {name_of(path) for path in PATHS if room_of(name_of(path)) not in FLOORS}
     assert without == set(), "give each a floor here, which is a decision of design"
+
+
+def test_the_table_of_floors_in_the_docs_is_this_one() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    named = [(room, int(floor)) for floor, cell in rows for room in re.findall(r"`(.+?)`", cell)]
+    expected = {name or f"{PACKAGE}/__init__.py": floor for name, floor in FLOORS.items()}
+    assert sorted(named) == sorted(expected.items())
 
 
 def test_imports_point_down() -> None:
