@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from persistence import ClientInfo, StateConfig, StateManager, Stats, errors
+from persistence import (
+    ClientInfo,
+    DiskConfig,
+    RequestMetrics,
+    Session,
+    SessionHealth,
+    StateConfig,
+    StateManager,
+    Stats,
+    errors,
+)
+from persistence.checkpoint.catalogue import CheckpointInfo
+from persistence.checkpoint.create import Progress
 from persistence.checkpoint.keeper import CheckpointStats
+from persistence.checkpoint.restore import RestoredInfo
 from persistence.disk.tier import DiskStats
 from persistence.stats import PopulationStats, RequestStats, SharingStats
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+APPLICATIONS = (ROOT / "docs" / "applications.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
 
 def anchor(title: str) -> str:
@@ -77,9 +94,21 @@ def loggers(path: Path) -> list[str]:
     ]
 
 
-def table(title: str, column: int) -> str:
+@pytest.mark.parametrize(
+    "kind", [CheckpointInfo, Progress, RequestMetrics, RestoredInfo, Session, SessionHealth]
+)
+def test_every_attribute_of_what_methods_return_is_in_its_table(kind: type) -> None:
+    listed = re.findall(r"`(\w+)(?:\([^`]*\))?`", table(kind.__name__, column=0, page=API))
+    if is_dataclass(kind):
+        public = [item.name for item in fields(kind)]
+    else:  # `view` makes one
+        public = [name for name in vars(kind) if not name.startswith("_") and name != "view"]
+    assert sorted(listed) == sorted(public)
+
+
+def table(title: str, column: int, page: str = OPERATIONS) -> str:
     """Return the cells of one column of the first table below a heading."""
-    _, found, rest = OPERATIONS.partition(f"\n## {title}\n")
+    _, found, rest = page.partition(f"\n## {title}\n")
     assert found, title
     rows = re.findall(r"^\|(.+)\|$", rest.partition("\n## ")[0], re.MULTILINE)
     return "\n".join(row.split("|")[column] for row in rows)
@@ -108,7 +137,7 @@ def test_every_error_that_is_named_exists(page: Path) -> None:
 BLOCKS = [
     pytest.param(match[1], id=f"{page.stem}-{number}")
     for page in PAGES
-    if page.parent.name == "docs"  # README.md has tests of its own
+    if page.parent == ROOT / "docs"  # README.md has tests of its own
     for number, match in enumerate(
         re.finditer(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL), 1
     )
@@ -137,6 +166,9 @@ async def test_a_block_of_code_runs_with_what_its_page_takes_for_granted(
     if any(text in block for text in ELSEWHERE):
         return
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    for name in [name for name in os.environ if "PERSISTENCE_" in name]:
+        monkeypatch.delenv(name)
     client = ClientInfo(ip="203.0.113.9")
     async with StateManager() as state:
         sid = await state.create_session(user_id="ada", data={"cart": []})
@@ -155,3 +187,37 @@ async def test_a_block_of_code_runs_with_what_its_page_takes_for_granted(
         result = eval(code, given)
         if inspect.iscoroutine(result):
             await result
+
+
+async def test_the_snippet_for_web_servers_gives_each_process_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = run_block(OPERATIONS, "Under a web server")
+    config = StateConfig(disk=DiskConfig(path=tmp_path / "state"))
+    first = await names["open_own"](config, 2)
+    second = await names["open_own"](config, 2)
+    assert [Path(each.config.disk.path).name for each in (first, second)] == ["0", "1"]
+    with pytest.raises(RuntimeError, match="all 2 directories are in use"):
+        await names["open_own"](config, 2)
+    await first.close()
+    monkeypatch.setenv("PERSISTENCE_DISK__PATH", str(tmp_path / "state"))
+    async with names["lifespan"](None) as given:
+        assert Path(given["sessions"].config.disk.path).name == "0", "what became free"
+        await given["sessions"].create_session()
+    await second.close()
+
+
+async def test_the_test_that_is_shown_passes(tmp_path: Path) -> None:
+    names = run_block(APPLICATIONS, "In tests")
+    await names["test_a_cart_lives_for_an_hour"](tmp_path)
+
+
+def run_block(page: str, title: str) -> dict[str, Any]:
+    """Run the first block of Python below a heading, and return the names it makes."""
+    _, found, rest = page.partition(f"\n## {title}\n")
+    assert found, title
+    block = re.search(r"^```python\n(.*?)^```$", rest, re.MULTILINE | re.DOTALL)
+    assert block
+    names: dict[str, Any] = {}
+    exec(compile(block[1], title, "exec", dont_inherit=True), names)
+    return names

@@ -1,4 +1,7 @@
-"""README.md does what it says: its code runs, its commands print what it shows."""
+"""README.md does what it says: its code runs, its commands print what it shows.
+
+So do the pages that what was once in it has moved to: the commands, the API and the configuration.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ from persistence.facilities import Facilities
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 SHELL = {"sh", "bash", "shell"}
 FIRST_COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/persistence demo",
@@ -27,7 +33,7 @@ FIRST_COMMANDS = [
     ".venv/bin/pytest -q -n 3 -m 'not alone' && .venv/bin/pytest -q -m alone",
 ]
 PLANNED: set[str] = set()
-"""Errors that nothing raises yet, so README does not list them."""
+"""Errors that nothing raises yet, so the page of the API does not list them."""
 
 
 class Block(NamedTuple):
@@ -38,13 +44,13 @@ class Block(NamedTuple):
     text: str
 
 
-def blocks() -> list[Block]:
-    found = re.finditer(r"^```(\w*)[ \t]*\n(.*?)^```[ \t]*$", README, re.MULTILINE | re.DOTALL)
-    return [Block(match[1], README.count("\n", 0, match.start()) + 1, match[2]) for match in found]
+def blocks(page: str) -> list[Block]:
+    found = re.finditer(r"^```(\w*)[ \t]*\n(.*?)^```[ \t]*$", page, re.MULTILINE | re.DOTALL)
+    return [Block(match[1], page.count("\n", 0, match.start()) + 1, match[2]) for match in found]
 
 
-def of(*languages: str) -> list[Block]:
-    return [block for block in blocks() if block.language in languages]
+def of(*languages: str, page: str = README) -> list[Block]:
+    return [block for block in blocks(page) if block.language in languages]
 
 
 def named(block: Block) -> str:
@@ -125,7 +131,7 @@ async def test_a_fragment_runs_inside_a_manager(
 
 
 def test_the_configuration_shown_is_one(tmp_path: Path) -> None:
-    [shown] = of("toml")
+    [shown] = of("toml", page=CONFIGURATION)
     file = tmp_path / "worker.toml"
     file.write_text(shown.text, encoding="utf-8")
     config = StateConfig.load(file)
@@ -134,7 +140,7 @@ def test_the_configuration_shown_is_one(tmp_path: Path) -> None:
 
 
 def test_the_fault_shown_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    [shown] = of("text")
+    [shown] = of("text", page=CONFIGURATION)
     monkeypatch.setenv("PERSISTENCE_MEMORY__MAX_BYTES", "lots")
     with pytest.raises(ConfigError) as caught:
         StateConfig.load()
@@ -146,11 +152,14 @@ def test_the_fault_shown_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyP
 
 def test_the_commands_print_what_is_shown(clone: Path, environ: dict[str, str]) -> None:
     """In order, in one directory: each goes on with what the one before has left."""
-    run = []
-    for block in of("console"):
+    run, demos = [], []
+    for block in [*of("console"), *of("console", page=COMMANDS)]:
         prompt, _, shown = block.text.partition("\n")
         program, *words = shlex.split(prompt.removeprefix("$ "))
-        if program != "persistence" or words == ["demo"]:  # the demo has tests of its own
+        if program != "persistence":
+            continue
+        if words == ["demo"]:  # it has tests of its own
+            demos.append(shown)
             continue
         ran = subprocess.run(
             [sys.executable, "-m", "persistence.cli", *words],
@@ -165,6 +174,23 @@ def test_the_commands_print_what_is_shown(clone: Path, environ: dict[str, str]) 
         assert labels(ran.stdout) == labels(shown), prompt
         run.append(words[0])
     assert run == ["replay", "inspect", "verify", "export", "import"]
+    assert len(demos) == 2
+    assert len(set(demos)) == 1, "both pages show the same one"
+
+
+def test_every_command_is_in_both_pages() -> None:
+    helped = subprocess.run(
+        [sys.executable, "-m", "persistence.cli", "--help"],
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    commands = re.findall(r"^\W*(\w+)  ", helped.stdout.partition("Commands")[2], re.MULTILINE)
+    assert len(commands) == 8
+    table = re.findall(r"^\| `(\w+)", section("Command line"), re.MULTILINE)
+    headings = re.findall(r"^## (\w+)$", COMMANDS, re.MULTILINE)
+    assert sorted(table) == sorted(headings) == sorted(commands)
 
 
 PROGRESS: Final = re.compile(r"^[\d,]+ (requests|sessions verified), [\d,]+/s \|")
@@ -182,21 +208,33 @@ def labels(output: str) -> list[str]:
 
 
 def test_every_method_in_the_table_exists_and_none_is_missing() -> None:
-    listed = set(re.findall(r"`(\w+)\(", section("Reading and writing")))
     public = {name for name in vars(StateManager) if not name.startswith("_")}
-    assert listed == public - {"open", "close"}
+    assert methods_in(section("Methods", API)) == public - {"open", "close"}
+    some = methods_in(section("Reading and writing"))
+    assert len(some) > 8
+    assert some < public
+
+
+def methods_in(text: str) -> set[str]:
+    """Return the methods in the rows of the tables of a text."""
+    rows = re.findall(r"^\| .*", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)\(", row)}
 
 
 def test_every_method_beside_storing_is_in_its_table() -> None:
-    text = section("Requests, live resources, typed sessions")
-    listed = set(re.findall(r"^\| .*", text, re.MULTILINE))
-    named = {name for row in listed for name in re.findall(r"`(\w+)\(", row)}
     public = {name for name in vars(Facilities) if not name.startswith("_")}
-    assert named == public
+    assert methods_in(section("Methods beside storing", API)) == public
+
+
+def test_every_facility_that_readme_names_exists() -> None:
+    text = section("Requests, live resources, typed sessions")
+    named = set(re.findall(r"`(?:async with )?state\.(\w+)\(", text))
+    assert named >= {"request", "resources", "scratch_dir", "edit_typed"}
+    assert named <= set(vars(Facilities))
 
 
 def test_every_error_is_in_the_table() -> None:
-    listed = set(re.findall(r"^\| `(\w+)`", section("Errors"), re.MULTILINE))
+    listed = set(re.findall(r"^\| `(\w+)`", section("Errors", API), re.MULTILINE))
     raised = {
         name
         for name, kind in vars(errors).items()
@@ -206,13 +244,13 @@ def test_every_error_is_in_the_table() -> None:
 
 
 def test_the_base_class_beside_an_error_is_its_own() -> None:
-    pairs = re.findall(r"^\| `(\w+)` \((\w+)\)", section("Errors"), re.MULTILINE)
+    pairs = re.findall(r"^\| `(\w+)` \((\w+)\)", section("Errors", API), re.MULTILINE)
     assert pairs
     for name, base in pairs:
         assert base in {kind.__name__ for kind in getattr(errors, name).__mro__}
 
 
-def section(title: str) -> str:
-    _, found, rest = README.partition(f"\n## {title}\n")
+def section(title: str, page: str = README) -> str:
+    _, found, rest = page.partition(f"\n## {title}\n")
     assert found, title
     return rest.partition("\n## ")[0]

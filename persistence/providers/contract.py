@@ -63,7 +63,7 @@ class SessionProvider(Protocol):
 
         Args:
             session_id: whose.
-            data: field names and values; what can be a value is in README.md.
+            data: field names and values; what can be a value is in docs/api.md.
             ttl_seconds: 0: never expires. None: the TTL that the session has, or the provider's
                 default for a new one.
 
