@@ -152,7 +152,8 @@ def test_the_fault_shown_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyP
 
 def test_the_commands_print_what_is_shown(clone: Path, environ: dict[str, str]) -> None:
     """In order, in one directory: each goes on with what the one before has left."""
-    run, demos = [], []
+    run: list[str] = []
+    demos: list[str] = []
     for block in [*of("console"), *of("console", page=COMMANDS)]:
         prompt, _, shown = block.text.partition("\n")
         program, *words = shlex.split(prompt.removeprefix("$ "))
