@@ -123,10 +123,11 @@ QUICK = Sizes(
 
 FULL = Sizes(
     "full",
-    repeated_seconds=10.0,
-    fresh_repetitions=2,
+    repeated_seconds=6.0,
+    repetitions=FEWEST_REPETITIONS,
+    fresh_repetitions=1,
     lone_updates=500,
-    lag_samples=20_000,
+    hit_accesses=40_000,
     expired_sessions=1_000_000,
     expiry_repetitions=1,
     seen_updates=1_000,
@@ -135,7 +136,7 @@ FULL = Sizes(
     grown_index=(3_000_000,),
     growth_repetitions=1,
     our_lag_samples=5_000,
-    our_lag_seconds=6.0,
+    their_lag_seconds=0.5,
 )
 
 TINY = Sizes(

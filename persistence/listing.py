@@ -28,7 +28,7 @@ from persistence.slices import Slices
 
 _log = logging.getLogger("persistence.listing")
 
-_ENDS_IN_FLIGHT: Final = 4096
+_ENDS_IN_FLIGHT: Final = 1024
 
 
 class Listing:

@@ -336,14 +336,12 @@ class Compactor:
                 await self._give_way(slices)
         for source in inputs:
             skew, packed = await self._rows(source)
-            wanted: list[Source] = []
+            # Not all of a segment at once: the garbage collector goes over what is wanted.
             for some in _in_steps(packed):
-                for row in INDEX_ROW.iter_unpack(some):
-                    found = merge.wanted(row, source.number)
-                    if found is not None:
-                        wanted.append(found)
+                found = (merge.wanted(row, source.number) for row in INDEX_ROW.iter_unpack(some))
+                wanted = [item for item in found if item is not None]
                 await self._give_way(slices)
-            await self._copy_frames(source, wanted, skew, merge, outputs, lowest, slices)
+                await self._copy_frames(source, wanted, skew, merge, outputs, lowest, slices)
         if outputs:
             await self._finish(outputs[-1])
         for output in outputs:
@@ -372,7 +370,7 @@ class Compactor:
         lowest: int,
         slices: Slices,
     ) -> None:
-        """Copy frames of one input, reading neighbours together."""
+        """Copy some frames of one input, reading neighbours together."""
         away = skew - self._around.skew()  # from the hint's time base to this run's
         await self._copy_patched(source, wanted, away, merge, outputs, lowest, slices)
         for start, end, group in _groups([item for item in wanted if not item.is_patch]):
