@@ -101,7 +101,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     how_long = parser.add_mutually_exclusive_group()
     for sizes, text in (
         (QUICK, "small sizes, two to three minutes; the bars are indicative only"),
-        (FULL, "more repetitions and larger sizes, under 30 minutes"),
+        (FULL, "the largest sizes, in about half an hour"),
         (TINY, "only to see that everything runs"),
     ):
         how_long.add_argument(

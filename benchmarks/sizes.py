@@ -127,6 +127,9 @@ FULL = Sizes(
     repetitions=FEWEST_REPETITIONS,
     fresh_repetitions=1,
     lone_updates=500,
+    cold_sessions=60_000,
+    spilled_sessions=30_000,
+    mixed_sessions=30_000,
     hit_accesses=40_000,
     expired_sessions=1_000_000,
     expiry_repetitions=1,
@@ -136,7 +139,8 @@ FULL = Sizes(
     grown_index=(3_000_000,),
     growth_repetitions=1,
     our_lag_samples=5_000,
-    their_lag_seconds=0.5,
+    our_lag_seconds=4.0,
+    their_lag_seconds=0.3,
 )
 
 TINY = Sizes(

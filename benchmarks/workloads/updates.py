@@ -29,6 +29,7 @@ from benchmarks.peers.cashews import Cashews
 from benchmarks.peers.diskcache import DiskCache
 from benchmarks.peers.driven import LoneUpdates, Updates
 from benchmarks.peers.files import FilePerSession
+from benchmarks.peers.least import LeastUpdate
 from benchmarks.peers.lmdb import Lmdb
 from benchmarks.peers.redis import Redis
 from benchmarks.peers.rocksdb import RocksDb
@@ -58,6 +59,7 @@ def _update(sizes: Sizes) -> list[Contender]:
         *_updates(sizes, [RocksDb(), Sqlite(), DiskCache()]),
         *_updates(sizes, [Redis(), Cashews()], 10),
         *_updates(sizes, [FilePerSession()], 20),
+        LeastUpdate(sizes.update_sessions, sizes.updates),
         bare.BatchAppend(sizes.updates),
     ]
 
