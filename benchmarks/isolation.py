@@ -18,8 +18,10 @@ from benchmarks.lag import Observed, observe
 from benchmarks.optional import UnavailableError
 
 _EXIT_SECONDS = 30
-_PRELOADED = ["benchmarks.catalogue", "benchmarks.isolation", "benchmarks.resident", "msgpack"]
-_PRELOADED += ["persistence.manager", "redis.asyncio", "zict", "diskcache", "lmdb", "rocksdict"]
+_PRELOADED = [
+    *("benchmarks.catalogue", "benchmarks.isolation", "benchmarks.resident", "persistence.manager"),
+    *("diskcache", "lmdb", "msgpack", "redis.asyncio", "rocksdict", "zict"),
+]
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ class Lives:
                 await committed(self._residency.submit_delete(session_id, key, exact=True))
             except (Overtaken, SessionNotFound):
                 continue  # another worker has made a newer one, or ended it
-            return Session.view(session_id, record, accessed, life, cap, self._time)
+            return Session.view(session_id, record, accessed, (life, cap, self._time))
 
 
 _BARE_META: Final = rec.pack_meta({})

@@ -104,7 +104,7 @@ class Lookup:
         accessed, deadline, cap = times
         ttl_seconds, flags = rec.ttl_and_flags_of(record)
         life = life_of(ttl_seconds, flags & RENEWS, deadline)
-        return Session.view(session_id, record, accessed, life, cap, self._time)
+        return Session.view(session_id, record, accessed, (life, cap, self._time))
 
     async def has(self, session_id: str) -> bool:
         """Whether a session is alive; see `StateManager.has_session`."""

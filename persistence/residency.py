@@ -314,7 +314,7 @@ class Residency(Spilling):
         self.restored += 1
         if self.memory.used_bytes > self._threshold_bytes:
             self.spill_down(spare=session_id)
-        return Session.view(session_id, record, now, life, cap, self._time)
+        return Session.view(session_id, record, now, (life, cap, self._time))
 
     async def _read_in_thread(
         self, session_id: str, key: bytes, fingerprint: bytes, *, access: bool

@@ -138,16 +138,14 @@ class Session:
         session_id: str,
         record: bytes,
         accessed: float,
-        life: float,
-        cap: float,
-        time: EngineTime,
+        terms: Terms,
     ) -> Session:
-        """Return a view of `record`. Times are engine seconds, `life` as in memory."""
+        """Return a view of `record`. Times are engine seconds."""
         session = cls()
         session.id = session_id
         session._record = record
         session._accessed = accessed
-        session._terms = (life, cap, time)
+        session._terms = terms
         return session
 
     def _get_layout(self) -> rec.Layout:

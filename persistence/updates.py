@@ -272,7 +272,7 @@ class Updates:
         record = commit.record
         assert record is not None, "an update carries its record"
         life, cap = commit.life, commit.cap
-        return _view(commit.session_id, record, commit.accessed, life, cap, self._time)
+        return _view(commit.session_id, record, commit.accessed, (life, cap, self._time))
 
     async def unchanged(self, session_id: str, key: bytes, base: Base) -> Session:
         """Answer an update that changed nothing: with an access, and what is there.
@@ -293,7 +293,7 @@ class Updates:
         deadline = min(deadline_of(now, life), cap)
         fingerprint = self._fingerprint(key)
         self._residency.note_access(session_id, key, fingerprint, record, now, life, deadline)
-        return Session.view(session_id, record, now, life, cap, self._time)
+        return Session.view(session_id, record, now, (life, cap, self._time))
 
     async def annotate(self, session_id: str, change: Callable[[bytes], bytes | None]) -> bool:
         """Commit other metadata of a session, beside its editors: no access, and no version.

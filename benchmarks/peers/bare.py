@@ -35,6 +35,11 @@ FRAME_BYTES = 748
 """What one 592-byte session occupies in the engine's log, so that both write the same."""
 
 
+def open_log(directory: Path) -> int:
+    """Open a file to append to, and return its descriptor."""
+    return os.open(directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
 @dataclass
 class LoneAppend(Contender):
     """Append `FRAME_BYTES` to a file and fdatasync it, one after the other."""
@@ -46,8 +51,7 @@ class LoneAppend(Contender):
     request_tasks: int = 1
 
     async def open(self, directory: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._file = os.open(directory / "log", flags, 0o600)
+        self._file = open_log(directory)
 
     async def measure(self) -> Metrics:
         frame = os.urandom(FRAME_BYTES)
@@ -77,8 +81,7 @@ class BatchAppend(Contender):
     durability: str = SYNCED
 
     async def open(self, directory: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._file = os.open(directory / "log", flags, 0o600)
+        self._file = open_log(directory)
 
     async def measure(self) -> Metrics:
         frame = os.urandom(FRAME_BYTES)
@@ -137,8 +140,7 @@ class SteadyAppend(Contender):
     called: str = THREAD
 
     async def open(self, directory: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._file = os.open(directory / "log", flags, 0o600)
+        self._file = open_log(directory)
         self._random = random.Random(7)
         self._data = self._random.randbytes(_STEADY_BYTES)
         self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)

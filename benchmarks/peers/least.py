@@ -16,6 +16,7 @@ from crc32c import crc32c
 
 from benchmarks import payloads
 from benchmarks.contender import ASYNCIO, SYNCED, Contender, Metrics, Stopwatch, check
+from benchmarks.peers.bare import open_log
 from benchmarks.tasks import TASK_COUNT, in_tasks
 
 _CHANGED = "prefs"
@@ -41,8 +42,7 @@ class LeastUpdate(Contender):
     request_tasks: int = TASK_COUNT
 
     async def open(self, directory: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._file = os.open(directory / "log", flags, 0o600)
+        self._file = open_log(directory)
         self._writer = ThreadPoolExecutor(1)
         self._random = random.Random(2)
         self._sessions = {
@@ -61,9 +61,9 @@ class LeastUpdate(Contender):
         ids = [payloads.session_id(index) for index in indexes]
         with Stopwatch() as watch:
             await in_tasks(ids, self._update)
-        self._visits += len(ids)
-        check(self._visits - len(ids) < self._count_visits() <= self._visits, "updates were lost")
-        self._visits = self._count_visits()  # of two at once, one may not have seen the other
+        before, self._visits = self._visits, self._count_visits()
+        # Of two at once, one may not have seen the other.
+        check(before < self._visits <= before + len(ids), "updates were lost")
         return watch.rate(len(ids))
 
     async def request(self) -> None:

@@ -25,7 +25,7 @@ from typing import Final
 from persistence.clock import Clock, EngineTime
 from persistence.memory.policies import least_recently_used
 from persistence.record import NEVER
-from persistence.session import Session
+from persistence.session import Session, Terms
 
 ENTRY_OVERHEAD_BYTES: Final = 180
 """What a resident session costs beside its record and its id: object headers (bytes 33, str 49),
@@ -138,18 +138,11 @@ class MemoryTier:
             return None
         shard.accessed[session_id] = now
         self.hits += 1
-        return self._view(session_id, shard.records[session_id], now, life, cap)
+        return Session.view(session_id, shard.records[session_id], now, self._terms_of(life, cap))
 
-    def _view(
-        self, session_id: str, record: bytes, accessed: float, life: float, cap: float
-    ) -> Session:
-        session = Session()  # as in `access`
-        session.id = session_id
-        session._record = record
-        session._accessed = accessed
+    def _terms_of(self, life: float, cap: float) -> Terms:
         is_usual = life == self.default_life and cap == NEVER
-        session._terms = self._terms if is_usual else (life, cap, self._time)
-        return session
+        return self._terms if is_usual else (life, cap, self._time)
 
     def look(self, session_id: str, margin_seconds: float) -> Session | None:
         """Return the view that `access` would, and change nothing: from any thread.
@@ -173,10 +166,10 @@ class MemoryTier:
             cap = shard.caps.get(session_id, NEVER)
             if min(deadline_of(last, life), cap) <= now + margin_seconds:
                 return None
-            return self._view(session_id, record, now, life, cap)
+            return Session.view(session_id, record, now, self._terms_of(life, cap))
         if last + life <= now + margin_seconds:
             return None
-        return self._view(session_id, record, now, life, NEVER)
+        return Session.view(session_id, record, now, self._terms)
 
     def note(self, session_id: str, accessed: float) -> None:
         """Note an access at `accessed`, if the session is still here."""
